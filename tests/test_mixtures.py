@@ -1,0 +1,329 @@
+"""The exact mixtures, against independent references.
+
+References: autograd of log_prob, torch.distributions' dense normals, integration on a grid, the
+closed-form flow of one Gaussian, and sampling. Run: python -m pytest tests/test_mixtures.py, a few
+seconds on one core.
+"""
+
+import math
+
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+from torch.distributions import MultivariateNormal
+
+from toy.mixtures import GaussianMixture, LowRank, clip, grid, ring, videos
+
+SHAPE, D, K = (2, 3), 6, 3
+SIGMAS = (1e-4, 1e-3, 0.02, 0.3, 0.7, 0.99)
+KINDS = ("isotropic", "diagonal", "full", "low rank")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def small_mixture(kind, labels=None):
+    """A mixture of 3 overlapping components of shape (2, 3), float64."""
+    rng = generator(1)
+
+    def randn(*size):
+        return torch.randn(*size, generator=rng, dtype=torch.float64)
+
+    factors, variance = 0.7 * randn(K, D, 2), torch.tensor([0.1, 0.2, 0.4]).double()
+    root = 0.4 * randn(K, D, D)
+    covariances = {
+        "isotropic": variance,
+        "diagonal": 0.05 + randn(K, D) ** 2,
+        "full": root @ root.mT + 0.02 * torch.eye(D),
+        "low rank": LowRank(factors, variance),
+    }[kind]
+    weights = torch.tensor([0.2, 0.3, 0.5]).double()
+    return GaussianMixture(weights, randn(K, *SHAPE), covariances, labels), covariances
+
+
+def dense(covariances):
+    """(K, D, D) from any kind."""
+    eye = torch.eye(D, dtype=torch.float64)
+    if isinstance(covariances, LowRank):
+        factors, variance = covariances
+        return factors @ factors.mT + variance[:, None, None] * eye
+    if covariances.ndim == 1:
+        return covariances[:, None, None] * eye
+    return torch.diag_embed(covariances) if covariances.ndim == 2 else covariances
+
+
+def dense_posterior(mixture, Sigma, x_t, sigma):
+    """log p(x_t), p(k | x_t), E[x0 | x_t], with every matrix written out."""
+    a, x = 1 - sigma, x_t.flatten(1)
+    S = a**2 * Sigma + sigma**2 * torch.eye(D, dtype=torch.float64)
+    joint = MultivariateNormal(a * mixture.means, S).log_prob(x[:, None]) + mixture.weights.log()
+    p = joint.softmax(1)
+    r = x[:, None] - a * mixture.means
+    x0 = mixture.means + a * torch.einsum("kij,nkj->nki", Sigma @ torch.linalg.inv(S), r)
+    return joint.logsumexp(1), p, torch.einsum("nk,nki->ni", p, x0).reshape(x_t.shape)
+
+
+def relative(value, reference):
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_velocity_gives_the_score_that_autograd_finds_in_log_prob(kind, sigma):
+    mixture, _ = small_mixture(kind)
+    x = mixture.sample(64, generator()).double()
+    x_t = (1 - sigma) * x + sigma * torch.randn(x.shape, generator=generator(2)).double()
+    x_t.requires_grad_()
+    score = torch.autograd.grad(mixture.log_prob(x_t, sigma).sum(), x_t)[0]
+    with torch.no_grad():
+        from_velocity = -(x_t + (1 - sigma) * mixture.velocity(x_t, sigma)) / sigma
+    assert relative(from_velocity, score) < 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sigma", (0.02, 0.3, 0.99))
+def test_density_and_posterior_agree_with_dense_normals(kind, sigma):
+    mixture, covariances = small_mixture(kind)
+    x_t = 1.5 * torch.randn(50, *SHAPE, generator=generator(), dtype=torch.float64)
+    log_prob, p, x0 = dense_posterior(mixture, dense(covariances), x_t, sigma)
+    assert torch.allclose(mixture.log_prob(x_t, sigma), log_prob, rtol=1e-9)
+    assert torch.allclose(mixture.responsibilities(x_t, sigma), p, rtol=1e-7, atol=1e-12)
+    assert relative(mixture.posterior_mean(x_t, sigma), x0) < 1e-9
+    # v = E[eps] - E[x0] with eps = (x_t - a x0) / sigma
+    assert relative(mixture.velocity(x_t, sigma), (x_t - x0) / sigma) < 1e-9
+
+
+@pytest.mark.parametrize("sigma", (0.2, 0.5, 0.9))
+def test_posterior_mean_equals_an_integral_over_the_plane(sigma):
+    mixture = ring()
+    axis = torch.linspace(-2.2, 2.2, 300, dtype=torch.float64)
+    x0 = torch.cartesian_prod(axis, axis)
+    prior = mixture.log_prob(x0)
+    x_t = torch.randn(20, 2, generator=generator(), dtype=torch.float64)
+    distance = ((x_t[:, None] - (1 - sigma) * x0) ** 2).sum(2)
+    posterior = (prior - distance / (2 * sigma**2)).softmax(1)
+    assert torch.allclose(mixture.posterior_mean(x_t, sigma), posterior @ x0, atol=1e-6)
+    area = (axis[1] - axis[0]) ** 2
+    assert prior.exp().sum() * area == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sigma_zero_and_one_are_the_limits(kind):
+    mixture, _ = small_mixture(kind)
+    x = torch.randn(9, *SHAPE, generator=generator(), dtype=torch.float64)
+    assert torch.allclose(mixture.posterior_mean(x, 0.0), x)
+    assert torch.allclose(mixture.velocity(x, 0.0), -x)
+    assert torch.allclose(mixture.posterior_mean(x, 1.0), mixture.mean().expand_as(x))
+    assert torch.allclose(mixture.velocity(x, 1.0), x - mixture.mean())
+    normal = -(x**2).flatten(1).sum(1) / 2 - D / 2 * math.log(2 * math.pi)
+    assert torch.allclose(mixture.log_prob(x, 1.0), normal)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sigma_for_each_sample_equals_one_call_for_each(kind):
+    mixture, _ = small_mixture(kind)
+    x = torch.randn(5, *SHAPE, generator=generator(), dtype=torch.float64)
+    sigma = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
+    for method in (mixture.velocity, mixture.posterior_mean, mixture.log_prob):
+        alone = [method(x[i : i + 1], sigma[i]) for i in range(5)]
+        assert torch.allclose(method(x, sigma), torch.cat(alone), rtol=1e-12)
+
+
+def test_the_kinds_of_covariance_agree_on_one_matrix():
+    _, (factors, variance) = small_mixture("low rank")
+    eye = torch.eye(D, dtype=torch.float64)
+    means, weights = torch.randn(K, D, generator=generator()).double(), torch.ones(K)
+    empty = torch.zeros(K, D, 0, dtype=torch.float64)
+    isotropic = [variance, variance[:, None].expand(K, D), variance[:, None, None] * eye,
+                 LowRank(empty, variance), LowRank(0 * factors, variance)]
+    spread = [LowRank(factors, variance), factors @ factors.mT + variance[:, None, None] * eye]
+    x = torch.randn(40, D, generator=generator(3)).double()
+    for same in (isotropic, spread):
+        results = []
+        for covariances in same:
+            mixture = GaussianMixture(weights, means, covariances)
+            results.append([
+                mixture.velocity(x, 0.3), mixture.log_prob(x, 0.1), mixture.mahalanobis(x),
+                mixture.covariance(), mixture.project(eye[:, :2]).covariance(),
+            ])
+        for result in results[1:]:
+            assert all(relative(*pair) < 1e-11 for pair in zip(result, results[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_have_the_exact_moments(kind):
+    mixture, covariances = small_mixture(kind)
+    x = mixture.sample(100_000, generator()).flatten(1).double()
+    Sigma, centred = dense(covariances), mixture.means - mixture.mean().flatten()
+    exact = Sigma + centred[:, :, None] * centred[:, None]
+    exact = (mixture.weights[:, None, None] * exact).sum(0)
+    assert torch.allclose(mixture.covariance(), exact, atol=1e-12)
+    assert (x.mean(0) - mixture.mean().flatten()).abs().max() < 0.02
+    assert relative(torch.cov(x.T), exact) < 0.02
+    distance = mixture.mahalanobis(mixture.sample(20_000, generator(), torch.full((20_000,), 1)))
+    assert distance[:, 1].mean() == pytest.approx(D, rel=0.02)
+
+
+def test_mahalanobis_is_the_squared_distance_to_every_component():
+    mixture, covariances = small_mixture("full")
+    x = torch.randn(10, *SHAPE, generator=generator(), dtype=torch.float64)
+    r = x.flatten(1)[:, None] - mixture.means
+    expected = torch.einsum("nki,kij,nkj->nk", r, torch.linalg.inv(covariances), r)
+    assert torch.allclose(mixture.mahalanobis(x), expected)
+
+
+def test_a_projection_has_the_projected_moments_and_components():
+    mixture, covariances = small_mixture("low rank", labels=torch.tensor([0, 1, 1]))
+    P = torch.randn(D, 2, generator=generator(), dtype=torch.float64)  # any P, not orthonormal
+    projected = mixture.project(P)
+    assert projected.shape == (2,) and torch.equal(projected.labels, mixture.labels)
+    assert torch.allclose(projected.mean(), mixture.mean().flatten() @ P)
+    assert torch.allclose(projected.covariance(), P.T @ mixture.covariance() @ P)
+    x = torch.randn(10, 2, generator=generator()).double()
+    normals = MultivariateNormal(mixture.means @ P, P.T @ dense(covariances) @ P)
+    joint = normals.log_prob(x[:, None]) + mixture.weights.log()
+    assert torch.allclose(projected.log_prob(x), joint.logsumexp(1))
+
+
+def test_the_flow_of_one_gaussian_ends_where_its_closed_form_says():
+    # Along dx/dsigma = v, a Gaussian's whitened coordinate is conserved.
+    _, covariances = small_mixture("full")
+    mixture = GaussianMixture(torch.ones(1), torch.ones(1, D), covariances[:1])
+    eps = torch.randn(4, D, generator=generator(), dtype=torch.float64)
+    lam, U = torch.linalg.eigh(covariances[0])
+    expected = 1 + eps @ U * lam.sqrt() @ U.T
+
+    def slope(sigma, x):
+        return mixture.velocity(torch.from_numpy(x).reshape(4, D), sigma).flatten().numpy()
+
+    end = solve_ivp(slope, (1, 0), eps.flatten().numpy(), rtol=1e-8, atol=1e-10).y[:, -1]
+    assert torch.allclose(torch.from_numpy(end).reshape(4, D), expected, atol=1e-6)
+
+
+def test_the_flow_from_noise_ends_in_the_mixture():
+    mixture, n = ring(), 4096
+    x = torch.randn(n, 2, generator=generator(), dtype=torch.float64)
+    sigmas = torch.linspace(1, 0, 101, dtype=torch.float64) ** 2
+    for sigma, after in zip(sigmas[:-1], sigmas[1:]):  # Heun
+        v = mixture.velocity(x, sigma)
+        x_euler = x + (after - sigma) * v
+        x = x + (after - sigma) * (v + mixture.velocity(x_euler, after)) / 2
+    assert x.mean(0).abs().max() < 4 / math.sqrt(n)
+    assert relative(torch.cov(x.T), mixture.covariance()) < 0.05
+    own = mixture.responsibilities(x).argmax(1)
+    share = torch.bincount(own, minlength=8) / n
+    assert (share - 1 / 8).abs().max() < 0.02
+    assert mixture.mahalanobis(x).amin(1).mean() == pytest.approx(2, rel=0.05)
+
+
+def test_a_condition_is_the_mixture_of_its_own_components():
+    mixture, covariances = small_mixture("full", labels=torch.tensor([1, 0, 1]))
+    own = torch.tensor([0, 2])
+    alone = GaussianMixture(
+        mixture.weights[own], mixture.means[own].reshape(2, *SHAPE), covariances[own]
+    )
+    x = torch.randn(10, *SHAPE, generator=generator(), dtype=torch.float64)
+    ones = torch.ones(10, dtype=torch.long)
+    assert torch.allclose(mixture.velocity(x, 0.4, ones), alone.velocity(x, 0.4))
+    assert torch.allclose(mixture.posterior_mean(x, 0.4, ones), alone.posterior_mean(x, 0.4))
+    assert torch.allclose(mixture.log_prob(x, 0.4, ones), alone.log_prob(x, 0.4))
+    mixed = torch.arange(10) % 2
+    both = torch.where((mixed == 1)[:, None, None], mixture.velocity(x, 0.4, ones),
+                       mixture.velocity(x, 0.4, 0 * ones))
+    assert torch.allclose(mixture.velocity(x, 0.4, mixed), both)
+
+
+def test_bayes_joins_the_conditions_to_the_whole():
+    mixture, _ = small_mixture("diagonal", labels=torch.tensor([1, 0, 1]))
+    x = torch.randn(10, *SHAPE, generator=generator(), dtype=torch.float64)
+    given = [mixture.log_prob(x, 0.2, torch.full((10,), label)) for label in (0, 1)]
+    joined = (0.3 * given[0].exp() + 0.7 * given[1].exp()).log()
+    assert torch.allclose(mixture.log_prob(x, 0.2), joined)
+
+
+def test_samples_follow_their_labels():
+    mixture = ring()
+    labels = mixture.sample_labels(4000, generator())
+    x = mixture.sample(4000, generator(1), labels)
+    assert torch.equal(mixture.responsibilities(x).argmax(1), labels)
+    assert torch.bincount(labels).min() > 400
+    assert torch.equal(x, mixture.sample(4000, generator(1), labels))
+
+
+def test_an_unknown_label_is_refused():
+    x = torch.zeros(1, 2)
+    for label in (-1, 8):
+        with pytest.raises(IndexError):
+            ring().velocity(x, 0.5, torch.tensor([label]))
+
+
+@pytest.mark.parametrize("distance", (1e3, 1e6))
+def test_points_far_from_every_mode_stay_finite_and_right_in_float32(distance):
+    for mixture in (ring(), grid(), videos()):
+        way = torch.randn(4, *mixture.shape, generator=generator())
+        x = distance * way / way.flatten(1).norm(dim=1).reshape(-1, *[1] * len(mixture.shape))
+        for sigma in (0.0, *SIGMAS, 1.0):
+            v = mixture.velocity(x, sigma)
+            assert v.dtype == torch.float32 and v.isfinite().all()
+            assert mixture.posterior_mean(x, sigma).isfinite().all()
+            assert mixture.log_prob(x, sigma).isfinite().all()
+            assert relative(v, mixture.velocity(x.double(), sigma)) < 1e-6
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_float32_gives_the_float64_result_rounded(sigma):
+    for mixture in (ring(), grid(), videos()):
+        x_t = (1 - sigma) * mixture.sample(64, generator())
+        x_t = x_t + sigma * torch.randn(x_t.shape, generator=generator(1))
+        expected = mixture.velocity(x_t.double(), sigma)
+        assert relative(mixture.velocity(x_t, sigma), expected) < 1e-6
+
+
+def test_points_have_the_promised_scale_and_weights():
+    assert torch.allclose(ring().covariance(), 1.01 * torch.eye(2).double())
+    covariance, weights = grid().covariance(), grid().weights
+    assert (covariance.diagonal().sqrt() - 1).abs().max() < 0.05
+    assert weights.max() / weights.min() == pytest.approx(4)
+    for mixture in (ring(), grid()):
+        gaps = torch.cdist(mixture.means, mixture.means) + 9 * torch.eye(len(mixture.weights))
+        assert gaps.min() > 9 * mixture.rest.max().sqrt()
+
+
+def test_videos_have_unit_variance_and_two_captions():
+    mixture = videos()
+    assert mixture.shape == (4, 8, 8, 8) and len(mixture.weights) == 16
+    assert mixture.covariance().diagonal().mean() == pytest.approx(1)
+    assert torch.equal(mixture.labels, torch.tensor([0] * 8 + [1] * 8))
+    assert (mixture.lam.sqrt() > 20 * mixture.rest.sqrt()[:, None]).all()
+    x = mixture.sample(256, generator())
+    assert x.shape == (256, 4, 8, 8, 8) and x.dtype == torch.float32
+    assert x.var() == pytest.approx(1 + mixture.mean().var(correction=0).item(), rel=0.1)
+
+
+def test_video_wobble_is_shared_by_neighbouring_frames():
+    mixture = videos()
+    x = mixture.sample(4000, generator())
+    own = mixture.responsibilities(x).argmax(1) == 0
+    residual = x[own] - mixture.means[0].reshape(mixture.shape).float()
+    brightness = residual.mean((1, 3, 4))  # (n, T)
+    correlation = torch.corrcoef(brightness.T)
+    assert correlation.diagonal(1).min() > 0.9
+    assert 0.2 < correlation[0, -1] < 0.8  # and the drift parts the ends
+
+
+def test_video_motion_differs_where_single_frames_do_not():
+    means = videos().means.reshape(2, 4, 2, 4, 8, 8, 8)  # look, direction, speed, then the clip
+    right, up, left, down = means.unbind(1)
+    assert torch.allclose(right.flip(3), left) and torch.allclose(up.flip(3), down)
+    assert torch.allclose(right.transpose(-1, -2), up)
+    distance = torch.pdist(videos().means) / math.sqrt(videos().dim)
+    assert distance.min() > 0.4
+    middle = means[:, :, :, :, 3:5].mean(4)  # all pass the centre in mid-clip
+    assert relative(middle[:, 0], middle[:, 2]) < 1e-9
+
+
+def test_a_clip_moves_at_its_speed_along_its_direction():
+    blob = clip(torch.zeros(6), look=0, angle=0.0, speed=1.0)[0]  # (T, H, W)
+    for t in range(7):
+        assert torch.allclose(blob[t].roll(1, dims=1), blob[t + 1])

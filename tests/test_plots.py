@@ -1,0 +1,89 @@
+"""The pictures of toy/plots.py as files: size, frames, colours, determinism. Seconds on a CPU."""
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from toy import plots
+from toy.mixtures import ring, videos
+
+
+def titled(mixture, count, n):
+    rngs = [torch.Generator().manual_seed(k) for k in range(count)]
+    return [(f"step {k}\nW2 0.{k}", mixture.sample(n, rng)) for k, rng in enumerate(rngs)]
+
+
+@pytest.fixture(scope="module")
+def points():
+    return titled(ring(), 7, 300)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return titled(videos(), 3, 9)
+
+
+def drawn(folder, draw, name, *args):
+    """The picture, after drawing it twice: equal bytes, and nothing else in the folder."""
+    path = folder / name
+    draw(path, *args)
+    first = path.read_bytes()
+    draw(str(path), *args)
+    assert path.read_bytes() == first
+    assert [p.name for p in folder.iterdir()] == [name]
+    return iio.imread(path)
+
+
+def test_2d_panels_stand_in_one_row_up_to_six_and_then_in_two(tmp_path, points):
+    two = drawn(tmp_path, plots.samples_2d, "a.png", ring(), points)
+    plots.samples_2d(tmp_path / "a.png", ring(), points[:6])
+    one = iio.imread(tmp_path / "a.png")
+    assert one.shape[1] > two.shape[1] and one.shape[0] < two.shape[0]
+    assert one.shape[2] == two.shape[2] == 3
+
+
+def test_2d_training_has_a_frame_for_each_title_and_holds_the_last(tmp_path, points):
+    gif = drawn(tmp_path, plots.training_gif_2d, "a.gif", ring(), points[:4])
+    assert gif.shape[0] == 4 and gif.shape[3] == 3
+    durations = [iio.immeta(tmp_path / "a.gif", index=k)["duration"] for k in range(4)]
+    assert durations == [400] * 3 + [2000]
+    assert (gif[:, 0, 0] == 255).all(), "white turned grey"
+    assert iio.immeta(tmp_path / "a.gif")["loop"] == 0
+
+
+def test_a_stray_point_stays_visible_on_the_frame():
+    exact = plots._density(ring())
+    stray = plots._inside(torch.tensor([[100.0, 0.0]]), exact)
+    assert stray[0, 0] == exact["x1"][-1] and stray[0, 1] == 0
+
+
+def test_video_rows_grow_the_picture_by_one_row_each(tmp_path, clips):
+    three = drawn(tmp_path, plots.samples_videos, "a.png", clips)
+    two = drawn(tmp_path, plots.samples_videos, "a.png", clips[:2])
+    assert three.shape[1] == two.shape[1]
+    assert three.shape[0] - two.shape[0] == 80 + 13  # a frame of 8 x 10 pixels and a gap
+
+
+def test_clips_play_in_their_own_colours(tmp_path, clips):
+    gif = drawn(tmp_path, plots.clips_gif, "a.gif", clips[:2])
+    assert len(gif) == 8
+    corner = 8, gif.shape[2] - 8 - 8 * 64 - 7 * 4  # of the first clip in the first row
+    for t in range(8):
+        seen = gif[t, corner[0] + 4:, corner[1] + 4:][:64:8, :64:8].astype(int)
+        assert np.abs(seen - plots._rgb(clips[0][1][:1])[0, t]).max() < 40
+
+
+def test_video_training_has_a_frame_for_each_title(tmp_path, clips):
+    gif = drawn(tmp_path, plots.training_gif_videos, "a.gif", clips)
+    assert gif.shape[0] == 3 and gif.shape[2] == 8 * 64 + 7 * 4 + 20
+
+
+def test_one_map_colours_every_clip_the_same():
+    flat = torch.zeros(2, 4, 1, 1, 2)
+    flat[1] = 3.0
+    both, alone = plots._rgb(flat), plots._rgb(flat[1:])
+    assert (both[1] == alone[0]).all()
+    looks = plots._rgb(7 * plots.DIRECTIONS[:2].reshape(2, 4, 1, 1, 1))
+    yellow, blue = looks[:, 0, 0, 0].astype(int)
+    assert yellow[0] > yellow[2] + 100 and blue[2] > blue[0] + 100

@@ -1,0 +1,143 @@
+"""A tiny DiT of HunyuanVideo's family: 3-D patches, adaLN-Zero, double-stream, then single-stream
+blocks that attend over image and text tokens together, a condition of label (text) tokens.
+
+The shape of a sample is any (C,) or (C, T, H, W): a 2-D point is a video of one pixel.
+"""
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+
+def sinusoidal(sigma, width):
+    """Embed sigma (B,) in [0, 1] as cos and sin at geometric frequencies: (B, width)."""
+    frequencies = torch.exp(torch.linspace(0.0, 7.0, width // 2, device=sigma.device))
+    angles = sigma[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def modulate(x, shift, scale):
+    """adaLN: LayerNorm without weights of x (B, N, D), then a scale and a shift (B, 1, D)."""
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+
+
+def attend(qkv, heads):
+    """Softmax attention over all N tokens: fused (B, N, 3 * D) -> (B, N, D)."""
+    q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=heads)
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+
+
+def run_block(block, *args):
+    return block(*args)
+
+
+class Stream(nn.Module):
+    """One stream of a double-stream block: its own modulation, projections and MLP."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+
+    def mlp(self, x):
+        return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
+
+
+class DoubleBlock(nn.Module):
+    """Image and text keep their own weights and meet in one attention."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.image, self.text = Stream(width), Stream(width)
+
+    def forward(self, image, text, c):
+        streams, tokens = (self.image, self.text), [image, text]
+        knobs = [s.modulation(c)[:, None].chunk(6, dim=-1) for s in streams]
+        qkv = [s.qkv(modulate(x, m[0], m[1])) for s, x, m in zip(streams, tokens, knobs)]
+        mixed = attend(torch.cat(qkv, dim=1), self.heads).split(
+            [image.shape[1], text.shape[1]], dim=1
+        )
+        for i, (s, m) in enumerate(zip(streams, knobs)):
+            tokens[i] = tokens[i] + m[2] * s.proj(mixed[i])
+            tokens[i] = tokens[i] + m[5] * s.mlp(modulate(tokens[i], m[3], m[4]))
+        return tokens
+
+
+class SingleBlock(nn.Module):
+    """All tokens share the weights; attention and MLP run in parallel on one input."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.width = heads, width
+        self.modulation = nn.Linear(width, 3 * width)
+        self.linear_in = nn.Linear(width, 7 * width)  # qkv and the MLP's hidden layer
+        self.linear_out = nn.Linear(5 * width, width)
+
+    def forward(self, x, c):
+        shift, scale, gate = self.modulation(c)[:, None].chunk(3, dim=-1)
+        hidden = self.linear_in(modulate(x, shift, scale))
+        qkv, mlp = hidden.split([3 * self.width, 4 * self.width], dim=-1)
+        mlp = F.gelu(mlp, approximate="tanh")
+        return x + gate * self.linear_out(torch.cat([attend(qkv, self.heads), mlp], dim=-1))
+
+
+class DiT(nn.Module):
+    """velocity(x_t (B, *shape), sigma (B,), labels (B,) or None) -> v (B, *shape).
+
+    `labels` counts the known labels; None reads as the extra label 'no text'.
+    """
+
+    # every linear layer of the blocks; with two blocks, an adapter off the modulation can hardly
+    # tell noise levels apart, and W2SVD's weights of the modes drift (measured)
+    lora_targets = r"(double|single)_blocks\..*(modulation|qkv|proj|_in|_out)"
+
+    def __init__(self, shape, width, heads, double, single, patch=(1, 1, 1), labels=0):
+        super().__init__()
+        self.shape, self.patch = tuple(shape), tuple(patch)
+        self.grid = self.shape if len(shape) == 4 else (*shape, 1, 1, 1)  # C, T, H, W
+        size = self.grid[0] * patch[0] * patch[1] * patch[2]
+        tokens = self.grid[1] * self.grid[2] * self.grid[3] * self.grid[0] // size
+        self.embed = nn.Linear(size, width)
+        self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.text = nn.Embedding(labels + 1, width)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.double_blocks = nn.ModuleList(DoubleBlock(width, heads) for _ in range(double))
+        self.single_blocks = nn.ModuleList(SingleBlock(width, heads) for _ in range(single))
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.final = nn.Linear(width, size)
+        self.run = run_block  # or Roles.checkpoint, to save memory
+        for name, layer in self.named_modules():  # adaLN-Zero: every block starts as the identity
+            if name.endswith(("modulation", "final")):
+                nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+
+    def forward(self, x_t, sigma, labels=None):
+        if labels is None:
+            labels = torch.full(x_t.shape[:1], self.text.num_embeddings - 1, device=x_t.device)
+        pt, ph, pw = self.patch
+        cells = "b c (t pt) (h ph) (w pw)"
+        image = rearrange(
+            x_t.reshape(-1, *self.grid), f"{cells} -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw
+        )
+        image = self.embed(image) + self.position                       # (B, N, D)
+        text = self.text(labels)                                        # (B, D)
+        c = self.time(sinusoidal(sigma, text.shape[-1])) + text         # (B, D)
+        text = c[:, None]  # text tokens know the noise level, as behind HunyuanVideo's refiner
+        c = F.silu(c)
+        for block in self.double_blocks:
+            image, text = self.run(block, image, text, c)
+        x = torch.cat([image, text], dim=1)
+        for block in self.single_blocks:
+            x = self.run(block, x, c)
+        shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)
+        v = self.final(modulate(x[:, : image.shape[1]], shift, scale))
+        _, t, h, w = self.grid
+        v = rearrange(
+            v, f"b (t h w) (c pt ph pw) -> {cells}",
+            t=t // pt, h=h // ph, w=w // pw, pt=pt, ph=ph, pw=pw,
+        )  # fmt: skip
+        return v.reshape(x_t.shape)

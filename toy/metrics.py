@@ -1,0 +1,150 @@
+"""How far samples are from an exact mixture, and in what: distance, quality, modes, motion.
+
+The exact side is exact wherever it can be (moments, weights, regions of the mixture); only the
+sliced distance and the two motion ratios compare with a reference sample, fixed by the seed.
+`Metrics.floor` gives the values of perfect samples, which are not 0 at a finite n.
+
+| key               | what                                                              | best |
+|-------------------|-------------------------------------------------------------------|------|
+| sliced_w2         | sliced 2-Wasserstein distance, not squared                        | ~0   |
+| frechet           | squared Frechet distance of the moments                           | ~0   |
+| clip_frechet      | the same, of whole clips                                          | ~0   |
+| frame_frechet     | the same, of frames without regard to their order                 | ~0   |
+| precision         | share inside the 99.9 % region of the most probable component     | .999 |
+| coverage          | share of modes given a tenth of their weight by such samples      | 1    |
+| weight_tv         | total variation between the shares of the modes and their weights | ~0   |
+| dynamic_degree    | mean absolute frame difference over the data's; 0 for still clips | 1    |
+| motion_smoothness | the data's mean absolute second difference over the samples'      | 1    |
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy.stats import chi2
+
+DIRECTIONS = 256
+CLIP_DIM, FRAME_DIM = 64, 32
+REGION = 0.999
+# Runs use small seeds; a run whose generator met the reference's would seem closer than perfect.
+REFERENCE_SEED = 1_000_003
+
+
+def sqrt_psd(cov):
+    """C^(1/2), symmetric; eigenvalues that rounding made negative count as 0."""
+    lam, U = torch.linalg.eigh(cov)
+    return U * lam.clamp(min=0).sqrt() @ U.T
+
+
+def frechet(mean1, cov1, mean2, cov2):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2)): squared 2-Wasserstein distance
+    of Gaussians. The symmetric product has the eigenvalues of C1 C2 and keeps them real."""
+    root = sqrt_psd(cov1)
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return ((mean1 - mean2) ** 2).sum() + cov1.trace() + cov2.trace() - 2 * cross
+
+
+def moments(x):
+    """Mean (D,) and unbiased covariance (D, D) of x (n, D)."""
+    return x.mean(0), torch.cov(x.T)
+
+
+def frame_moments(mean, cov, shape):
+    """Moments of a frame at a uniform random time, from those of clips of shape (C, T, H, W)."""
+    C, T, H, W = shape
+    frames = mean.reshape(C, T, H * W).transpose(0, 1).reshape(T, -1)
+    within = cov.reshape(C, T, H * W, C, T, H * W).diagonal(dim1=1, dim2=4).mean(-1)
+    centred = frames - frames.mean(0)
+    return frames.mean(0), within.reshape(C * H * W, -1) + centred.T @ centred / T
+
+
+def principal(cov, dim):
+    """The min(dim, D) leading eigenvectors of cov (D, D), as columns."""
+    return torch.linalg.eigh(cov)[1][:, -dim:]
+
+
+def sorted_slices(x, directions):
+    """Every 1-D projection of x (n, D) in order: (directions, n)."""
+    # numpy: torch.sort orders the indices too and takes longer
+    return np.sort((directions @ x.T).numpy(), axis=1)
+
+
+def motion(clips):
+    """Mean |first| and mean |second difference| in time of clips (n, C, T, H, W)."""
+    return tuple(clips.diff(n=order, dim=2).abs().mean().item() for order in (1, 2))
+
+
+class Metrics:
+    """samples (n, *mixture.shape) -> {name: float}, in principal subspaces of the exact mixture.
+
+    Points and other small shapes: their whole space. Clips (C, T, H, W): 64 dimensions, frames 32.
+    Raises ValueError for samples that are not finite, or not n.
+    """
+
+    def __init__(self, mixture, n=16384, seed=0):
+        rng = torch.Generator().manual_seed(REFERENCE_SEED + seed)
+        self.mixture, self.n, self.is_video = mixture, n, len(mixture.shape) == 4
+        mean, cov = mixture.mean().flatten(), mixture.covariance()
+        self.basis = principal(cov, CLIP_DIM)
+        self.projected = mixture.project(self.basis)
+        self.moments = self.basis.T @ mean, self.basis.T @ cov @ self.basis
+        self.radius2 = chi2.ppf(REGION, self.projected.dim)
+        directions = torch.randn(DIRECTIONS, self.projected.dim, generator=rng).double()
+        self.directions = directions / directions.norm(dim=1, keepdim=True)
+        reference = mixture.sample(n, rng)
+        self.slices = sorted_slices(reference.flatten(1).double() @ self.basis, self.directions)
+        if self.is_video:
+            self.motion = motion(reference)
+            mean, cov = frame_moments(mean, cov, mixture.shape)
+            self.frame_basis = P = principal(cov, FRAME_DIM)
+            self.frame_moments = P.T @ mean, P.T @ cov @ P
+
+    def __call__(self, samples):
+        samples = samples.detach().cpu().float()
+        if samples.shape != (self.n, *self.mixture.shape):
+            raise ValueError(f"{tuple(samples.shape)}: these metrics compare {self.n} samples of "
+                             f"shape {self.mixture.shape}; use Metrics(mixture, n) with your n")
+        bad = (~samples.isfinite()).flatten(1).any(1).sum().item()
+        if bad:
+            raise ValueError(f"{bad} of {self.n} samples are not finite")
+        x = samples.flatten(1).double() @ self.basis
+        values = {"sliced_w2": self._sliced_w2(x)}
+        values |= self._frechets(x, samples) | self._modes(x)
+        return values | self._motion(samples) if self.is_video else values
+
+    def floor(self, rng):
+        """The metrics of n fresh exact samples."""
+        return self(self.mixture.sample(self.n, rng))
+
+    def _sliced_w2(self, x):
+        """(mean over theta of W2(theta^T x, theta^T reference)^2)^(1/2): in 1-D, W2 pairs ranks."""
+        return math.sqrt(((sorted_slices(x, self.directions) - self.slices) ** 2).mean())
+
+    def _frechets(self, x, samples):
+        """Distances of the samples' moments from the exact ones."""
+        distance = frechet(*moments(x), *self.moments).item()
+        if not self.is_video:
+            return {"frechet": distance}
+        frames = samples.transpose(1, 2).flatten(0, 1).flatten(1).double() @ self.frame_basis
+        frame_distance = frechet(*moments(frames), *self.frame_moments).item()
+        return {"clip_frechet": distance, "frame_frechet": frame_distance}
+
+    def _modes(self, x):
+        """Each sample belongs to its component of highest posterior; is it inside, is none lost?"""
+        k = self.projected.responsibilities(x).argmax(1)
+        inside = self.projected.mahalanobis(x).gather(1, k[:, None])[:, 0] <= self.radius2
+        weights = self.projected.weights
+        share = torch.bincount(k, minlength=len(weights)) / self.n
+        good_share = torch.bincount(k[inside], minlength=len(weights)) / self.n
+        return {
+            "precision": inside.double().mean().item(),
+            "coverage": (good_share >= weights / 10).double().mean().item(),
+            "weight_tv": (share - weights).abs().sum().item() / 2,
+        }
+
+    def _motion(self, samples):
+        """How much the samples move, and how evenly, against the reference; 1 is like the data."""
+        first, second = motion(samples)
+        # A still clip is smooth without bound: kept finite for JSON.
+        smoothness = self.motion[1] / max(second, 1e-6)
+        return {"dynamic_degree": first / self.motion[0], "motion_smoothness": smoothness}

@@ -1,0 +1,262 @@
+"""Pictures of the toy: samples over the exact density, clips as coloured frames, GIFs of training.
+
+Every function takes a path, plain tensors and titles, and writes one PNG or GIF: points are
+(n, 2), clips are (n, 4, T, H, W). The same input gives the same bytes, and a file appears only
+when it is whole. Colours and limits never depend on the samples shown, so pictures compare.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+INK = "#222222"
+DOT = "#a83200"  # dark on light shades, orange on blue: told apart in grey and by colour-blind eyes
+SHADES = ["#dfe9f2", "#bdd3e6", "#8fb4d3"]
+MASS = [0.999, 0.9, 0.5]  # each shade is the smallest region with this much of the exact mass
+MAX_DOTS = 1000  # more of them hide the density
+
+# Latents to colours: one colour for each of four orthogonal directions of the channels. The first
+# two are the looks of mixtures.videos(), yellow and blue, about 7 at a blob's centre; the data has
+# nothing along the others, so pink, green and violet are errors.
+DIRECTIONS = torch.tensor([[1., 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+COLOURS = torch.tensor([[.85, .65, .15], [.1, .4, .85], [.6, -.6, .6], [-.5, 0., .7]])
+TO_RGB = DIRECTIONS.T @ COLOURS / 7
+ZERO_RGB = torch.tensor([.13, .13, .17])
+
+
+# ---------------------------------------------------------------------------------- 2-D points
+
+
+def samples_2d(path, mixture, panels):
+    """PNG of square panels, one for each (title, points), all over the same exact density."""
+    columns = len(panels) if len(panels) <= 6 else (len(panels) + 1) // 2
+    rows = -(-len(panels) // columns)
+    lines = max(title.count("\n") + 1 for title, _ in panels)
+    pitch = 2.5 + 0.27 * lines + 0.35  # inches: panel, title and ticks
+    width, height = 0.7 + 2.65 * columns, rows * pitch + 0.3
+    figure = Figure((width, height), dpi=130)
+    exact = _density(mixture)
+    for k, (title, points) in enumerate(panels):
+        row, column = divmod(k, columns)
+        left, bottom = 0.7 + 2.65 * column, height - (row + 1) * pitch + 0.25
+        ax = figure.add_axes((left / width, bottom / height, 2.5 / width, 2.5 / height))
+        lowest = k + columns >= len(panels)
+        _draw_density(ax, exact)
+        _draw_dots(ax).set_offsets(_inside(points, exact))
+        ax.set_title(title, fontsize=14, color=INK)
+        ax.tick_params(labelleft=column == 0, labelbottom=lowest)
+        ax.set_xlabel("$x_1$" if lowest else "", fontsize=14)
+        ax.set_ylabel("$x_2$" if column == 0 else "", fontsize=14)
+    _write_png(path, _pixels(figure))
+
+
+def training_gif_2d(path, mixture, frames):
+    """GIF of samples moving over the exact density, one frame for each (title, points)."""
+    lines = max(title.count("\n") + 1 for title, _ in frames)
+    width, height = 4.2, 4.1 + 0.27 * lines
+    figure = Figure((width, height), dpi=100)
+    ax = figure.add_axes((0.65 / width, 0.55 / height, 3.4 / width, 3.4 / height))
+    exact = _density(mixture)
+    _draw_density(ax, exact)
+    ax.set_xlabel("$x_1$", fontsize=14)
+    ax.set_ylabel("$x_2$", fontsize=14)
+    dots = _draw_dots(ax)
+    # Left-aligned at a fixed place: a centred title would jump as its number grows.
+    label = figure.text(0.65 / width, 1 - 0.07 / height, "", fontsize=14, color=INK, va="top")
+    pictures = []
+    for title, points in frames:
+        label.set_text(title)
+        dots.set_offsets(_inside(points, exact))
+        pictures.append(_pixels(figure))
+    _write_gif(path, pictures, _durations(len(pictures)))
+
+
+@torch.no_grad()
+def _density(mixture, side=160):
+    """Grid, log density, contour levels and limits of the exact mixture; the same at every call."""
+    samples = mixture.sample(8192, torch.Generator().manual_seed(0))
+    low, high = samples.min(0).values, samples.max(0).values
+    centre, half = (low + high) / 2, 0.55 * (high - low).max()
+    x1, x2 = (torch.linspace(c - half, c + half, side) for c in centre.tolist())
+    grid = torch.stack(torch.meshgrid(x1, x2, indexing="xy"), dim=-1)
+    log_p = mixture.log_prob(grid.reshape(-1, 2)).reshape(side, side)
+    # The density exceeded by 90 % of the samples bounds the smallest region with 90 % of the mass.
+    levels = [mixture.log_prob(samples).quantile(1 - mass).item() for mass in MASS]
+    return {"x1": x1.numpy(), "x2": x2.numpy(), "log_p": log_p.numpy(), "levels": levels}
+
+
+def _draw_density(ax, exact):
+    levels = [*exact["levels"], max(exact["log_p"].max(), exact["levels"][-1]) + 1]
+    ax.contourf(exact["x1"], exact["x2"], exact["log_p"], levels=levels, colors=SHADES)
+    ax.set(xlim=exact["x1"][[0, -1]], ylim=exact["x2"][[0, -1]], aspect="equal")
+    ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    ax.tick_params(labelsize=11, length=3, color="#999999", labelcolor=INK)
+    ax.spines[:].set_color("#999999")
+
+
+def _draw_dots(ax):
+    return ax.scatter([], [], s=4, c=DOT, alpha=0.45, linewidths=0, zorder=3, clip_on=False)
+
+
+def _inside(points, exact):
+    """The first points; strays are put on the frame, as hiding them would flatter a method."""
+    points = points[:MAX_DOTS].detach().float().cpu().numpy()
+    low, high = ([exact["x1"][end], exact["x2"][end]] for end in (0, -1))
+    return np.clip(points, low, high)
+
+
+# --------------------------------------------------------------------------------------- clips
+
+
+def samples_videos(path, rows):
+    """PNG with a row for each (title, clips): the frames of its first two clips, left to right."""
+    zoom, gap, between, size, top = 10, 4, 28, 26, 44
+    titles = [title for title, _ in rows]
+    strips = [[_beside(_enlarge(clip, zoom), gap) for clip in _rgb(clips[:2])] for _, clips in rows]
+    pictures = [_beside(pair, between) for pair in strips]
+    left = _label_width(titles, size)
+    steps, pitch = rows[0][1].shape[2], rows[0][1].shape[4] * zoom + gap
+    marks = [(left - 16, top / 2, "time \u2192", "right")]
+    for clip in range(len(strips[0])):
+        start = left + clip * (steps * pitch - gap + between) + (pitch - gap) / 2
+        marks += [(start + k * pitch, top / 2, str(k + 1), "center") for k in range(steps)]
+    _write_png(path, _with_titles(titles, pictures, size, top=top, marks=marks)[0])
+
+
+def clips_gif(path, rows, per_row=8):
+    """GIF of the first per_row clips of each (title, clips), playing in a loop, rows stacked."""
+    zoom, gap, size = 8, 4, 16
+    titles = [title for title, _ in rows]
+    images = [_rgb(clips[:per_row]) for _, clips in rows]
+    steps = range(images[0].shape[1])
+    moments = [[_beside(_enlarge(row[:, t], zoom), gap) for row in images] for t in steps]
+    page, corners = _with_titles(titles, moments[0], size)
+    pages = [_paste(page, moment, corners) for moment in moments]
+    _write_gif(path, pages, [167] * len(pages))
+
+
+def training_gif_videos(path, frames):
+    """GIF of a student's clips as it trains: one sheet per (title, clips), one row per clip."""
+    zoom, gap, size, margin = 8, 4, 18, 10
+    pages = []
+    for title, clips in frames:
+        strips = [_beside(_enlarge(clip, zoom), gap) for clip in _rgb(clips[:6])]
+        height, width, _ = strips[0].shape
+        top = 1.3 * size * max(name.count("\n") + 1 for name, _ in frames) + margin
+        corners = [(round(top) + k * (height + gap), margin) for k in range(len(strips))]
+        marks = [(margin, top / 2, title, "left"),
+                 (margin + width, top - size, "time \u2192", "right")]
+        page = _page(width + 2 * margin, corners[-1][0] + height + margin, marks, size)
+        pages.append(_paste(page, strips, corners))
+    _write_gif(path, pages, _durations(len(pages)))
+
+
+def _rgb(clips):
+    """Clips (n, 4, T, H, W) to colours (n, T, H, W, 3), by one fixed linear map."""
+    assert clips.dim() == 5 and clips.shape[1] == 4, f"(n, 4, T, H, W), not {tuple(clips.shape)}"
+    rgb = ZERO_RGB + torch.einsum("ncthw,cr->nthwr", clips.detach().float().cpu(), TO_RGB)
+    return (255 * rgb.clamp(0, 1)).round().byte().numpy()
+
+
+def _enlarge(images, zoom):
+    return images.repeat(zoom, axis=-3).repeat(zoom, axis=-2)
+
+
+def _beside(images, gap):
+    """Images of one height in a row, white between them."""
+    white = np.full((images[0].shape[0], gap, 3), 255, np.uint8)
+    return np.concatenate([part for image in images for part in (image, white)][:-1], axis=1)
+
+
+def _label_width(titles, size):
+    return round(0.6 * size * max(len(line) for t in titles for line in t.split("\n"))) + 2 * size
+
+
+def _with_titles(titles, pictures, size, top=None, marks=()):
+    """Page of pictures, one under the other, titles at their left; and each picture's corner."""
+    left, gap = _label_width(titles, size), size // 2
+    top = gap if top is None else top
+    height, width, _ = pictures[0].shape
+    corners = [(top + k * (height + gap), left) for k in range(len(pictures))]
+    names = [(gap, y + height / 2, t, "left") for t, (y, _) in zip(titles, corners, strict=True)]
+    page = _page(left + width + gap, corners[-1][0] + height + gap, [*names, *marks], size)
+    return _paste(page, pictures, corners), corners
+
+
+def _page(width, height, texts, size):
+    """White pixels with texts (x, y of the middle, string, alignment), all in pixels."""
+    # Half a pixel more, as matplotlib rounds width * dpi down: 1.15 * 100 would give 114.
+    figure = Figure(((width + 0.5) / 100, (height + 0.5) / 100), dpi=100)
+    for x, y, string, align in texts:
+        figure.text(x / width, 1 - y / height, string, fontsize=0.72 * size, color=INK,
+                    ha=align, va="center_baseline", linespacing=1.15)
+    return _pixels(figure)
+
+
+def _paste(page, pictures, corners):
+    page = page.copy()
+    for picture, (y, x) in zip(pictures, corners, strict=True):
+        page[y:y + picture.shape[0], x:x + picture.shape[1]] = picture
+    return page
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def _pixels(figure):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _durations(count):
+    """Milliseconds: about six seconds in all, the last frame held for two."""
+    return [min(400, max(100, 6000 // count // 10 * 10))] * (count - 1) + [2000]
+
+
+def _write_png(path, pixels):
+    _replace(path, Image.fromarray(pixels), format="PNG", optimize=True)
+
+
+def _write_gif(path, pictures, milliseconds):
+    """One palette for all frames and no dithering: neither colours nor text flicker."""
+    pixels = np.stack(pictures).astype(np.int32)
+    codes = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
+    palette, table = _palette(codes)
+    frames = [Image.fromarray(table[code]) for code in codes]
+    for frame in frames:
+        frame.putpalette(palette)
+    _replace(path, frames[0], format="GIF", save_all=True, append_images=frames[1:],
+             duration=milliseconds, loop=0)
+
+
+def _palette(codes):
+    """256 colours for codes 0xRRGGBB, and a table from every code seen to the nearest of them."""
+    ink = codes[codes != 0xFFFFFF]  # white is set apart: averaged with greys, the page turns grey
+    ink = ink[:: 1 + len(ink) // 500_000]
+    ink = np.stack([ink >> 16, ink >> 8 & 255, ink & 255], axis=-1).astype(np.uint8)
+    palette = [255] * 3 + Image.fromarray(ink[None]).quantize(255, kmeans=2).getpalette()
+    seen = np.zeros(1 << 24, bool)
+    seen[codes] = True
+    seen = torch.from_numpy(np.flatnonzero(seen))
+    colours = torch.stack([seen >> 16, seen >> 8 & 255, seen & 255], dim=-1).float()
+    nearest = torch.cdist(colours, torch.tensor(palette).reshape(-1, 3).float()).argmin(1)
+    # Pillow's own matching rounds colours first, which moves white and the shades.
+    table = np.zeros(1 << 24, np.uint8)
+    table[seen.numpy()] = nearest.byte().numpy()
+    return palette, table
+
+
+def _replace(path, image, **options):
+    """Write beside the path, then rename: a reader never sees half a picture."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    image.save(part, **options)
+    os.replace(part, path)

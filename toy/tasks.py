@@ -1,0 +1,243 @@
+"""The toy as a task of w2svd.train(): a mixture as data, a tiny DiT as backbone, exact metrics.
+
+`task(config)` trains the backbone by flow matching, or reads it from the cache, where its file is
+named after a hash of every setting that it depends on.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from toy import mixtures, plots
+from toy.dit import DiT
+from toy.metrics import Metrics
+from w2svd import (
+    Refused,
+    add_noise,
+    euler_sample,
+    few_step_sample,
+    few_step_sigmas,
+    memory_mb,
+    read_safetensors,
+    write_safetensors,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one mixture's backbone is built and trained; changing a line retrains it."""
+
+    width: int = 32
+    heads: int = 2
+    double: int = 1
+    single: int = 1
+    patch: tuple = (1, 1, 1)
+    labels: int = 0  # captions that the model knows; one more means 'no caption'
+    batch: int = 512
+    iterations: int = 1500
+    lr: float = 2e-3
+
+
+RECIPES = {
+    "ring": Recipe(),
+    "grid": Recipe(),
+    "videos": Recipe(width=64, heads=4, patch=(2, 4, 4), labels=2, batch=128, iterations=2000),
+}
+SAMPLES = {"ring": 16384, "grid": 16384, "videos": 4096}  # measured; videos: fewer, for time
+
+
+class Backbone:
+    """A DiT behind the contract of w2svd.Roles."""
+
+    lora_targets = DiT.lora_targets
+
+    def __init__(self, module):
+        self.module = module
+
+    def velocity(self, x_t, sigma, cond):
+        return self.module(x_t, sigma, cond)
+
+    def checkpoint_with(self, function):
+        self.module.run = function
+
+
+def captions(mixture, recipe, n, rng):
+    """Captions (n,) drawn from the mixture, or None where the model reads none."""
+    return mixture.sample_labels(n, rng) if recipe.labels else None
+
+
+def build(mixture, recipe):
+    r = recipe
+    return DiT(mixture.shape, r.width, r.heads, r.double, r.single, r.patch, r.labels)
+
+
+def train_backbone(mixture, recipe, seed):
+    """Flow matching of the mixture: returns the module.
+
+    Its target is E[eps - x0 | x_t], which the mixture knows, in place of eps - x0: the same
+    expected gradient without the noise, so a minute is enough for a backbone worth distilling.
+    """
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
+    module = build(mixture, recipe)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), recipe.lr, (0.9, 0.99), weight_decay=0, fused=True
+    )
+    warm_then_down = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1, (i + 1) / 100) * (1 - i / recipe.iterations)
+    )
+    with tqdm(range(recipe.iterations), desc="backbone", unit="it") as bar:
+        for i in bar:
+            cond = captions(mixture, recipe, recipe.batch, rng)
+            x0 = mixture.sample(recipe.batch, rng, cond)
+            sigma, eps = torch.rand(len(x0), generator=rng), torch.randn(x0.shape, generator=rng)
+            x_t = add_noise(x0, eps, sigma)
+            loss = (module(x_t, sigma, cond) - mixture.velocity(x_t, sigma, cond)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            warm_then_down.step()
+            if i % 50 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.4f}, {memory_mb('cpu'):.0f} MB")
+    return module
+
+
+def cached_backbone(mixture, config):
+    """The trained backbone of this mixture and seed, from the cache or into it."""
+    recipe = RECIPES[config.data]
+    settings = {"data": config.data, "seed": config.seed, "torch": torch.__version__,
+                "means": mixture.means.sum().item(), **dataclasses.asdict(recipe)}  # fmt: skip
+    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    path = Path(config.cache).expanduser() / f"{config.data}-{name}.safetensors"
+    if path.exists():
+        module = build(mixture, recipe)
+        module.load_state_dict(read_safetensors(path)[0])
+        return module
+    module = train_backbone(mixture, recipe, config.seed)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path, module.state_dict(), settings)
+    except OSError as error:
+        raise Refused(f"{path.parent} cannot be written ({error}); name a --cache.") from error
+    return module
+
+
+class Task:
+    """What w2svd.train() needs of a model and its data; see section 7 there."""
+
+    device = "cpu"
+
+    def __init__(self, config):
+        if config.data not in RECIPES:
+            raise Refused(f"--data must be one of {', '.join(RECIPES)}, not {config.data!r}.")
+        self.config, self.recipe = config, RECIPES[config.data]
+        self.mixture = getattr(mixtures, config.data)()
+        self.shape = self.mixture.shape
+        if config.guidance != 1 and not self.recipe.labels:
+            raise Refused("--guidance needs captions to guide by; of the toys, videos has them.")
+        module = build(self.mixture, self.recipe) if config.dry_run else cached_backbone(
+            self.mixture, config)  # fmt: skip
+        self.backbone = Backbone(module.requires_grad_(False))
+        self.sigmas = few_step_sigmas(config.steps, config.shift)
+
+    def batches(self, rng):
+        while True:
+            cond = captions(self.mixture, self.recipe, self.config.batch, rng)
+            yield {"x0": self.mixture.sample(self.config.batch, rng, cond), "cond": cond}
+
+    def start(self, n, seed):
+        """Captions and noise of n samples, the same for every method."""
+        rng = torch.Generator().manual_seed(seed)
+        return captions(self.mixture, self.recipe, n, rng), torch.randn(
+            n, *self.shape, generator=rng
+        )
+
+    def few_step(self, generator, n, seed):
+        cond, noise = self.start(n, seed)
+        rng = torch.Generator().manual_seed(seed + 1)
+        return few_step_sample(generator, noise, self.sigmas, cond, rng)
+
+    def on_log(self, step, generator):
+        """Keep a few samples in the run folder: frames of the animation, also after a resume."""
+        folder = Path(self.config.out) / "frames"
+        folder.mkdir(exist_ok=True)
+        samples = self.few_step(generator, 6 if len(self.shape) > 1 else 1000, seed=1)
+        write_safetensors(folder / f"{step:06}.safetensors", {"samples": samples}, {"step": step})
+
+    def finish(self, run):
+        """Measure student and backbone against the exact mixture; pictures, result.json, table."""
+        n = SAMPLES[self.config.data]
+        measure = Metrics(self.mixture, n)
+        cond, noise = self.start(n, seed=2)
+        exact = self.mixture.sample(n, torch.Generator().manual_seed(3), cond)
+        samples = {"exact": exact} | {
+            f"Euler, {k} step{'s' * (k > 1)}": euler_sample(
+                self.backbone.velocity, noise, few_step_sigmas(k, self.config.shift), cond
+            )
+            for k in (1, 4, 28)
+        }
+        steps = self.config.steps
+        student = f"student, {steps} step{'s' * (steps > 1)}"
+        samples[student] = self.few_step(run.generator, n, seed=2)
+        values = {name: measure(x) for name, x in samples.items()}
+        self.pictures(run.folder, samples, values, student)
+        floor, *euler, ours = values.values()
+        result = {
+            "student": {**ours, "steps": steps},
+            "euler": dict(zip(("1", "4", "28"), euler)),
+            "floor": floor,
+            "seconds": run.seconds, "peak_rss_mb": run.peak_rss_mb, "seed": self.config.seed,
+        }  # fmt: skip
+        return result, table(values, (0, 1, 4, 28, steps))
+
+    def pictures(self, folder, samples, values, student):
+        """samples.png, training.gif and, for videos, clips.gif; the exact number in each title."""
+        video = len(self.shape) > 1
+        metric, name = ("clip_frechet", "clip Fréchet") if video else ("sliced_w2", "sliced W2")
+        panels = [(f"{k}\n{name} {values[k][metric]:.3f}", x) for k, x in samples.items()]
+        frames = []
+        for path in sorted((folder / "frames").glob("*.safetensors")):
+            tensors, info = read_safetensors(path)
+            frames.append((f"{student}, iteration {info['step']}", tensors["samples"]))
+        if video:
+            plots.samples_videos(folder / "samples.png", panels)
+            plots.clips_gif(folder / "clips.gif", [panels[0], panels[-1]])
+            plots.training_gif_videos(folder / "training.gif", frames)
+        else:
+            plots.samples_2d(folder / "samples.png", self.mixture, panels)
+            plots.training_gif_2d(folder / "training.gif", self.mixture, frames)
+
+    def write_samples(self, generator, n, seed, path):
+        """n samples as a picture (.png), an animation (.gif, videos only) or .safetensors."""
+        kinds = (".png", ".safetensors") + (".gif",) * (len(self.shape) > 1)
+        if path.suffix not in kinds:
+            raise Refused(f"--out must end in {' or '.join(kinds)}, not {path.name!r}.")
+        samples = self.few_step(generator, n, seed)
+        rows = [(f"student, {self.config.steps} steps", samples)]
+        if path.suffix == ".safetensors":
+            write_safetensors(path, {"samples": samples}, {"seed": seed, "n": n})
+        elif len(self.shape) == 1:
+            plots.samples_2d(path, self.mixture, rows)
+        elif path.suffix == ".gif":
+            plots.clips_gif(path, rows)
+        else:
+            plots.samples_videos(path, rows)
+
+
+def table(values, evaluations):
+    """Lines of text: method, function evaluations (NFE), metrics."""
+    columns = list(next(iter(values.values())))
+    lines = [f"{'method':18}{'NFE':>4}" + "".join(f"{c:>19}" for c in columns)]
+    for (name, metrics), nfe in zip(values.items(), evaluations):
+        lines.append(f"{name:18}{nfe:>4}" + "".join(f"{metrics[c]:>19.4f}" for c in columns))
+    return "\n".join(lines)
+
+
+def task(config):
+    """The toy that config.data names."""
+    return Task(config)

@@ -1,0 +1,900 @@
+"""W2SVD, weak-to-strong video distillation (MagicDistillation, arXiv 2503.13319), in one file.
+
+A video diffusion transformer (DiT) needs about 28 evaluations for a video. This file turns it into
+a GENERATOR that needs 4, or 1. Distribution matching distillation (DMD) moves the generator's
+samples along the difference of two scores: that of the data, known by a REAL DiT, and that of the
+generator's own samples, learnt on the way by a FAKE DiT. Both scores are read at noised samples,
+where the two densities overlap. W2SVD makes the two DiTs out of one frozen backbone that carries
+the same LoRA twice, weakly and strongly, so that the real DiT leans a little towards the samples
+that it has to judge, and three 13B models become one and two small adapters.
+
+                                            backbone   adapter 'generator'   adapter 'fake'
+    x_in -> generator -> x_gen               frozen     1, trained            off
+            x_gen + noise -> x_t
+    x_t  -> fake -> v_fake -> x0_fake        frozen     off                   alpha_strong, trained
+    x_t  -> real -> v_real -> x0_real        frozen     off                   alpha_weak
+
+    fake's loss         |v_fake - (eps - x_gen)|^2           it learns the generator's samples
+    generator's         (x0_fake - x0_real) / mean_i |x_gen - x0_real|                  (DMD)
+    gradient at x_gen   + gt_weight * (x0_fake - x0_gt) / mean_i |x0_fake - x0_gt|      (GT loss)
+
+Notation and conventions (B batch, C channels, T frames, H, W; any (B, ...) will do)
+    sigma       noise level in [0, 1], float32, 1 is pure noise
+    x_t         (1 - sigma) x0 + sigma eps
+    v           velocity eps - x0, so x0 = x_t - sigma v, score = -(x_t + (1 - sigma) v) / sigma
+    x_in        what the generator reads: a noised real sample (paired) or a rollout's state
+    x_gen       what it makes of it in one evaluation
+    x0_real, x0_fake    what the two DiTs make of the noised x_gen; x0_gt: the sample behind x_in
+    velocity(x_t, sigma, cond) -> v    the contract of every model: a mixture, a toy, a 13B DiT
+    Elsewhere the roles are called student (generator), teacher (real) and critic (fake).
+
+Commands
+    python w2svd.py train --model toy                       a tiny DiT, checked by an exact answer
+    python w2svd.py sample --run runs/toy --n 1000 --out samples.png
+    python w2svd.py train --help                            every setting with meaning and source
+
+Where a setting comes from: 'paper' read off the authors' figures; 'author-code' related public
+code of the first author, not a release of this paper; 'peer' common in public code of the family;
+'ours'. The paper's body, and so its learning rates, rank and batch, were not available to us.
+
+Deviations from the paper, as far as we know it: no discriminator (its figure has one); the
+condition of a first image is left to the backbone; alpha_strong = 1 is ours (it is not printed);
+the GT loss is off by default, since it trades motion for picture quality in the paper's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import importlib.metadata
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import typing
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+# ---- 1. Config -----------------------------------------------------------------------------------
+
+
+class Refused(ValueError):
+    """What the user asked for cannot be done; the message is one sentence and says the cure."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. The command line and its help are made from these lines."""
+
+    model: Literal["toy"] = "toy"  # what to distil / ours
+    data: str = "ring"  # toy: ring, grid or videos / ours
+    steps: int = 4  # evaluations of the finished generator / paper: 4 and 1
+    shift: float = 5.0  # of the few-step grid: 1, .9375, .8333, .625 / author-code
+    generator: Literal["lora", "full"] = "lora"  # train an adapter, or a whole copy / ours, paper
+    fake: Literal["lora", "full"] = "lora"  # full: DMD2's separate fake, real = backbone / peer
+    generator_input: Literal["paired", "rollout"] = "paired"  # noised real, or not / paper, peer
+    fake_samples: Literal["all", "final"] = "all"  # the fake learns every exit's samples / ours
+    alpha_weak: float = 0.25  # the fake adapter's weight in the real DiT; 0 is DMD / paper
+    alpha_weak_schedule: Literal["constant", "linear", "cosine"] = "constant"  # to 0 / peer: DMDR
+    alpha_strong: float = 1.0  # the fake adapter's weight in the fake DiT / ours
+    gt_weight: float = 0.0  # raise for picture quality, at the price of motion / author-code
+    gt_skip_noise: bool = False  # no GT loss where the input is pure noise / ours
+    guidance: float = 1.0  # classifier-free guidance of the real DiT; 1 is off / peer
+    lora_rank: int = 64  # of both adapters; alpha = rank / ours
+    generator_lr: float = 1e-5  # lower it where samples drift or collapse / ours
+    fake_lr: float = 1e-5  # raise it where the relative gap keeps growing / ours
+    lr_schedule: Literal["constant", "linear"] = "constant"  # of both, down to 5 % / ours
+    fake_weight_decay: float = 0.0  # pulls the fake back to the backbone; keeps W2S honest / ours
+    sigma_low: float = 0.02  # both losses read x_t at sigma ~ U[low, high] / author-code
+    sigma_high: float = 0.98  # see sigma_low / author-code
+    sigma_shift: float = 1.0  # raise for more noise and more of the global shape / author-code
+    fake_updates: int = 5  # fake updates for each generator update / author-code, peer
+    fake_warmup: int = 0  # fake updates before the first generator update / ours
+    ema: float = 0.995  # decay of the generator's moving average; 0 is off / ours
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm / peer
+    batch: int = 1  # samples in each update / ours
+    iterations: int = 1000  # generator updates / peer: 600 to 1000
+    checkpointing: bool = False  # recompute blocks in backward: less memory, a third slower / peer
+    seed: int = 0  # the same seed gives the same bits on the same machine
+    log_every: int = 50  # iterations between lines of metrics.jsonl
+    save_every: int = 250  # iterations between checkpoints; all are kept
+    out: str = ""  # run folder; the next free runs/<model>[-k] if empty
+    cache: str = "~/.cache/w2svd"  # where the toy keeps its trained backbones
+    resume: bool = False  # go on from the last checkpoint in --out
+    dry_run: bool = False  # print the plan and stop
+
+
+# ours: by measurement on the toy (README). There the fake's random walk under Adam bends the real
+# DiT, whose adapter it is; a falling rate and a decay towards the backbone keep both straight
+PRESETS = {
+    "toy": dict(
+        generator_input="rollout", fake_samples="final", lora_rank=16, generator_lr=1e-3,
+        fake_lr=5e-4, lr_schedule="linear", fake_weight_decay=2.0, ema=0.99, batch=256,
+        iterations=400, log_every=20, save_every=200,
+    ),
+}  # fmt: skip
+
+
+def check(config: Config, given=()) -> None:
+    """Refuse settings that contradict each other, with the reason; `given` flags came by name."""
+    for name in ("steps", "iterations", "fake_updates", "batch", "lora_rank", "log_every",
+                 "save_every", "shift", "generator_lr", "fake_lr", "max_grad_norm"):  # fmt: skip
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise Refused(f"--{name.replace('_', '-')} must be above 0, not {value}.")
+    if not 0 <= config.alpha_weak <= config.alpha_strong < math.inf:
+        raise Refused(f"--alpha-weak must lie in [0, alpha_strong = {config.alpha_strong}], "
+                      f"not {config.alpha_weak}.")  # fmt: skip
+    if config.fake == "full" and {"alpha_weak", "alpha_weak_schedule", "alpha_strong"} & set(given):
+        raise Refused("--fake full has no adapter that an alpha could weigh: its real DiT is the "
+                      "plain backbone; leave the alphas out, or use --fake lora.")  # fmt: skip
+    if not 0 <= config.sigma_low < config.sigma_high <= 1:
+        raise Refused("--sigma-low and --sigma-high must satisfy 0 <= low < high <= 1.")
+    if not 0 <= config.ema < 1:
+        raise Refused(f"--ema must lie in [0, 1), not {config.ema}; 0 is off.")
+    for name in ("gt_weight", "fake_warmup", "fake_weight_decay", "seed"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise Refused(f"--{name.replace('_', '-')} must be 0 or more and finite.")
+    if config.gt_weight and config.generator_input == "rollout":
+        raise Refused("--gt-weight needs --generator-input paired: a rollout starts from noise, "
+                      "so no ground truth belongs to its sample.")  # fmt: skip
+    if config.gt_weight and config.steps == 1:
+        raise Refused("--gt-weight needs more than one step: a one-step generator reads "
+                      "pure noise, which pairs with no ground truth.")  # fmt: skip
+
+
+# ---- 2. Flow matching ----------------------------------------------------------------------------
+
+
+def _like(sigma, x):
+    """sigma, a float or (B,), shaped to multiply x (B, ...)."""
+    return torch.as_tensor(sigma, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def add_noise(x0, eps, sigma):
+    """x_t = (1 - sigma) x0 + sigma eps. x0, eps (B, ...); sigma in [0, 1], a float or (B,)."""
+    sigma = _like(sigma, x0)
+    return (1 - sigma) * x0 + sigma * eps
+
+
+def x0_from_velocity(x_t, v, sigma):
+    """x0 = x_t - sigma v: the clean sample that the velocity at x_t points to, (B, ...)."""
+    return x_t - _like(sigma, x_t) * v
+
+
+def score_from_velocity(x_t, v, sigma):
+    """grad log p(x_t) = -(x_t + (1 - sigma) v) / sigma, for sigma in (0, 1]; (B, ...)."""
+    sigma = _like(sigma, x_t)
+    return -(x_t + (1 - sigma) * v) / sigma
+
+
+def guided(v_cond, v_uncond, w):
+    """v_uncond + w (v_cond - v_uncond). w = 1 is off; other code calls this w - 1."""
+    return v_uncond + w * (v_cond - v_uncond)
+
+
+def shift_sigma(sigma, shift):
+    """shift sigma / (1 + (shift - 1) sigma): moves [0, 1] towards noise for shift > 1."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def few_step_sigmas(steps, shift):
+    """The grid 1 = sigma_0 > ... > sigma_steps = 0, (steps + 1,), evenly spaced, then shifted."""
+    return shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+
+
+def sample_sigma(n, low, high, shift, rng):
+    """n noise levels, uniform in [low, high] and then shifted, on the device of rng."""
+    u = torch.rand(n, generator=rng, device=rng.device)
+    return shift_sigma(low + (high - low) * u, shift)
+
+
+# ---- 3. One backbone, three roles ----------------------------------------------------------------
+
+
+class Roles:
+    """Generator, real and fake DiT out of one frozen backbone; each a velocity(x_t, sigma, cond).
+
+    W_generator = W + B_g A_g,  W_fake = W + alpha_strong B A,  W_real = W + alpha_weak B A.
+    `backbone` has .module, .velocity(x_t, sigma, cond), .lora_targets (a regular expression) and
+    .checkpoint_with(function). A role that is trained in 'full' owns a copy of the module; with a
+    full fake the real DiT is the plain backbone. `alpha_weak` may be changed at any time.
+    """
+
+    def __init__(self, backbone, rank, alpha_weak, alpha_strong, generator="lora", fake="lora"):
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.backbone, self.role = backbone, None
+        self.alpha_weak, self.alpha_strong = alpha_weak, alpha_strong
+        kinds = {"generator": generator, "fake": fake}
+        self.copies = {role: copy.copy(backbone) for role in kinds if kinds[role] == "full"}
+        for twin in self.copies.values():
+            twin.module = copy.deepcopy(backbone.module).float().requires_grad_(True)
+        self.adapters = [role for role in kinds if kinds[role] == "lora"]
+        for role in self.adapters:  # alpha = rank: loads at the right strength without metadata
+            lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=backbone.lora_targets)
+            inject_adapter_in_model(lora, backbone.module, adapter_name=role)
+        self.layers = [m for m in backbone.module.modules() if isinstance(m, BaseTunerLayer)]
+        # NOTE silent: adding the second adapter froze the first, so gradients are set after both
+        backbone.module.requires_grad_(False)
+        self.trained = {role: self._find(role) for role in kinds}
+        for role in self.adapters:
+            for parameter in self.trained[role].values():
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        self._switch(None)
+
+    def _find(self, role):
+        if role in self.copies:
+            return dict(self.copies[role].module.named_parameters())
+        mark = f".{role}."  # '....lora_A.generator.weight' is stored as '....lora_A.weight'
+        found = self.backbone.module.named_parameters()
+        return {n.replace(mark, "."): p for n, p in found if mark in n and "lora_" in n}
+
+    def _switch(self, role):
+        # NOTE silent: peft's set_adapter would also flip requires_grad, which loses the gradients
+        # of a forward whose backward is still to come; so only the active name and scale change
+        self.role = role
+        adapter = "fake" if role == "real" else role
+        alpha = {"fake": self.alpha_strong, "real": self.alpha_weak}.get(role, 1.0)
+        active = [adapter] if adapter in self.adapters and alpha else []
+        for layer in self.layers:
+            layer._active_adapter = active
+            for name in active:
+                layer.scaling[name] = alpha
+
+    @contextmanager
+    def use(self, role):
+        """The backbone plays `role` inside; the role before comes back, also after an exception."""
+        before = self.role
+        self._switch(role)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _velocity(self, role, x_t, sigma, cond):
+        with self.use(role):
+            return self.copies.get(role, self.backbone).velocity(x_t, sigma, cond)
+
+    def generator(self, x_t, sigma, cond=None):
+        return self._velocity("generator", x_t, sigma, cond)
+
+    def real(self, x_t, sigma, cond=None):
+        return self._velocity("real", x_t, sigma, cond)
+
+    def fake(self, x_t, sigma, cond=None):
+        return self._velocity("fake", x_t, sigma, cond)
+
+    def checkpoint(self, block, *args):
+        """block(*args), recomputed in backward under the role of its forward."""
+        if not torch.is_grad_enabled():
+            return block(*args)
+        role = self.role
+        # NOTE silent: without context_fn a block is recomputed under whatever role is active at
+        # the time of the backward, and the gradient is wrong by tens of percent
+        return recompute_in_backward(
+            block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.use(role))
+        )
+
+    def use_checkpointing(self):
+        """Keep only the blocks' inputs for the backward, in every role."""
+        for backbone in (self.backbone, *self.copies.values()):
+            backbone.checkpoint_with(self.checkpoint)
+
+    def state(self, role):
+        """What is trained of 'generator' or 'fake': {name: parameter}, not copies."""
+        return self.trained[role]
+
+    def parameters(self, role):
+        """The trained parameters of 'generator' or 'fake', a list."""
+        return list(self.state(role).values())
+
+    @torch.no_grad()
+    def load(self, role, tensors):
+        """Copy {name: tensor} into the role's parameters; names and shapes must agree."""
+        state = self.state(role)
+        wrong = set(state) ^ set(tensors)
+        wrong |= {n for n in set(state) & set(tensors) if state[n].shape != tensors[n].shape}
+        if wrong:
+            raise Refused(f"These weights do not fit the {role} ({len(wrong)} names or shapes "
+                          f"differ, for example {min(wrong)!r}).")  # fmt: skip
+        for name, parameter in state.items():
+            parameter.copy_(tensors[name])
+
+    def base_sum(self):
+        """A cheap fingerprint of the frozen weights, to show that they did not move."""
+        frozen = [p for p in self.backbone.module.parameters() if not p.requires_grad]
+        return sum(float(p.double().sum()) for p in frozen[:: max(1, len(frozen) // 8)])
+
+
+# ---- 4. Losses -----------------------------------------------------------------------------------
+
+
+def _accurate(x):
+    """bf16 loses the small difference of two similar predictions: float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _mean_abs(x):
+    """mean_i |x_i| of each sample, (B, 1, ...), floored so that a perfect match is no 0 / 0."""
+    return x.abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True).clamp_min(1e-6)
+
+
+def dmd_gradient(x_gen, x0_real, x0_fake):
+    """g = (x0_fake - x0_real) / mean_i |x_gen - x0_real|: KL(fake || real)'s gradient at x_gen.
+
+    All (B, ...), of one noised x_gen. With x0 = (x_t + sigma^2 score) / (1 - sigma) the numerator
+    is a difference of scores; the denominator, per sample, makes noise levels alike.
+    """
+    # paper: the difference (figure). peer: the denominator, as in DMD2. ours: float32, its floor
+    x_gen, x0_real, x0_fake = map(_accurate, (x_gen, x0_real, x0_fake))
+    return (x0_fake - x0_real) / _mean_abs(x_gen - x0_real)
+
+
+def gt_gradient(x0_fake, x0_gt):
+    """g = (x0_fake - x0_gt) / mean_i |x0_fake - x0_gt|: towards the sample behind the input.
+
+    (B, ...). Its mean absolute value is 1 whatever the distance: the weight alone decides.
+    """
+    # paper: ground truth against fake video (figure). author-code: the denominator
+    difference = _accurate(x0_fake) - _accurate(x0_gt)
+    return difference / _mean_abs(difference)
+
+
+def fake_loss(v_fake, x_gen, eps):
+    """mean |v_fake - (eps - x_gen)|^2: flow matching on the generator's samples, a scalar."""
+    return torch.nn.functional.mse_loss(_accurate(v_fake), _accurate(eps - x_gen))
+
+
+# ---- 6. The two updates, and the samplers --------------------------------------------------------
+
+
+def require_finite(what, x, sigma):
+    """Stop at the first non-finite value, with the stage and the noise level named."""
+    bad = ~torch.isfinite(x.detach()).flatten(1).all(dim=1)
+    if bad.any():  # NOTE: a host-device sync, small beside a forward of a large DiT
+        level = float(torch.as_tensor(sigma).expand(len(x))[bad][0])
+        raise FloatingPointError(f"{what} is not finite at sigma {level:.4f}")
+
+
+@torch.no_grad()
+def few_step_sample(velocity, noise, sigmas, cond=None, rng=None):
+    """Predict x0, add fresh noise down to the next sigma, and so on: noise (B, ...) -> x0 (B, ...).
+
+    sigmas from few_step_sigmas. A grid cut off before its 0 gives the state at its last sigma.
+    Equals diffusers' FlowMatchEulerDiscreteScheduler(stochastic_sampling=True).
+    """
+    x = noise
+    for sigma, sigma_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
+        v = velocity(x, torch.full((len(x),), sigma, device=x.device), cond)
+        x0 = x0_from_velocity(x, v, sigma)
+        fresh = torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
+        x = add_noise(x0, fresh, sigma_next)
+    return x
+
+
+@torch.no_grad()
+def euler_sample(velocity, noise, sigmas, cond=None):
+    """Follow dx = v dsigma from noise (B, ...) down the grid: how the backbone itself samples."""
+    x = noise
+    for sigma, sigma_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
+        v = velocity(x, torch.full((len(x),), sigma, device=x.device), cond)
+        x = x + (sigma_next - sigma) * v
+    return x
+
+
+def generator_input(roles, x0, cond, sigmas, kind, rngs, final=False):
+    """x_in (B, ...) and its sigma (B,), at random levels of the grid, or all at the last one.
+
+    'paired': x0 itself, noised (paper). 'rollout': the state of few-step sampling from noise at an
+    exit drawn once for the batch (peer: Self-Forcing). x0 gives only the shape of the latter.
+    """
+    last = len(sigmas) - 2
+    noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
+    n = len(x0) if kind == "paired" else 1
+    exits = torch.randint(last + 1, (n,), generator=rngs["exit"], device=x0.device)
+    if final:
+        exits = torch.full_like(exits, last)
+    sigma = sigmas[exits].expand(len(x0))
+    if kind == "paired":
+        return add_noise(x0, noise, sigma), sigma
+    path = sigmas[: int(exits) + 1]
+    return few_step_sample(roles.generator, noise, path, cond, rngs["input"]), sigma
+
+
+def fake_step(roles, batch, x_in, sigma_in, sigma, eps):
+    """One backward of the fake's loss: it learns to denoise what the generator makes of x_in.
+
+    batch: 'x0' and 'cond'. x_in, sigma_in from generator_input; x_gen is noised to sigma (B,) with
+    eps (B, ...). Returns detached numbers; the caller owns the optimizer.
+    """
+    with torch.no_grad():
+        v = roles.generator(x_in, sigma_in, batch["cond"])
+        x_gen = x0_from_velocity(x_in, v, sigma_in)
+        require_finite("the generator's sample in the fake update", x_gen, sigma_in)
+        x_t = add_noise(x_gen, eps, sigma)
+    with roles.use("fake"):
+        v_fake = roles.fake(x_t, sigma, batch["cond"])
+        require_finite("the fake's velocity", v_fake, sigma)
+        loss = fake_loss(v_fake, x_gen, eps)
+        loss.backward()
+    return {"fake_loss": loss.detach()}
+
+
+def generator_step(roles, batch, x_in, sigma_in, sigma, eps, gt_weight=0.0, gt_skip_noise=False,
+                   guidance=1.0):  # fmt: skip
+    """One backward of the DMD loss, and the GT loss, through the generator's one evaluation.
+
+    Arguments as for fake_step; with gt_weight, x_in must be batch['x0'] noised (paired). Every
+    gradient is taken at the detached sample and pushed through it at once. Detached numbers return.
+    """
+    x0, cond = batch["x0"], batch["cond"]
+    with roles.use("generator"):
+        x_gen = x0_from_velocity(x_in, roles.generator(x_in, sigma_in, cond), sigma_in)
+        require_finite("the generator's sample", x_gen, sigma_in)
+        with torch.no_grad():
+            x_t = add_noise(x_gen, eps, sigma)
+            v_fake, v_real = roles.fake(x_t, sigma, cond), roles.real(x_t, sigma, cond)
+            if guidance != 1:
+                v_real = guided(v_real, roles.real(x_t, sigma, None), guidance)
+            x0_fake = x0_from_velocity(x_t, v_fake, sigma)
+            x0_real = x0_from_velocity(x_t, v_real, sigma)
+            g = dmd_gradient(x_gen, x0_real, x0_fake)
+            if gt_weight:
+                counts = sigma_in < 1 if gt_skip_noise else torch.ones_like(sigma_in)
+                g = g + gt_weight * _like(counts, g) * gt_gradient(x0_fake, x0)
+            require_finite("the generator's gradient", g, sigma)
+        # the gradient of mean(x_gen * stopgrad(g)): DMD2's scale. peer
+        # NOTE silent: the learning rate depends on this 1 / numel (but for Adam)
+        x_gen.backward(g.to(x_gen.dtype) / g.numel())
+    return health(x_gen.detach(), x0, x0_fake, x0_real, v_fake, v_real)
+
+
+def health(x_gen, x0, x0_fake, x0_real, v_fake, v_real):
+    """What losses do not tell, as detached numbers; the README has the healthy ranges."""
+    def rms(x):
+        return _accurate(x).square().mean().sqrt()
+
+    stats = {
+        "relative_gap": rms(x0_fake - x0_real) / rms(x0_real),
+        "cos_fake_real": torch.cosine_similarity(
+            _accurate(v_fake).flatten(1), _accurate(v_real).flatten(1)
+        ).mean(),
+        "gen_mean": x_gen.mean(), "gen_std": x_gen.std(), "data_std": x0.std(),
+    }  # fmt: skip
+    if x0.ndim == 5:  # frames are dim 2 of (B, C, T, H, W)
+        stats["motion"] = x_gen.diff(dim=2).abs().mean() / x0.diff(dim=2).abs().mean()
+    return stats
+
+
+# ---- 7. Backbones --------------------------------------------------------------------------------
+# A task has .backbone (see Roles), .device, .batches(rng) -> endless {'x0': (B, ...), 'cond': ...},
+# .on_log(step, generator) for pictures on the way, .finish(run) -> (result, table), and
+# .write_samples(generator, n, seed, path).
+
+
+def load_task(config):
+    """The model and data that `config` names, as a task."""
+    import toy  # the only import of the toy: everything of it lives there
+
+    return toy.task(config)
+
+
+# ---- 9. train() ----------------------------------------------------------------------------------
+
+
+def write_safetensors(path, tensors, info):
+    """Tensors and one JSON string under 'w2svd' in the header; whole or not at all."""
+    from safetensors.torch import save_file
+
+    half = path.with_suffix(".part")
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    save_file(tensors, half, metadata={"w2svd": json.dumps(info, sort_keys=True)})
+    os.replace(half, path)
+
+
+def read_safetensors(path):
+    """Back: (tensors, info). A file that is missing, truncated or not ours is refused."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            info = json.loads((file.metadata() or {})["w2svd"])
+            return {name: file.get_tensor(name) for name in file.keys()}, info
+    except FileNotFoundError as error:
+        raise Refused(f"{path} does not exist.") from error
+    except KeyError as error:
+        raise Refused(f"{path} was not written by w2svd: its header has no 'w2svd'.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Refused(f"{path} is not a whole safetensors file ({error}).") from error
+
+
+def lr_factor(config, iteration):
+    """Of both learning rates: 1, or falling linearly to .05 at the end."""
+    falling = 1 - 0.95 * iteration / config.iterations
+    return falling if config.lr_schedule == "linear" else 1.0
+
+
+def alpha_weak_at(config, iteration):
+    """alpha_weak of an iteration: constant, or down to 0 at half of the iterations."""
+    progress = min(1.0, 2 * iteration / config.iterations)
+    falling = {"constant": 1.0, "linear": 1 - progress,
+               "cosine": (1 + math.cos(math.pi * progress)) / 2}  # fmt: skip
+    return config.alpha_weak * falling[config.alpha_weak_schedule]
+
+
+class State:
+    """All that changes in training: the roles, their optimizers, the EMA, the random streams."""
+
+    def __init__(self, config, roles, device):
+        self.roles, self.iteration = roles, 0
+        decay = {"generator": 0.0, "fake": config.fake_weight_decay}
+        self.optimizers = {  # author-code: betas. No momentum, as the gradients' target moves
+            role: torch.optim.AdamW(roles.parameters(role), betas=(0.0, 0.999),
+                                    weight_decay=decay[role], fused=True)
+            for role in decay
+        }  # fmt: skip
+        self.ema = {n: p.detach().clone() for n, p in roles.state("generator").items()}
+        names = ("data", "input", "exit", "level", "noise")
+        self.rngs = {name: torch.Generator(device) for name in names}
+        for stream, rng in enumerate(self.rngs.values()):
+            rng.manual_seed(config.seed * 1000 + stream)
+
+    def update(self, role, lr, max_grad_norm):
+        """One optimizer step of the role on the gradients at hand; returns their norm."""
+        self.optimizers[role].param_groups[0]["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(self.roles.parameters(role), max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient of the {role} is not finite")
+        self.optimizers[role].step()
+        self.optimizers[role].zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def update_ema(self, decay):
+        for name, parameter in self.roles.state("generator").items():
+            self.ema[name].lerp_(parameter, 1 - decay)
+
+    @contextmanager
+    def averaged(self):
+        """The generator with its averaged weights, for sampling."""
+        current = {n: p.detach().clone() for n, p in self.roles.state("generator").items()}
+        self.roles.load("generator", self.ema)
+        try:
+            yield self.roles.generator
+        finally:
+            self.roles.load("generator", current)
+
+    def tensors(self):
+        """Everything as one flat {name: tensor}, for a checkpoint."""
+        flat = {f"ema/{name}": x for name, x in self.ema.items()}
+        flat |= {f"rng/{name}": rng.get_state() for name, rng in self.rngs.items()}
+        for role, optimizer in self.optimizers.items():
+            flat |= {f"{role}/{name}": x for name, x in self.roles.state(role).items()}
+            for i, slots in optimizer.state_dict()["state"].items():
+                flat |= {f"optimizer/{role}/{i}/{slot}": x for slot, x in slots.items()}
+        return flat
+
+    def restore(self, flat, iteration):
+        """The inverse of tensors()."""
+        def under(prefix):
+            return {n[len(prefix):]: x for n, x in flat.items() if n.startswith(prefix)}
+
+        self.iteration = iteration
+        self.ema = {name: x.to(self.ema[name].device) for name, x in under("ema/").items()}
+        for name, rng in self.rngs.items():
+            rng.set_state(flat[f"rng/{name}"])
+        for role, optimizer in self.optimizers.items():
+            self.roles.load(role, under(f"{role}/"))
+            slots = {}
+            for name, x in under(f"optimizer/{role}/").items():
+                i, slot = name.split("/")
+                slots.setdefault(int(i), {})[slot] = x
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+
+
+def iterate(config, state, data):
+    """One iteration: the fake's updates, then one of the generator. Returns detached numbers."""
+    roles, rngs = state.roles, state.rngs
+    sigmas = few_step_sigmas(config.steps, config.shift).to(rngs["noise"].device)
+
+    def draw(final=False):
+        batch = next(data)
+        x0 = batch["x0"]
+        x_in, sigma_in = generator_input(
+            roles, x0, batch["cond"], sigmas, config.generator_input, rngs, final
+        )
+        low, high, shift = config.sigma_low, config.sigma_high, config.sigma_shift
+        sigma = sample_sigma(len(x0), low, high, shift, rngs["level"])
+        eps = torch.randn(x0.shape, generator=rngs["noise"], device=x0.device, dtype=x0.dtype)
+        return batch, x_in, sigma_in, sigma, eps
+
+    roles.alpha_weak = alpha_weak_at(config, state.iteration)
+    slower = lr_factor(config, state.iteration)
+    warmup = config.fake_warmup if state.iteration == 0 else 0
+    for _ in range(warmup + config.fake_updates):
+        stats = fake_step(roles, *draw(final=config.fake_samples == "final"))
+        fake_norm = state.update("fake", config.fake_lr * slower, config.max_grad_norm)
+    stats |= generator_step(
+        roles, *draw(), config.gt_weight, config.gt_skip_noise, config.guidance
+    )
+    norm = state.update("generator", config.generator_lr * slower, config.max_grad_norm)
+    state.update_ema(config.ema)
+    state.iteration += 1
+    return stats | {"fake_grad_norm": fake_norm, "grad_norm": norm, "alpha_weak": roles.alpha_weak}
+
+
+def memory_mb(device):
+    """Memory in MB: of the process on a CPU, the peak of torch's allocations on a GPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def write_json(path, content):
+    half = path.with_suffix(".part")
+    half.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(half, path)
+
+
+def read_run(folder):
+    """The Config that a run folder was made with; a folder that is not one is refused."""
+    path = Path(folder) / "config.json"
+    try:
+        return Config(**json.loads(path.read_text())["config"])
+    except OSError as error:
+        raise Refused(f"{folder} is not a run folder: {path.name} cannot be read in it.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{path} is not the config of a run of this version ({error}).") from error
+
+
+def open_run(config):
+    """The run's folder, made if need be, and the config with its name; one in use is refused."""
+    folder, k = Path(config.out or f"runs/{config.model}"), 2
+    while not config.out and folder.exists():
+        folder, k = Path(f"runs/{config.model}-{k}"), k + 1
+    try:
+        in_use = folder.exists() and any(folder.iterdir())
+        if in_use and not config.resume:
+            raise Refused(f"{folder} is in use: name another --out, or go on in it with --resume.")
+        if in_use:
+            read_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".part").touch()
+        (folder / ".part").unlink()
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
+    return dataclasses.replace(config, out=str(folder)), folder
+
+
+def plan(config, task, roles):
+    """Numbers that follow from the config: parameters, shape, passes of each kind."""
+    once = config.steps // 2 if config.generator_input == "rollout" else 0  # mean exit
+    fakes, real = config.fake_updates, 1 + (config.guidance != 1)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "peft")}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                         capture_output=True, check=False)  # fmt: skip
+    return {
+        "backbone_parameters": sum(p.numel() for p in task.backbone.module.parameters())
+        - sum(p.numel() for role in roles.adapters for p in roles.parameters(role)),
+        "generator_parameters": sum(p.numel() for p in roles.parameters("generator")),
+        "fake_parameters": sum(p.numel() for p in roles.parameters("fake")),
+        "sample_shape": list(task.shape),
+        "sigmas": few_step_sigmas(config.steps, config.shift).tolist(),
+        "forwards_without_gradient_per_iteration": fakes * (1 + once) + once + 1 + real,
+        "forwards_with_gradient_per_iteration": fakes + 1,
+        "fake_updates_in_all": config.fake_warmup + fakes * config.iterations,
+        "versions": {"python": sys.version.split()[0], **versions},
+        "commit": git.stdout.strip() or "not in a git repository",
+    }
+
+
+def show(title, items):
+    print(f"{title}\n" + "\n".join(f"  {name:40} {value}" for name, value in items.items()))
+
+
+def last_checkpoint(folder):
+    found = sorted(folder.glob("checkpoint-*.safetensors"))
+    return found[-1] if found else None
+
+
+def resume_from(folder, state):
+    """Restore the newest checkpoint of the folder, and cut metrics.jsonl back to it."""
+    path, log = last_checkpoint(folder), folder / "metrics.jsonl"
+    if path:
+        tensors, info = read_safetensors(path)
+        state.restore(tensors, info["iteration"])
+    if log.exists():
+        lines = log.read_text().splitlines(keepends=True)
+        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= state.iteration]
+        log.write_text("".join(kept))
+
+
+@dataclass
+class Run:
+    """What a task gets to finish with: generator is the trained few-step velocity."""
+
+    folder: Path
+    config: Config
+    generator: typing.Callable
+    seconds: float
+    peak_rss_mb: float
+
+
+def generator_info(config, roles, iteration):
+    """The header of generator.safetensors: all that sampling needs besides the backbone."""
+    names = ("model", "data", "steps", "shift", "alpha_weak", "alpha_strong", "guidance", "seed")
+    return {name: getattr(config, name) for name in names} | {
+        "kind": config.generator, "rank": config.lora_rank, "lora_alpha": config.lora_rank,
+        "sigmas": few_step_sigmas(config.steps, config.shift).tolist(),
+        "iteration": iteration, "base_sum": roles.base_sum(),
+    }  # fmt: skip
+
+
+def train(config):
+    """Distil: the whole run, from the backbone to result.json. Returns the run's folder."""
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    folder = None
+    if not config.dry_run:
+        config, folder = open_run(config)
+    task = load_task(config)
+    torch.manual_seed(config.seed)
+    roles = Roles(task.backbone, config.lora_rank, config.alpha_weak, config.alpha_strong,
+                  config.generator, config.fake)  # fmt: skip
+    if config.checkpointing:
+        roles.use_checkpointing()
+    numbers = plan(config, task, roles)
+    show("config", dataclasses.asdict(config))
+    show("plan", numbers)
+    if config.dry_run:
+        return None
+    state = State(config, roles, task.device)
+    if config.resume:
+        resume_from(folder, state)
+    write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
+    data, base, peak = task.batches(state.rngs["data"]), roles.base_sum(), 0.0
+    bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
+    with bar, open(folder / "metrics.jsonl", "a") as log:
+        while state.iteration < config.iterations:
+            tick = time.perf_counter()
+            try:
+                stats = iterate(config, state, data)
+            except FloatingPointError as error:
+                raise Refused(f"Stopped in iteration {state.iteration + 1}: {error}; lower the "
+                              "learning rates, and go on with --resume.") from error  # fmt: skip
+            seconds, memory = time.perf_counter() - tick, memory_mb(task.device)
+            peak, end = max(peak, memory), state.iteration == config.iterations
+            bar.set_postfix_str(f"fake loss {float(stats['fake_loss']):.3f}, gap "
+                                f"{float(stats['relative_gap']):.3f}, {seconds * 1e3:.0f} ms, "
+                                f"{memory:.0f} MB", refresh=False)  # fmt: skip
+            bar.update()
+            if end or state.iteration % config.log_every == 0:
+                line = {"step": state.iteration, **{k: float(x) for k, x in stats.items()}}
+                line |= {"seconds": seconds, "memory_mb": memory}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                with state.averaged() as generator:
+                    task.on_log(state.iteration, generator)
+            if end or state.iteration % config.save_every == 0:
+                path = folder / f"checkpoint-{state.iteration:06}.safetensors"
+                write_safetensors(path, state.tensors(), {"iteration": state.iteration})
+    if roles.base_sum() != base:
+        raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
+    with state.averaged() as generator:
+        info = generator_info(config, roles, state.iteration)
+        write_safetensors(folder / "generator.safetensors", roles.state("generator"), info)
+        seconds = time.perf_counter() - started
+        result, table = task.finish(Run(folder, config, generator, seconds, peak))
+    write_json(folder / "result.json", result)
+    print(table)
+    return folder
+
+
+# ---- 10. Command line ----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Refused(f"{message}; see {self.prog} --help.")
+
+
+def parser():
+    """train's flags are the lines of Config, their comments the help."""
+    top = Parser(prog="w2svd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
+    distil = commands.add_parser("train", help="distil a backbone", allow_abbrev=False)
+    meaning = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    types = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        kind, flag = types[field.name], "--" + field.name.replace("_", "-")
+        how = {"type": kind}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is Literal:
+            how = {"choices": typing.get_args(kind)}
+        text = f"{meaning[field.name]} [{field.default}]".replace("%", "%%")
+        distil.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+    draw = commands.add_parser("sample", help="sample a finished run", allow_abbrev=False)
+    draw.add_argument("--run", required=True, help="a run folder, as runs/toy")
+    draw.add_argument("--n", type=int, default=1000, help="number of samples [1000]")
+    draw.add_argument("--out", required=True, help="toy: a .png, .gif or .safetensors file")
+    draw.add_argument("--seed", type=int, default=0, help="of the noise [0]")
+    return top
+
+
+def resolve(given):
+    """A whole Config: defaults, the model's preset, the given flags; or the resumed run's."""
+    if given.get("resume") and not given.get("out"):
+        raise Refused("--resume needs --out, the folder of the run to go on with.")
+    base = Config(**PRESETS[given.get("model", Config.model)])
+    if given.get("resume") and (Path(given["out"]) / "config.json").exists():
+        base = read_run(given["out"])
+        free = ("iterations", "resume", "out", "cache", "dry_run")
+        differ = [f"--{k.replace('_', '-')} is {getattr(base, k)} there, not {v}"
+                  for k, v in given.items() if k not in free and v != getattr(base, k)]  # fmt: skip
+        if differ:
+            raise Refused(f"{given['out']} was made with other settings: {'; '.join(differ)}.")
+        goal = given.get("iterations", base.iterations)
+        if goal < base.iterations:
+            raise Refused(f"--resume can only raise --iterations; they are {base.iterations}.")
+        schedules = {base.alpha_weak_schedule, base.lr_schedule}
+        if goal > base.iterations and schedules != {"constant"}:
+            raise Refused("--iterations cannot be raised here: the run has a schedule over them.")
+    config = dataclasses.replace(base, **given)
+    if config.fake == "full" and "alpha_weak" not in given:
+        config = dataclasses.replace(config, alpha_weak=0.0)  # its real DiT is the plain backbone
+    check(config, given)
+    return config
+
+
+def sample(run, n, out, seed):
+    """Draw n samples of a finished run's generator, with the grid of its header, into a file."""
+    config, out = read_run(run), Path(out)
+    if n < 1 or seed < 0:
+        raise Refused("--n must be at least 1, and --seed not negative.")
+    if not out.parent.is_dir():
+        raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
+    tensors, info = read_safetensors(Path(run) / "generator.safetensors")
+    task = load_task(config)
+    roles = Roles(task.backbone, info["rank"], config.alpha_weak, config.alpha_strong, info["kind"])
+    if roles.base_sum() != info["base_sum"]:
+        raise Refused(f"The backbone at hand is not the one that {run} was distilled from.")
+    roles.load("generator", tensors)
+    task.write_samples(roles.generator, torch.tensor(info["sigmas"]), n, seed, out)
+    print(f"{n} samples in {out}")
+
+
+def main(argv=None):
+    """Run a command; 0, or 2 after one sentence about what was refused."""
+    try:
+        given = vars(parser().parse_args(argv))
+        if given.pop("command") == "train":
+            train(resolve(given))
+        else:
+            sample(**given)
+    except Refused as error:
+        print(f"w2svd: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    from w2svd import main
+
+    sys.exit(main())
