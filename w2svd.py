@@ -57,6 +57,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +225,9 @@ class Roles:
         self.adapters = [role for role in kinds if kinds[role] == "lora"]
         for role in self.adapters:  # alpha = rank: loads at the right strength without metadata
             lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=backbone.lora_targets)
-            inject_adapter_in_model(lora, backbone.module, adapter_name=role)
+            with warnings.catch_warnings():  # peft warns of a second adapter, which is the method
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                inject_adapter_in_model(lora, backbone.module, adapter_name=role)
         self.layers = [m for m in backbone.module.modules() if isinstance(m, BaseTunerLayer)]
         # NOTE silent: adding the second adapter froze the first, so gradients are set after both
         backbone.module.requires_grad_(False)
@@ -242,12 +245,13 @@ class Roles:
         found = self.backbone.module.named_parameters()
         return {n.replace(mark, "."): p for n, p in found if mark in n and "lora_" in n}
 
-    def _switch(self, role):
+    def _switch(self, role, alpha=None):
         # NOTE silent: peft's set_adapter would also flip requires_grad, which loses the gradients
         # of a forward whose backward is still to come; so only the active name and scale change
-        self.role = role
         adapter = "fake" if role == "real" else role
-        alpha = {"fake": self.alpha_strong, "real": self.alpha_weak}.get(role, 1.0)
+        if alpha is None:
+            alpha = {"fake": self.alpha_strong, "real": self.alpha_weak}.get(role, 1.0)
+        self.role, self.alpha = role, alpha
         active = [adapter] if adapter in self.adapters and alpha else []
         for layer in self.layers:
             layer._active_adapter = active
@@ -255,14 +259,14 @@ class Roles:
                 layer.scaling[name] = alpha
 
     @contextmanager
-    def use(self, role):
+    def use(self, role, alpha=None):
         """The backbone plays `role` inside; the role before comes back, also after an exception."""
-        before = self.role
-        self._switch(role)
+        before = self.role, self.alpha
+        self._switch(role, alpha)
         try:
             yield
         finally:
-            self._switch(before)
+            self._switch(*before)
 
     def _velocity(self, role, x_t, sigma, cond):
         with self.use(role):
@@ -281,12 +285,13 @@ class Roles:
         """block(*args), recomputed in backward under the role of its forward."""
         if not torch.is_grad_enabled():
             return block(*args)
-        role = self.role
-        # NOTE silent: without context_fn a block is recomputed under whatever role is active at
-        # the time of the backward, and the gradient is wrong by tens of percent
+        role, alpha = self.role, self.alpha
+        # NOTE silent: without context_fn a block is recomputed under whatever role and alpha are
+        # active at the time of the backward, and the gradient is wrong by tens of percent
         return recompute_in_backward(
-            block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.use(role))
-        )
+            block, *args, use_reentrant=False,
+            context_fn=lambda: (nullcontext(), self.use(role, alpha)),
+        )  # fmt: skip
 
     def use_checkpointing(self):
         """Keep only the blocks' inputs for the backward, in every role."""
@@ -429,6 +434,7 @@ def fake_step(roles, batch, x_in, sigma_in, sigma, eps):
         v_fake = roles.fake(x_t, sigma, batch["cond"])
         require_finite("the fake's velocity", v_fake, sigma)
         loss = fake_loss(v_fake, x_gen, eps)
+        require_finite("the fake's loss", loss.expand(len(x_gen), 1), sigma)
         loss.backward()
     return {"fake_loss": loss.detach()}
 
@@ -480,9 +486,9 @@ def health(x_gen, x0, x0_fake, x0_real, v_fake, v_real):
 
 
 # ---- 7. Backbones --------------------------------------------------------------------------------
-# A task has .backbone (see Roles), .device, .batches(rng) -> endless {'x0': (B, ...), 'cond': ...},
-# .on_log(step, generator) for pictures on the way, .finish(run) -> (result, table), and
-# .write_samples(generator, n, seed, path).
+# A task has .backbone (see Roles), whose weights come with .load(), .device, .shape of a sample,
+# .batches(rng) -> endless {'x0': (B, ...), 'cond': ...}, .on_log(step, generator) for pictures on
+# the way, .finish(run) -> (result, table), .write_samples(generator, sigmas, n, seed, path).
 
 
 def load_task(config):
@@ -662,23 +668,30 @@ def read_run(folder):
         raise Refused(f"{path} is not the config of a run of this version ({error}).") from error
 
 
-def open_run(config):
-    """The run's folder, made if need be, and the config with its name; one in use is refused."""
+def choose_folder(config):
+    """The config with its run folder named; a folder in use is refused, and nothing is written."""
     folder, k = Path(config.out or f"runs/{config.model}"), 2
     while not config.out and folder.exists():
         folder, k = Path(f"runs/{config.model}-{k}"), k + 1
     try:
         in_use = folder.exists() and any(folder.iterdir())
-        if in_use and not config.resume:
-            raise Refused(f"{folder} is in use: name another --out, or go on in it with --resume.")
-        if in_use:
-            read_run(folder)
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
+    if in_use and not config.resume:
+        raise Refused(f"{folder} is in use: name another --out, or go on in it with --resume.")
+    if in_use:
+        read_run(folder)
+    return dataclasses.replace(config, out=str(folder))
+
+
+def make_folder(folder):
+    """Make the run folder and see that files can be written into it."""
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".part").touch()
         (folder / ".part").unlink()
     except OSError as error:
         raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
-    return dataclasses.replace(config, out=str(folder)), folder
 
 
 def plan(config, task, roles):
@@ -750,10 +763,11 @@ def train(config):
     from tqdm import tqdm
 
     started = time.perf_counter()
-    folder = None
+    config = choose_folder(config)
+    task, folder = load_task(config), Path(config.out)
     if not config.dry_run:
-        config, folder = open_run(config)
-    task = load_task(config)
+        make_folder(folder)
+        task.load()
     torch.manual_seed(config.seed)
     roles = Roles(task.backbone, config.lora_rank, config.alpha_weak, config.alpha_strong,
                   config.generator, config.fake)  # fmt: skip
@@ -871,7 +885,10 @@ def sample(run, n, out, seed):
     if not out.parent.is_dir():
         raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
     tensors, info = read_safetensors(Path(run) / "generator.safetensors")
+    if not {"rank", "kind", "sigmas", "base_sum"} <= set(info):
+        raise Refused(f"{run}/generator.safetensors is not a generator: its header says {info}.")
     task = load_task(config)
+    task.load()
     roles = Roles(task.backbone, info["rank"], config.alpha_weak, config.alpha_strong, info["kind"])
     if roles.base_sum() != info["base_sum"]:
         raise Refused(f"The backbone at hand is not the one that {run} was distilled from.")

@@ -48,20 +48,19 @@ class Stream(nn.Module):
 
 
 class DoubleBlock(nn.Module):
-    """Image and text keep their own weights and meet in one attention."""
+    """Image and text keep their own weights and meet in one attention; text may be absent."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, names):
         super().__init__()
         self.heads = heads
-        self.image, self.text = Stream(width), Stream(width)
+        self.streams = nn.ModuleDict({name: Stream(width) for name in names})
 
-    def forward(self, image, text, c):
-        streams, tokens = (self.image, self.text), [image, text]
+    def forward(self, c, *tokens):
+        streams, tokens = self.streams.values(), list(tokens)
         knobs = [s.modulation(c)[:, None].chunk(6, dim=-1) for s in streams]
         qkv = [s.qkv(modulate(x, m[0], m[1])) for s, x, m in zip(streams, tokens, knobs)]
-        mixed = attend(torch.cat(qkv, dim=1), self.heads).split(
-            [image.shape[1], text.shape[1]], dim=1
-        )
+        mixed = attend(torch.cat(qkv, dim=1), self.heads)
+        mixed = mixed.split([x.shape[1] for x in tokens], dim=1)
         for i, (s, m) in enumerate(zip(streams, knobs)):
             tokens[i] = tokens[i] + m[2] * s.proj(mixed[i])
             tokens[i] = tokens[i] + m[5] * s.mlp(modulate(tokens[i], m[3], m[4]))
@@ -78,7 +77,7 @@ class SingleBlock(nn.Module):
         self.linear_in = nn.Linear(width, 7 * width)  # qkv and the MLP's hidden layer
         self.linear_out = nn.Linear(5 * width, width)
 
-    def forward(self, x, c):
+    def forward(self, c, x):
         shift, scale, gate = self.modulation(c)[:, None].chunk(3, dim=-1)
         hidden = self.linear_in(modulate(x, shift, scale))
         qkv, mlp = hidden.split([3 * self.width, 4 * self.width], dim=-1)
@@ -89,7 +88,8 @@ class SingleBlock(nn.Module):
 class DiT(nn.Module):
     """velocity(x_t (B, *shape), sigma (B,), labels (B,) or None) -> v (B, *shape).
 
-    `labels` counts the known labels; None reads as the extra label 'no text'.
+    `labels` counts the captions that it knows. Without any there are no text tokens; with some,
+    None reads as one more caption, 'no caption'.
     """
 
     # every linear layer of the blocks; with two blocks, an adapter off the modulation can hardly
@@ -104,9 +104,10 @@ class DiT(nn.Module):
         tokens = self.grid[1] * self.grid[2] * self.grid[3] * self.grid[0] // size
         self.embed = nn.Linear(size, width)
         self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
-        self.text = nn.Embedding(labels + 1, width)
+        self.text = nn.Embedding(labels + 1, width) if labels else None
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.double_blocks = nn.ModuleList(DoubleBlock(width, heads) for _ in range(double))
+        names = ("image", "text") if labels else ("image",)
+        self.double_blocks = nn.ModuleList(DoubleBlock(width, heads, names) for _ in range(double))
         self.single_blocks = nn.ModuleList(SingleBlock(width, heads) for _ in range(single))
         self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, size)
@@ -116,25 +117,25 @@ class DiT(nn.Module):
                 nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
     def forward(self, x_t, sigma, labels=None):
-        if labels is None:
-            labels = torch.full(x_t.shape[:1], self.text.num_embeddings - 1, device=x_t.device)
         pt, ph, pw = self.patch
         cells = "b c (t pt) (h ph) (w pw)"
         image = rearrange(
             x_t.reshape(-1, *self.grid), f"{cells} -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw
         )
-        image = self.embed(image) + self.position                       # (B, N, D)
-        text = self.text(labels)                                        # (B, D)
-        c = self.time(sinusoidal(sigma, text.shape[-1])) + text         # (B, D)
-        text = c[:, None]  # text tokens know the noise level, as behind HunyuanVideo's refiner
+        tokens = [self.embed(image) + self.position]                    # (B, N, D)
+        c = self.time(sinusoidal(sigma, self.position.shape[-1]))       # (B, D)
+        if self.text:
+            nothing = torch.full(x_t.shape[:1], self.text.num_embeddings - 1, device=x_t.device)
+            c = c + self.text(nothing if labels is None else labels)
+            tokens.append(c[:, None])  # the noise level too, as behind HunyuanVideo's refiner
         c = F.silu(c)
         for block in self.double_blocks:
-            image, text = self.run(block, image, text, c)
-        x = torch.cat([image, text], dim=1)
+            tokens = self.run(block, c, *tokens)
+        x = torch.cat(tokens, dim=1)
         for block in self.single_blocks:
-            x = self.run(block, x, c)
+            x = self.run(block, c, x)
         shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)
-        v = self.final(modulate(x[:, : image.shape[1]], shift, scale))
+        v = self.final(modulate(x[:, : len(self.position)], shift, scale))
         _, t, h, w = self.grid
         v = rearrange(
             v, f"b (t h w) (c pt ph pw) -> {cells}",

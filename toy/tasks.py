@@ -140,10 +140,12 @@ class Task:
         self.shape = self.mixture.shape
         if config.guidance != 1 and not self.recipe.labels:
             raise Refused("--guidance needs captions to guide by; of the toys, videos has them.")
-        module = build(self.mixture, self.recipe) if config.dry_run else cached_backbone(
-            self.mixture, config)  # fmt: skip
-        self.backbone = Backbone(module.requires_grad_(False))
+        self.backbone = Backbone(build(self.mixture, self.recipe))
         self.sigmas = few_step_sigmas(config.steps, config.shift)
+
+    def load(self):
+        """The trained backbone: a minute without a cache."""
+        self.backbone.module = cached_backbone(self.mixture, self.config).requires_grad_(False)
 
     def batches(self, rng):
         while True:
@@ -157,16 +159,17 @@ class Task:
             n, *self.shape, generator=rng
         )
 
-    def few_step(self, generator, n, seed):
+    def few_step(self, generator, sigmas, n, seed):
         cond, noise = self.start(n, seed)
         rng = torch.Generator().manual_seed(seed + 1)
-        return few_step_sample(generator, noise, self.sigmas, cond, rng)
+        return few_step_sample(generator, noise, sigmas, cond, rng)
 
     def on_log(self, step, generator):
         """Keep a few samples in the run folder: frames of the animation, also after a resume."""
         folder = Path(self.config.out) / "frames"
         folder.mkdir(exist_ok=True)
-        samples = self.few_step(generator, 6 if len(self.shape) > 1 else 1000, seed=1)
+        n = 6 if len(self.shape) > 1 else 1000
+        samples = self.few_step(generator, self.sigmas, n, seed=1)
         write_safetensors(folder / f"{step:06}.safetensors", {"samples": samples}, {"step": step})
 
     def finish(self, run):
@@ -183,7 +186,7 @@ class Task:
         }
         steps = self.config.steps
         student = f"student, {steps} step{'s' * (steps > 1)}"
-        samples[student] = self.few_step(run.generator, n, seed=2)
+        samples[student] = self.few_step(run.generator, self.sigmas, n, seed=2)
         values = {name: measure(x) for name, x in samples.items()}
         self.pictures(run.folder, samples, values, student)
         floor, *euler, ours = values.values()
@@ -212,13 +215,13 @@ class Task:
             plots.samples_2d(folder / "samples.png", self.mixture, panels)
             plots.training_gif_2d(folder / "training.gif", self.mixture, frames)
 
-    def write_samples(self, generator, n, seed, path):
+    def write_samples(self, generator, sigmas, n, seed, path):
         """n samples as a picture (.png), an animation (.gif, videos only) or .safetensors."""
         kinds = (".png", ".safetensors") + (".gif",) * (len(self.shape) > 1)
         if path.suffix not in kinds:
             raise Refused(f"--out must end in {' or '.join(kinds)}, not {path.name!r}.")
-        samples = self.few_step(generator, n, seed)
-        rows = [(f"student, {self.config.steps} steps", samples)]
+        samples = self.few_step(generator, sigmas, n, seed)
+        rows = [(f"student, {len(sigmas) - 1} steps", samples)]
         if path.suffix == ".safetensors":
             write_safetensors(path, {"samples": samples}, {"seed": seed, "n": n})
         elif len(self.shape) == 1:

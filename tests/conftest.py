@@ -1,0 +1,69 @@
+"""Shared by the tests: one thread, and tiny backbones in which every weight has an effect."""
+
+import pytest
+import torch
+
+from toy.dit import DiT
+from toy.tasks import Backbone
+from w2svd import Roles, few_step_sigmas
+
+torch.set_num_threads(1)
+
+POINT, VIDEO = (2,), (2, 4, 4, 4)
+TWO_CAPTIONS = 2
+
+
+@torch.no_grad()
+def randomise(parameters, seed, scale):
+    """Zero-initialised weights (adaLN-Zero, LoRA's B) would hide every error behind them."""
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.add_(scale * torch.randn(parameter.shape, generator=rng))
+
+
+@pytest.fixture
+def new_backbone():
+    """new_backbone(shape): always the same frozen, random DiT of this shape, in a new copy."""
+
+    def make(shape=POINT):
+        patch = (1, 1, 1) if len(shape) == 1 else (2, 2, 2)
+        module = DiT(shape, 8, 2, double=1, single=1, patch=patch, labels=TWO_CAPTIONS)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.zero_()
+        randomise(module.parameters(), seed=1, scale=0.3)
+        return Backbone(module.requires_grad_(False))
+
+    return make
+
+
+@pytest.fixture
+def new_roles(new_backbone):
+    """new_roles(shape, ...): Roles on that DiT; what they train is random, always the same."""
+
+    def make(shape=POINT, alpha_weak=0.25, alpha_strong=1.0, rank=3, backbone=None, **kinds):
+        roles = Roles(backbone or new_backbone(shape), rank, alpha_weak, alpha_strong, **kinds)
+        for seed, role in enumerate(("generator", "fake"), start=2):
+            lora = role in roles.adapters
+            with torch.no_grad():
+                for parameter in roles.parameters(role) if lora else ():
+                    parameter.zero_()
+            randomise(roles.parameters(role), seed, scale=0.3 if lora else 0.05)
+        return roles
+
+    return make
+
+
+@pytest.fixture
+def draw():
+    """draw(shape): the arguments of fake_step and generator_step, always the same numbers."""
+
+    def make(shape=POINT, n=4):
+        rng = torch.Generator().manual_seed(9)
+        x0, x_in, eps = torch.randn(3, n, *shape, generator=rng)
+        cond = torch.randint(TWO_CAPTIONS, (n,), generator=rng)
+        sigma_in = few_step_sigmas(4, 5.0)[torch.arange(n) % 4]  # the first is pure noise
+        sigma = 0.1 + 0.8 * torch.rand(n, generator=rng)
+        return {"x0": x0, "cond": cond}, x_in, sigma_in, sigma, eps
+
+    return make

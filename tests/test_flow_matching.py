@@ -1,0 +1,238 @@
+"""Section 2 and the samplers: noise, velocity, score, grids, few-step and Euler sampling.
+
+References: numbers worked out by hand, torch.distributions' normals with autograd, exact mixtures,
+and diffusers' FlowMatchEulerDiscreteScheduler step for step. Run: python -m pytest
+tests/test_flow_matching.py, 8 seconds on one core, most of it the import of diffusers.
+"""
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from toy.mixtures import GaussianMixture
+from w2svd import (
+    add_noise,
+    euler_sample,
+    few_step_sample,
+    few_step_sigmas,
+    guided,
+    sample_sigma,
+    score_from_velocity,
+    shift_sigma,
+    x0_from_velocity,
+)
+
+MEAN = torch.tensor([0.7, -1.2], dtype=torch.float64)
+COVARIANCE = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
+
+
+def randn(*size, seed=0, dtype=torch.float64):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def one_gaussian():
+    return GaussianMixture(torch.ones(1), MEAN[None], COVARIANCE[None])
+
+
+# -------------------------------------------------------------------- the path of one sample
+
+
+def test_noise_level_0_is_the_sample_1_is_the_noise_and_between_is_the_straight_line():
+    x0, eps = randn(3, 2), randn(3, 2, seed=1)
+    assert torch.equal(add_noise(x0, eps, 0.0), x0)
+    assert torch.equal(add_noise(x0, eps, 1.0), eps)
+    torch.testing.assert_close(add_noise(x0, eps, 0.25), 0.75 * x0 + 0.25 * eps, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3, 4, 5)], ids=["points", "videos"])
+def test_each_sample_has_its_own_noise_level_and_a_float_is_the_level_of_all(shape):
+    x, y = randn(3, *shape), randn(3, *shape, seed=1)
+    sigma = torch.tensor([0.125, 0.5, 1.0], dtype=torch.float64)
+    for function in (add_noise, x0_from_velocity, score_from_velocity):
+        together = function(x, y, sigma)
+        assert together.shape == x.shape
+        for i, level in enumerate(sigma.tolist()):  # 1/8, 1/2, 1: exact as float32 too
+            assert torch.equal(together[i : i + 1], function(x[i : i + 1], y[i : i + 1], level))
+
+
+def test_the_velocity_of_one_sample_leads_back_to_it_and_scores_its_noise():
+    x0, eps = randn(3, 2), randn(3, 2, seed=1)
+    sigma = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    x_t, v = add_noise(x0, eps, sigma), eps - x0
+    torch.testing.assert_close(x0_from_velocity(x_t, v, sigma), x0, rtol=0, atol=1e-14)
+    # grad_x_t log N(x_t; (1 - sigma) x0, sigma^2) = -eps / sigma
+    score = score_from_velocity(x_t, v, sigma)
+    torch.testing.assert_close(score, -eps / sigma[:, None], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 0.95, 1.0])
+def test_score_and_clean_sample_of_a_gaussian_are_autograds_and_tweedies(sigma):
+    """score = grad log p(x_t), and (1 - sigma) E[x0 | x_t] = x_t + sigma^2 score."""
+    level = torch.full((6,), sigma, dtype=torch.float64)
+    x_t = (2 * randn(6, 2)).requires_grad_()
+    S = (1 - sigma) ** 2 * COVARIANCE + sigma**2 * torch.eye(2, dtype=torch.float64)
+    log_prob = MultivariateNormal((1 - sigma) * MEAN, S).log_prob(x_t).sum()
+    (exact,) = torch.autograd.grad(log_prob, x_t)
+    x_t = x_t.detach()
+    v = one_gaussian().velocity(x_t, level)
+    torch.testing.assert_close(score_from_velocity(x_t, v, level), exact, rtol=1e-10, atol=1e-12)
+    x0 = x0_from_velocity(x_t, v, level)
+    tweedie = x_t + sigma**2 * exact
+    torch.testing.assert_close((1 - sigma) * x0, tweedie, rtol=1e-10, atol=1e-12)
+
+
+def test_guidance_is_off_at_1_ignores_the_condition_at_0_and_extrapolates_beyond():
+    v_cond, v_uncond = torch.tensor([[3.0, -1.0]]), torch.tensor([[1.0, 2.0]])
+    assert torch.equal(guided(v_cond, v_uncond, 1.0), v_cond)
+    assert torch.equal(guided(v_cond, v_uncond, 0.0), v_uncond)
+    assert torch.equal(guided(v_cond, v_uncond, 3.0), torch.tensor([[7.0, -7.0]]))
+
+
+# -------------------------------------------------------------------- noise levels
+
+
+def test_the_shift_multiplies_the_odds_of_the_noise_level():
+    sigma = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    shifted = shift_sigma(sigma, 5.0)
+    torch.testing.assert_close(shifted / (1 - shifted), 5 * sigma / (1 - sigma), rtol=1e-12, atol=0)
+    assert torch.equal(shift_sigma(sigma, 1.0), sigma)
+    ends = torch.tensor([0.0, 1.0])
+    assert torch.equal(shift_sigma(ends, 5.0), ends)
+
+
+def test_the_four_step_grid_of_shift_5_is_that_of_the_paper():
+    """Evenly spaced 1, 3/4, 1/2, 1/4, 0, shifted once: 1, 15/16, 5/6, 5/8, 0."""
+    grid = few_step_sigmas(4, 5.0)
+    assert grid.dtype == torch.float32
+    assert torch.equal(grid, torch.tensor([1, 15 / 16, 5 / 6, 5 / 8, 0]))
+
+
+def test_every_grid_falls_from_exactly_1_to_exactly_0():
+    assert few_step_sigmas(1, 7.0).tolist() == [1.0, 0.0]
+    assert few_step_sigmas(4, 1.0).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    for steps in (2, 3, 28, 50):
+        grid = few_step_sigmas(steps, 5.0)
+        assert len(grid) == steps + 1 and grid[0] == 1 and grid[-1] == 0
+        assert (grid.diff() < 0).all()
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_noise_levels_are_uniform_between_low_and_high_and_then_shifted_once(shift):
+    """Kolmogorov-Smirnov against the exact distribution; the bound is passed 999 times in 1000."""
+    n, low, high = 20_000, 0.1, 0.7
+    sigma = sample_sigma(n, low, high, shift, torch.Generator().manual_seed(0))
+    assert sigma.shape == (n,) and sigma.dtype == torch.float32
+    u = sigma.double() / (shift - (shift - 1) * sigma.double())  # the inverse of the shift
+    assert u.min() >= low - 1e-6 and u.max() <= high + 1e-6
+    uniform = ((u - low) / (high - low)).sort().values
+    steps = torch.arange(1, n + 1, dtype=torch.float64) / n
+    assert (uniform - steps).abs().max() < 1.95 / n**0.5
+
+
+def test_the_same_generator_state_gives_the_same_noise_levels():
+    first, second = (
+        sample_sigma(5, 0.02, 0.98, 5.0, torch.Generator().manual_seed(3)) for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+# -------------------------------------------------------------------- samplers
+
+
+def network(x, sigma, cond):
+    """Any nonlinear velocity that depends on all it is given."""
+    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    return torch.sin(2 * x + 3 * sigma) + cond.reshape(sigma.shape) * x
+
+
+def scheduler_states(sigmas, noise, cond, rng, stochastic):
+    """The states of diffusers' scheduler, on our grid and without a shift of its own."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=stochastic)
+    scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
+    assert torch.equal(scheduler.sigmas, sigmas)
+    states = [noise]
+    for t, sigma in zip(scheduler.timesteps, sigmas):
+        v = network(states[-1], sigma.expand(len(noise)), cond)
+        states.append(scheduler.step(v, t, states[-1], generator=rng).prev_sample)
+    return states
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3, 4, 4)], ids=["points", "videos"])
+def test_few_step_sampling_is_diffusers_stochastic_scheduler_at_every_step(shape):
+    sigmas, noise = few_step_sigmas(4, 5.0), randn(3, *shape, dtype=torch.float32)
+    cond = torch.tensor([0.0, 0.5, 1.0])
+    rng = torch.Generator().manual_seed(7)
+    states = scheduler_states(sigmas, noise, cond, rng, stochastic=True)
+    for k, state in enumerate(states):
+        rng = torch.Generator().manual_seed(7)
+        ours = few_step_sample(network, noise, sigmas[: k + 1], cond, rng)
+        torch.testing.assert_close(ours, state, rtol=1e-6, atol=1e-6)
+
+
+def test_few_step_sampling_without_a_generator_draws_from_torchs_global_one():
+    sigmas, noise = few_step_sigmas(4, 5.0), randn(3, 2, dtype=torch.float32)
+    cond = torch.ones(3)
+    torch.manual_seed(7)
+    state = scheduler_states(sigmas, noise, cond, None, stochastic=True)[-1]
+    torch.manual_seed(7)
+    ours = few_step_sample(network, noise, sigmas, cond)
+    torch.testing.assert_close(ours, state, rtol=1e-6, atol=1e-6)
+
+
+def test_a_grid_cut_before_its_0_gives_the_noised_state_and_a_whole_one_the_clean_sample():
+    """A velocity that points at one sample: the state is that sample plus the step's new noise."""
+    target, noise = randn(3, 2, dtype=torch.float32), randn(3, 2, seed=1, dtype=torch.float32)
+
+    def velocity(x, sigma, cond):
+        return (x - target) / sigma[:, None]
+
+    sigmas = few_step_sigmas(4, 5.0)
+    rng = torch.Generator().manual_seed(7)
+    fresh = [torch.randn(3, 2, generator=rng) for _ in range(4)]
+    for k in (1, 2, 3):
+        rng.manual_seed(7)
+        state = few_step_sample(velocity, noise, sigmas[: k + 1], rng=rng)
+        expected = (1 - sigmas[k]) * target + sigmas[k] * fresh[k - 1]
+        torch.testing.assert_close(state, expected, rtol=0, atol=1e-5)
+    clean = few_step_sample(velocity, noise, sigmas, rng=rng)
+    torch.testing.assert_close(clean, target, rtol=0, atol=1e-5)
+
+
+def test_euler_sampling_is_diffusers_deterministic_scheduler():
+    sigmas, noise = few_step_sigmas(10, 5.0), randn(3, 2, dtype=torch.float32)
+    cond = torch.tensor([0.0, 0.5, 1.0])
+    states = scheduler_states(sigmas, noise, cond, None, stochastic=False)
+    ours = euler_sample(network, noise, sigmas, cond)
+    torch.testing.assert_close(ours, states[-1], rtol=1e-6, atol=1e-6)
+
+
+def test_samplers_build_no_graph():
+    scale = torch.ones((), requires_grad=True)
+    for sampler in (few_step_sample, euler_sample):
+        x = sampler(lambda x, sigma, cond: scale * x, randn(3, 2), few_step_sigmas(2, 1.0))
+        assert not x.requires_grad
+
+
+def test_euler_sampling_of_one_gaussian_converges_to_its_moments_at_first_order():
+    """Its flow is linear, so four noise points with the moments of N(0, I) are all it takes."""
+    eye = torch.eye(2, dtype=torch.float64)
+    noise, errors = 2**0.5 * torch.cat([eye, -eye]), []
+    for steps in (100, 200):
+        x = euler_sample(one_gaussian().velocity, noise, few_step_sigmas(steps, 1.0))
+        covariance = (x - x.mean(0)).T @ (x - x.mean(0)) / 4
+        errors.append(torch.cat([x.mean(0) - MEAN, (covariance - COVARIANCE).flatten()]))
+    assert errors[1].abs().max() < 1e-2
+    assert (2 * errors[1] - errors[0]).abs().max() < 1e-4  # what the first order does not explain
+
+
+def test_euler_sampling_of_a_mixture_gives_its_moments():
+    means = torch.tensor([[-1.0, 0.3], [1.2, 0.8], [0.1, -1.0]])
+    variances = torch.tensor([0.02, 0.1, 0.3])
+    mixture = GaussianMixture(torch.tensor([0.2, 0.5, 0.3]), means, variances)
+    n = 4096
+    x = euler_sample(mixture.velocity, randn(n, 2), few_step_sigmas(100, 1.0))
+    tolerance = 4 / n**0.5  # of sample means and covariances of variables of variance near 1
+    torch.testing.assert_close(x.mean(0), mixture.mean(), rtol=0, atol=tolerance)
+    torch.testing.assert_close(x.T.cov(), mixture.covariance(), rtol=0, atol=2 * tolerance)

@@ -1,0 +1,428 @@
+"""Section 3: one frozen backbone plays generator, real and fake through two adapters.
+
+References: the plain backbone, the same with merged weights W + alpha B A computed here, gradients
+without checkpointing, hashes of the frozen weights. Run: python -m pytest tests/test_roles.py,
+10 seconds on one core.
+"""
+
+import hashlib
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import w2svd
+from w2svd import Refused, fake_step, generator_step
+
+POINT, VIDEO = (2,), (2, 4, 4, 4)
+SHAPES = pytest.mark.parametrize("shape", [POINT, VIDEO], ids=["points", "videos"])
+ROLES = ("generator", "real", "fake")
+
+
+def inputs(draw, shape=POINT):
+    batch, x_in, _, sigma, _ = draw(shape)
+    return x_in, sigma, batch["cond"]
+
+
+def frozen_hash(module):
+    """sha256 of every tensor that is no adapter's; peft puts '.base_layer' into the names."""
+    digest = hashlib.sha256()
+    tensors = {n.replace(".base_layer", ""): x for n, x in module.state_dict().items()}
+    for name in sorted(n for n in tensors if "lora_" not in n):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def merged(plain, state, alpha):
+    """The plain module's weights with alpha B A added, {name: tensor}."""
+    weights = dict(plain.named_parameters())
+    for name, A in state.items():
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            B = state[f"{layer}.lora_B.weight"]
+            weights[f"{layer}.weight"] = weights[f"{layer}.weight"] + alpha * B @ A
+    return weights
+
+
+def step_both(roles, draws, optimizers):
+    for step, role in ((fake_step, "fake"), (generator_step, "generator")):
+        step(roles, *draws)
+        optimizers[role].step()
+        optimizers[role].zero_grad()
+
+
+def adam(roles):
+    return {r: torch.optim.Adam(roles.parameters(r), 1e-2) for r in ("generator", "fake")}
+
+
+# -------------------------------------------------------------------- what each role computes
+
+
+@SHAPES
+def test_each_role_is_the_plain_backbone_with_its_merged_weights(
+    new_roles, new_backbone, draw, shape
+):
+    roles, plain = new_roles(shape, alpha_weak=0.25, alpha_strong=1.5), new_backbone(shape).module
+    x_t, sigma, cond = inputs(draw, shape)
+    base, outputs = plain(x_t, sigma, cond), {}
+    for role, adapter, alpha in (
+        ("generator", "generator", 1.0), ("real", "fake", 0.25), ("fake", "fake", 1.5)
+    ):  # fmt: skip
+        weights = merged(plain, roles.state(adapter), alpha)
+        expected = functional_call(plain, weights, (x_t, sigma, cond))
+        outputs[role] = getattr(roles, role)(x_t, sigma, cond)
+        torch.testing.assert_close(outputs[role], expected, rtol=1e-5, atol=1e-5)
+        assert (outputs[role] - base).abs().max() > 1e-2  # the adapter has an effect to speak of
+    assert (outputs["fake"] - outputs["generator"]).abs().max() > 1e-2
+
+
+@SHAPES
+def test_without_a_role_the_adapters_are_off_bit_for_bit(new_roles, new_backbone, draw, shape):
+    roles, plain = new_roles(shape, alpha_weak=0.0), new_backbone(shape)
+    x_t, sigma, cond = inputs(draw, shape)
+    expected = plain.velocity(x_t, sigma, cond)
+    assert roles.role is None
+    assert torch.equal(roles.backbone.velocity(x_t, sigma, cond), expected)
+    assert torch.equal(roles.real(x_t, sigma, cond), expected)  # alpha_weak = 0 is no adapter
+
+
+def test_new_adapters_change_nothing_until_they_are_trained(new_backbone, draw):
+    roles, plain = w2svd.Roles(new_backbone(), 3, 0.25, 1.0), new_backbone()
+    expected = plain.velocity(*inputs(draw))
+    for role in ROLES:
+        assert torch.equal(getattr(roles, role)(*inputs(draw)), expected)
+
+
+def test_alpha_weak_may_change_at_run_time_and_moves_the_real_dit_alone(
+    new_roles, new_backbone, draw
+):
+    roles, plain, at = new_roles(alpha_weak=0.25), new_backbone().module, inputs(draw)
+    before = {role: getattr(roles, role)(*at) for role in ROLES}
+    roles.alpha_weak = 0.75
+    expected = functional_call(plain, merged(plain, roles.state("fake"), 0.75), at)
+    torch.testing.assert_close(roles.real(*at), expected, rtol=1e-5, atol=1e-5)
+    assert (roles.real(*at) - before["real"]).abs().max() > 1e-2
+    for role in ("generator", "fake"):
+        assert torch.equal(getattr(roles, role)(*at), before[role])
+
+
+# -------------------------------------------------------------------- switching
+
+
+def test_roles_nest_and_the_one_before_comes_back(new_roles, draw):
+    roles, at = new_roles(), inputs(draw)
+    velocity = {role: getattr(roles, role)(*at) for role in ROLES}
+
+    def active():
+        out = roles.backbone.velocity(*at)
+        return [role for role in ROLES if torch.equal(out, velocity[role])]
+
+    with roles.use("fake"):
+        assert active() == ["fake"]
+        with roles.use("generator"):
+            roles.real(*at)
+            assert active() == ["generator"]
+        assert active() == ["fake"]
+        with roles.use(None):
+            assert active() == []
+        assert active() == ["fake"]
+    assert roles.role is None and active() == []
+
+
+def test_the_role_before_comes_back_after_an_exception(new_roles, draw):
+    roles, at = new_roles(), inputs(draw)
+    fake, velocity = roles.fake(*at), roles.backbone.velocity
+
+    def fails(*args):
+        raise KeyError("in the backbone")
+
+    with roles.use("fake"):
+        with pytest.raises(ZeroDivisionError), roles.use("generator"):
+            raise ZeroDivisionError
+        roles.backbone.velocity = fails
+        with pytest.raises(KeyError):
+            roles.generator(*at)
+        roles.backbone.velocity = velocity
+        assert roles.role == "fake" and torch.equal(velocity(*at), fake)
+    assert roles.role is None
+
+
+def test_switching_roles_between_forward_and_backward_loses_no_gradient(new_roles, draw):
+    roles = new_roles()
+    loss = roles.generator(*inputs(draw)).square().sum()
+    expected = torch.autograd.grad(loss, roles.parameters("generator"), retain_graph=True)
+    for role in ROLES:
+        getattr(roles, role)(*inputs(draw))
+    with roles.use("fake"):
+        loss.backward()
+    for parameter, gradient in zip(roles.parameters("generator"), expected):
+        assert parameter.grad is not None and torch.equal(parameter.grad, gradient)
+
+
+# -------------------------------------------------------------------- what trains
+
+
+def test_both_adapters_and_nothing_else_require_gradients(new_roles):
+    roles = new_roles()
+    trained = [p for role in ("generator", "fake") for p in roles.parameters(role)]
+    assert trained and all(p.requires_grad and p.dtype == torch.float32 for p in trained)
+    everything = [p for p in roles.backbone.module.parameters() if p.requires_grad]
+    assert {id(p) for p in everything} == {id(p) for p in trained}
+    assert len({id(p) for p in trained}) == len(trained)  # no parameter has two roles
+
+
+def test_adapters_of_a_bf16_backbone_are_trained_in_float32(new_backbone, new_roles, draw):
+    backbone = new_backbone()
+    backbone.module.bfloat16()
+    roles = new_roles(backbone=backbone)
+    for role in ("generator", "fake"):
+        assert all(p.dtype == torch.float32 and p.requires_grad for p in roles.parameters(role))
+    kinds = {p.dtype for p in backbone.module.parameters() if not p.requires_grad}
+    assert kinds == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kinds", [{}, {"generator": "full"}, {"fake": "full"}], ids=str)
+def test_each_step_gives_gradients_to_its_own_role_alone(new_roles, draw, kinds):
+    roles = new_roles(VIDEO, **kinds)
+    for step, own, other in (
+        (fake_step, "fake", "generator"), (generator_step, "generator", "fake")
+    ):  # fmt: skip
+        step(roles, *draw(VIDEO))
+        assert all(p.grad is None for p in roles.parameters(other))
+        assert all(p.grad is not None for p in roles.parameters(own))
+        assert sum(p.grad.abs().sum() for p in roles.parameters(own)) > 0
+        for parameter in roles.parameters(own):
+            parameter.grad = None
+    assert all(p.grad is None for p in roles.backbone.module.parameters())
+
+
+def test_optimizer_steps_move_the_own_role_and_never_the_other(new_roles, draw):
+    roles = new_roles()
+    optimizers = adam(roles)
+    for step, own, other in (
+        (fake_step, "fake", "generator"), (generator_step, "generator", "fake")
+    ):  # fmt: skip
+        before = {r: [p.detach().clone() for p in roles.parameters(r)] for r in (own, other)}
+        step(roles, *draw())
+        for role in (own, other):  # also the optimizer whose role should have no gradients
+            optimizers[role].step()
+            optimizers[role].zero_grad()
+        assert all(torch.equal(p, q) for p, q in zip(roles.parameters(other), before[other]))
+        assert not any(torch.equal(p, q) for p, q in zip(roles.parameters(own), before[own]))
+
+
+@pytest.mark.parametrize("kinds", [{}, {"generator": "full", "fake": "full"}], ids=["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_the_backbone_does_not_move_in_training(
+    new_roles, new_backbone, draw, kinds, checkpointing
+):
+    roles, expected = new_roles(VIDEO, **kinds), frozen_hash(new_backbone(VIDEO).module)
+    if checkpointing:
+        roles.use_checkpointing()
+    optimizers, sum_before = adam(roles), roles.base_sum()
+    assert frozen_hash(roles.backbone.module) == expected
+    for _ in range(3):
+        step_both(roles, draw(VIDEO), optimizers)
+    assert frozen_hash(roles.backbone.module) == expected
+    assert roles.base_sum() == sum_before
+
+
+def test_the_cheap_fingerprint_tells_backbones_apart(new_roles, new_backbone):
+    other = new_backbone()
+    with torch.no_grad():
+        for parameter in other.module.parameters():
+            parameter.mul_(1.001)
+    assert new_roles().base_sum() == new_roles().base_sum()
+    assert new_roles(backbone=other).base_sum() != new_roles().base_sum()
+
+
+def test_full_roles_own_their_copies_and_the_real_dit_is_the_plain_backbone(
+    new_roles, new_backbone, draw
+):
+    roles, at = new_roles(generator="full", fake="full"), inputs(draw)
+    plain = new_backbone().velocity(*at)
+    optimizers = adam(roles)
+    step_both(roles, draw(), optimizers)
+    assert torch.equal(roles.real(*at), plain)
+    generator, fake = roles.generator(*at), roles.fake(*at)
+    assert not torch.equal(generator, plain) and not torch.equal(fake, plain)
+    assert not torch.equal(generator, fake)
+    memory = [
+        {p.data_ptr() for p in ps}
+        for ps in (roles.parameters("generator"), roles.parameters("fake"),
+                   roles.backbone.module.parameters())
+    ]  # fmt: skip
+    assert sum(map(len, memory)) == len(set.union(*memory))  # they share nothing
+    names = [n for n, _ in new_backbone().module.named_parameters()]
+    assert list(roles.state("generator")) == list(roles.state("fake")) == names
+
+
+def test_a_full_fake_leaves_the_generators_adapter_out_of_the_real_dit(
+    new_roles, new_backbone, draw
+):
+    roles, at = new_roles(fake="full"), inputs(draw)
+    plain = new_backbone().velocity(*at)
+    assert torch.equal(roles.real(*at), plain)
+    with roles.use("generator"):
+        assert torch.equal(roles.real(*at), plain)
+        assert not torch.equal(roles.generator(*at), plain)
+
+
+# -------------------------------------------------------------------- gradient checkpointing
+
+
+def gradients(roles, role, at, situation):
+    """d |v|^2 / d the role's parameters, its backward in a situation other than its forward's."""
+    trained = roles.parameters("fake" if role == "real" else role)
+    loss = getattr(roles, role)(*at).square().sum()
+    if situation == "another alpha":
+        before, roles.alpha_weak = roles.alpha_weak, 0.9
+        with roles.use("real"):
+            result = torch.autograd.grad(loss, trained)
+        roles.alpha_weak = before
+        return result
+    with roles.use(situation):
+        return torch.autograd.grad(loss, trained)
+
+
+@SHAPES
+@pytest.mark.parametrize("situation", ["real", "fake", "generator", "another alpha", None])
+@pytest.mark.parametrize("role", ["generator", "fake"])
+def test_checkpointing_changes_no_gradient_wherever_the_backward_is(
+    new_roles, draw, shape, role, situation
+):
+    at = inputs(draw, shape)
+    expected = gradients(new_roles(shape), role, at, role)
+    roles = new_roles(shape)
+    roles.use_checkpointing()
+    for gradient, exact in zip(gradients(roles, role, at, situation), expected):
+        assert exact.abs().sum() > 0
+        assert torch.equal(gradient, exact)
+
+
+@pytest.mark.parametrize("situation", ["real", "fake", "another alpha"])
+def test_without_its_context_checkpointing_gives_wrong_gradients_without_a_message(
+    new_roles, draw, monkeypatch, situation
+):
+    """The trap that context_fn is there for; the test above fails without it."""
+
+    def without_context(block, *args, use_reentrant, context_fn):
+        return checkpoint(block, *args, use_reentrant=use_reentrant)
+
+    monkeypatch.setattr(w2svd, "recompute_in_backward", without_context)
+    at = inputs(draw, VIDEO)
+    expected = gradients(new_roles(VIDEO), "generator", at, "generator")
+    roles = new_roles(VIDEO)
+    roles.use_checkpointing()
+    wrong = gradients(roles, "generator", at, situation)
+    error = sum((x - y).square().sum() for x, y in zip(wrong, expected))
+    assert error / sum(y.square().sum() for y in expected) > 0.1**2
+
+
+def test_checkpointing_does_recompute_the_blocks(new_roles, draw):
+    """Otherwise the equalities above would say nothing: blocks run twice for a gradient."""
+    roles, runs = new_roles(), []
+    block = roles.backbone.module.single_blocks[0]
+    block.register_forward_pre_hook(lambda *args: runs.append(roles.role))
+    roles.use_checkpointing()
+    with torch.no_grad():
+        roles.generator(*inputs(draw))
+    assert runs == ["generator"]
+    loss = roles.generator(*inputs(draw)).sum()
+    assert runs == ["generator"] * 2
+    with roles.use("fake"):
+        loss.backward()
+        assert roles.role == "fake"
+    assert runs == ["generator"] * 3
+
+
+@pytest.mark.parametrize("kinds", [{}, {"generator": "full", "fake": "full"}], ids=["lora", "full"])
+@pytest.mark.parametrize("step", [fake_step, generator_step])
+def test_steps_with_and_without_checkpointing_give_the_same_gradients(new_roles, draw, kinds, step):
+    found = []
+    for checkpointing in (False, True):
+        roles = new_roles(VIDEO, **kinds)
+        if checkpointing:
+            roles.use_checkpointing()
+        step(roles, *draw(VIDEO))
+        found.append([p.grad for r in ("generator", "fake") for p in roles.parameters(r)])
+    for plain, recomputed in zip(*found):
+        assert (plain is None and recomputed is None) or torch.equal(plain, recomputed)
+
+
+def test_the_gradient_that_enters_the_generators_backward_has_no_graph(
+    new_roles, draw, monkeypatch
+):
+    """Neither fake nor real is differentiated in the generator's update."""
+    entered, backward = [], torch.Tensor.backward
+
+    def watched(x, gradient=None, *args, **kwargs):
+        entered.append(gradient)
+        return backward(x, gradient, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    generator_step(new_roles(), *draw(), gt_weight=0.5, guidance=2.0)
+    (gradient,) = entered
+    assert gradient.shape == draw()[1].shape and not gradient.requires_grad
+
+
+# -------------------------------------------------------------------- names and files
+
+
+def test_adapters_have_diffusers_names_of_the_backbones_layers(new_roles, new_backbone):
+    roles, plain = new_roles(rank=3), dict(new_backbone().module.named_modules())
+    for role in ("generator", "fake"):
+        layers = {name.rsplit(".lora_", 1)[0] for name in roles.state(role)}
+        assert layers == {n for n in plain if "_blocks." in n and type(plain[n]) is torch.nn.Linear}
+        expected = {f"{n}.lora_{part}.weight" for n in layers for part in "AB"}
+        assert set(roles.state(role)) == expected
+        for layer in layers:
+            A, B = (roles.state(role)[f"{layer}.lora_{part}.weight"] for part in "AB")
+            assert A.shape == (3, plain[layer].in_features)
+            assert B.shape == (plain[layer].out_features, 3)
+    assert roles.parameters("fake") == list(roles.state("fake").values())
+
+
+@pytest.mark.parametrize("kinds", [{}, {"generator": "full"}], ids=["lora", "full"])
+def test_loaded_weights_give_the_same_generator_and_leave_the_rest(new_roles, draw, kinds):
+    roles, at = new_roles(**kinds), inputs(draw)
+    before = {role: getattr(roles, role)(*at) for role in ROLES}
+    saved = {name: p.detach().clone() for name, p in roles.state("generator").items()}
+    with torch.no_grad():
+        for parameter in roles.parameters("generator"):
+            parameter.mul_(0.5)
+    assert not torch.equal(roles.generator(*at), before["generator"])
+    roles.load("generator", saved)
+    for role in ROLES:
+        assert torch.equal(getattr(roles, role)(*at), before[role])
+
+
+def test_weights_with_other_names_or_shapes_are_refused_and_change_nothing(new_roles):
+    roles = new_roles()
+    good = {name: p.detach() + 1 for name, p in roles.state("generator").items()}
+    first = next(iter(good))
+    before = [p.detach().clone() for p in roles.parameters("generator")]
+    missing = {name: x for name, x in good.items() if name != first}
+    for wrong in (
+        missing,
+        good | {"extra.lora_A.weight": good[first]},
+        good | {first: good[first].T},
+    ):
+        with pytest.raises(Refused, match="do not fit the generator"):
+            roles.load("generator", wrong)
+    for parameter, old in zip(roles.parameters("generator"), before):
+        assert torch.equal(parameter, old)
+
+
+@pytest.mark.parametrize("role", ["fake", "real"])
+def test_recomputation_keeps_the_alpha_of_its_forward(new_roles, draw, role):
+    found = []
+    for checkpointing in (False, True):
+        roles = new_roles()
+        if checkpointing:
+            roles.use_checkpointing()
+        loss = getattr(roles, role)(*inputs(draw)).square().sum()
+        roles.alpha_weak, roles.alpha_strong = 0.1, 0.6
+        found.append(torch.autograd.grad(loss, roles.parameters("fake")))
+    assert all(torch.equal(x, y) for x, y in zip(*found))

@@ -1,0 +1,374 @@
+"""Section 6: the two updates, their inputs, what they refuse; W2SVD against plain DMD.
+
+References: both updates written out again here with merged weights W + alpha B A and autograd, a
+separate copy of the backbone without adapters, and a one-layer network whose arithmetic is exact.
+Run: python -m pytest tests/test_updates.py, 8 seconds on one core.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import w2svd
+from w2svd import (
+    Config,
+    Roles,
+    State,
+    dmd_gradient,
+    fake_step,
+    few_step_sigmas,
+    generator_input,
+    generator_step,
+)
+
+POINT, VIDEO = (2,), (2, 4, 4, 4)
+SHAPES = pytest.mark.parametrize("shape", [POINT, VIDEO], ids=["points", "videos"])
+
+
+def gradients(roles, role):
+    return [p.grad for p in roles.parameters(role)]
+
+
+def column(sigma, x):
+    return sigma.reshape(-1, *[1] * (x.ndim - 1))
+
+
+class Reference:
+    """The three DiTs as a separate plain module with W + alpha B A merged, and no Roles."""
+
+    def __init__(self, plain, roles):
+        self.plain, self.roles = plain, roles
+
+    def x0(self, adapter, alpha, x_t, sigma, cond):
+        state = self.roles.state(adapter)
+        weights = dict(self.plain.named_parameters())
+        for name, A in state.items():
+            if name.endswith("lora_A.weight"):
+                B = state[name.replace("lora_A", "lora_B")]
+                layer = name.replace("lora_A.", "")
+                weights[layer] = weights[layer] + alpha * B @ A
+        return x_t - column(sigma, x_t) * functional_call(self.plain, weights, (x_t, sigma, cond))
+
+
+def watch_the_gradient(monkeypatch):
+    """A list that gets the gradient with which generator_step enters x_gen, times numel."""
+    entered, backward = [], torch.Tensor.backward
+
+    def watched(x, gradient=None, *args, **kwargs):
+        entered.append(gradient * gradient.numel())
+        return backward(x, gradient, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    return entered
+
+
+# -------------------------------------------------------------------- the updates, written again
+
+
+@SHAPES
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"guidance": 3.0},
+        {"gt_weight": 0.5},
+        {"gt_weight": 0.5, "gt_skip_noise": True, "guidance": 0.5},
+    ],
+    ids=str,
+)
+def test_the_generators_update_is_autograd_of_its_loss_with_the_gradient_held_fixed(
+    new_roles, new_backbone, draw, shape, settings
+):
+    """loss = mean(x_gen * stopgrad(g)), g of DMD with guidance, and the ground truth's."""
+    roles = new_roles(shape, alpha_weak=0.25, alpha_strong=1.5)
+    batch, x_in, sigma_in, sigma, eps = draw(shape)
+    stats = generator_step(roles, batch, x_in, sigma_in, sigma, eps, **settings)
+
+    net, cond, level = Reference(new_backbone(shape).module, roles), batch["cond"], sigma
+    x_gen = net.x0("generator", 1.0, x_in, sigma_in, cond)
+    x = x_gen.detach()
+    x_t = (1 - column(level, x)) * x + column(level, x) * eps
+    with torch.no_grad():
+        x0_fake = net.x0("fake", 1.5, x_t, level, cond)
+        x0_real = net.x0("fake", 0.25, x_t, level, cond)
+        w = settings.get("guidance", 1.0)  # mixing clean samples mixes velocities
+        x0_real = w * x0_real + (1 - w) * net.x0("fake", 0.25, x_t, level, None)
+    g, gt_weight = torch.empty_like(x), settings.get("gt_weight", 0.0)
+    for i in range(len(x)):
+        g[i] = (x0_fake[i] - x0_real[i]) / (x[i] - x0_real[i]).abs().mean()
+        if gt_weight and not (settings.get("gt_skip_noise") and sigma_in[i] == 1):
+            away = x0_fake[i] - batch["x0"][i]
+            g[i] += gt_weight * away / away.abs().mean()
+    loss = (x_gen * g).mean()
+    expected = torch.autograd.grad(loss, roles.parameters("generator"))
+    for gradient, exact in zip(gradients(roles, "generator"), expected):
+        torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=2e-5 * exact.abs().max())
+    gap = (x0_fake - x0_real).square().mean().sqrt() / x0_real.square().mean().sqrt()
+    torch.testing.assert_close(stats["relative_gap"], gap, rtol=1e-4, atol=0)
+    torch.testing.assert_close(stats["gen_std"], x.std(), rtol=1e-4, atol=0)
+
+
+@SHAPES
+def test_the_fakes_update_is_autograd_of_flow_matching_on_the_generators_samples(
+    new_roles, new_backbone, draw, shape
+):
+    roles = new_roles(shape, alpha_strong=1.5)
+    batch, x_in, sigma_in, sigma, eps = draw(shape)
+    stats = fake_step(roles, batch, x_in, sigma_in, sigma, eps)
+
+    net, s = Reference(new_backbone(shape).module, roles), column(sigma, eps)
+    x_gen = net.x0("generator", 1.0, x_in, sigma_in, batch["cond"]).detach()
+    x_t = (1 - s) * x_gen + s * eps
+    v_fake = (x_t - net.x0("fake", 1.5, x_t, sigma, batch["cond"])) / s
+    loss = (v_fake - (eps - x_gen)).square().sum() / eps.numel()
+    torch.testing.assert_close(stats["fake_loss"], loss.detach(), rtol=1e-4, atol=0)
+    expected = torch.autograd.grad(loss, roles.parameters("fake"))
+    for gradient, exact in zip(gradients(roles, "fake"), expected):
+        torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=2e-5 * exact.abs().max())
+
+
+def test_both_updates_add_to_the_gradients_at_hand(new_roles, draw):
+    """Accumulation belongs to the caller: twice the step is twice the gradient."""
+    roles = new_roles()
+    for step, role in ((fake_step, "fake"), (generator_step, "generator")):
+        step(roles, *draw())
+        once = [g.clone() for g in gradients(roles, role)]
+        step(roles, *draw())
+        for twice, gradient in zip(gradients(roles, role), once):
+            assert torch.equal(twice, 2 * gradient)
+
+
+# -------------------------------------------------------------------- W2SVD and DMD
+
+
+@SHAPES
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_alpha_weak_0_is_dmd_with_a_separate_real_dit_bit_for_bit(
+    new_roles, new_backbone, draw, shape, guidance
+):
+    """The reference's real DiT is another copy of the backbone, in which no adapter ever was."""
+    ours, reference, plain = new_roles(shape, 0.0), new_roles(shape, 0.7), new_backbone(shape)
+    reference.real = plain.velocity
+    stats = [generator_step(r, *draw(shape), guidance=guidance) for r in (ours, reference)]
+    for mine, exact in zip(gradients(ours, "generator"), gradients(reference, "generator")):
+        assert exact.abs().sum() > 0
+        assert torch.equal(mine, exact)
+    assert stats[0].keys() == stats[1].keys()
+    assert all(torch.equal(stats[0][name], stats[1][name]) for name in stats[0])
+
+
+@SHAPES
+def test_equal_alphas_give_the_generator_a_gradient_of_exactly_zero(new_roles, draw, shape):
+    roles = new_roles(shape, alpha_weak=0.6, alpha_strong=0.6)
+    stats = generator_step(roles, *draw(shape))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(roles, "generator"))
+    assert stats["relative_gap"] == 0
+
+
+class OneLayer:
+    """velocity = W x: linear in its adapter. Whole numbers everywhere, so float32 is exact."""
+
+    lora_targets = "layer"
+
+    def __init__(self):
+        self.module = nn.Module()
+        self.module.layer = nn.Linear(2, 2, bias=False)
+        self.module.layer.weight.data = torch.tensor([[2.0, -1.0], [1.0, 3.0]])
+
+    def velocity(self, x_t, sigma, cond):
+        return self.module.layer(x_t)
+
+
+def difference_of_one_layer(alpha_weak, alpha_strong, monkeypatch):
+    """x0_fake - x0_real, as generator_step hands them to dmd_gradient."""
+    roles, seen = Roles(OneLayer(), 1, alpha_weak, alpha_strong), []
+    for A, B in (roles.parameters("generator"), roles.parameters("fake")):
+        A.data, B.data = torch.tensor([[1.0, 2.0]]), torch.tensor([[-1.0], [4.0]])
+
+    def watched(x_gen, x0_real, x0_fake):
+        seen.append(x0_fake - x0_real)
+        return dmd_gradient(x_gen, x0_real, x0_fake)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(w2svd, "dmd_gradient", watched)
+        x_in, eps = torch.tensor([[1.0, -2.0], [3.0, 1.0]]), torch.tensor([[2.0, 1.0], [-1.0, 4.0]])
+        batch = {"x0": torch.zeros(2, 2), "cond": None}
+        levels = torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.25])
+        generator_step(roles, batch, x_in, levels[0], levels[1], eps)
+    return seen[0]
+
+
+@pytest.mark.parametrize("alpha_weak, alpha_strong", [(0.25, 1.0), (0.5, 1.0), (0.5, 2.0)])
+def test_in_a_linear_network_w2svd_scales_dmds_difference_exactly(
+    alpha_weak, alpha_strong, monkeypatch
+):
+    dmd = difference_of_one_layer(0.0, alpha_strong, monkeypatch)
+    ours = difference_of_one_layer(alpha_weak, alpha_strong, monkeypatch)
+    assert dmd.abs().min() > 0
+    assert torch.equal(ours, (alpha_strong - alpha_weak) / alpha_strong * dmd)
+
+
+def test_the_linear_networks_difference_by_hand(monkeypatch):
+    """x0_fake - x0_real = -sigma (alpha_strong - alpha_weak) B A x_t; the second sample of two.
+
+    x_in (3, 1), sigma_in .5, the generator's W + B A = [[1, -3], [5, 11]]: v = (0, 26), and
+    x_gen = (3, -12). x_t = .75 x_gen + .25 (-1, 4) = (2, -8); A x_t = -14, B A x_t = (14, -56)."""
+    ours = difference_of_one_layer(0.25, 1.0, monkeypatch)[1]
+    assert torch.equal(ours, -0.25 * 0.75 * torch.tensor([14.0, -56.0]))
+
+
+# -------------------------------------------------------------------- ground truth
+
+
+@SHAPES
+def test_skipping_noise_leaves_the_ground_truth_out_where_the_input_is_pure_noise(
+    new_roles, draw, monkeypatch, shape
+):
+    entered, args = watch_the_gradient(monkeypatch), draw(shape)
+    for gt_weight, skip in ((0.0, False), (0.5, True), (0.5, False)):
+        generator_step(new_roles(shape), *args, gt_weight=gt_weight, gt_skip_noise=skip)
+    dmd, skipped, everywhere = entered
+    noise = args[2] == 1
+    assert noise.any() and not noise.all()
+    assert torch.equal(skipped[noise], dmd[noise])
+    assert torch.equal(skipped[~noise], everywhere[~noise])
+    size = (everywhere - dmd).abs().flatten(1).mean(1)  # the weight alone decides
+    torch.testing.assert_close(size, torch.full((len(noise),), 0.5), rtol=1e-4, atol=0)
+
+
+# -------------------------------------------------------------------- the generator's inputs
+
+
+def streams(seed=0):
+    return {
+        name: torch.Generator().manual_seed(seed + i) for i, name in enumerate(("input", "exit"))
+    }
+
+
+@SHAPES
+def test_paired_inputs_are_the_real_samples_noised_to_levels_of_the_grid(new_roles, shape):
+    sigmas, n = few_step_sigmas(4, 5.0), 64
+    x0, cond = torch.randn(n, *shape, generator=torch.Generator().manual_seed(5)), None
+    x_in, sigma = generator_input(new_roles(shape), x0, cond, sigmas, "paired", streams())
+    noise = torch.randn(x0.shape, generator=streams()["input"])
+    expected = (1 - column(sigma, x0)) * x0 + column(sigma, x0) * noise
+    torch.testing.assert_close(x_in, expected, rtol=1e-6, atol=1e-6)
+    assert sigma.shape == (n,)
+    counts = [int((sigma == level).sum()) for level in sigmas[:-1]]
+    assert sum(counts) == n and min(counts) > 4  # each sample has its own level, all are visited
+
+
+def test_final_inputs_are_all_at_the_last_level_above_0(new_roles, draw):
+    batch, sigmas = draw(n=6)[0], few_step_sigmas(4, 5.0)
+    for kind in ("paired", "rollout"):
+        _, sigma = generator_input(
+            new_roles(), batch["x0"], batch["cond"], sigmas, kind, streams(), final=True
+        )
+        assert torch.equal(sigma, torch.full((6,), 0.625))
+
+
+@SHAPES
+def test_rollout_inputs_are_the_generators_own_states_at_one_random_exit(new_roles, draw, shape):
+    """Written out: x0 = x - sigma v, then new noise; the input at exit k had k evaluations."""
+    roles, batch, sigmas = new_roles(shape), draw(shape)[0], few_step_sigmas(4, 5.0)
+    x0, cond, visited = batch["x0"], batch["cond"], set()
+    for seed in range(0, 40, 2):
+        x_in, sigma = generator_input(roles, x0, cond, sigmas, "rollout", streams(seed))
+        assert (sigma == sigma[0]).all() and sigma.shape == (len(x0),)
+        exit_at = sigmas.tolist().index(sigma[0].item())
+        visited.add(exit_at)
+        rng = streams(seed)["input"]
+        x = torch.randn(x0.shape, generator=rng)
+        for k in range(exit_at):
+            with torch.no_grad():
+                x = x - sigmas[k] * roles.generator(x, sigmas[k].expand(len(x)), cond)
+            x = (1 - sigmas[k + 1]) * x + sigmas[k + 1] * torch.randn(x0.shape, generator=rng)
+        torch.testing.assert_close(x_in, x, rtol=1e-5, atol=1e-5)
+        assert not x_in.requires_grad
+    assert visited == {0, 1, 2, 3}
+
+
+def test_a_rollout_sees_nothing_of_the_real_samples(new_roles, draw):
+    roles, batch, sigmas = new_roles(), draw()[0], few_step_sigmas(4, 5.0)
+    first, second = (
+        generator_input(roles, x0, batch["cond"], sigmas, "rollout", streams(), final=True)[0]
+        for x0 in (batch["x0"], batch["x0"] + 1)
+    )
+    assert torch.equal(first, second)
+
+
+def test_one_step_inputs_are_pure_noise(new_roles, draw):
+    x0, sigmas = draw()[0]["x0"], few_step_sigmas(1, 5.0)
+    noise = torch.randn(x0.shape, generator=streams()["input"])
+    for kind in ("paired", "rollout"):
+        x_in, sigma = generator_input(new_roles(), x0, None, sigmas, kind, streams())
+        assert torch.equal(x_in, noise) and (sigma == 1).all()
+
+
+# -------------------------------------------------------------------- what stops a run
+
+
+@pytest.mark.parametrize(
+    "step, poisoned, message",
+    [
+        (fake_step, "generator", r"generator's sample in the fake update.*sigma 0\.8333"),
+        (fake_step, "fake", r"the fake's velocity.*sigma 0\.6250"),
+        (generator_step, "generator", r"the generator's sample.*sigma 0\.8333"),
+        (generator_step, "fake", r"the generator's gradient.*sigma 0\.6250"),
+        (generator_step, "real", r"the generator's gradient.*sigma 0\.6250"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_value_stops_the_step_with_stage_and_noise_level_and_no_gradient(
+    new_roles, draw, step, poisoned, message, value
+):
+    roles = new_roles()
+    batch, x_in, sigma_in, sigma, eps = draw()
+    sigma[2], velocity = 0.625, roles.backbone.velocity  # sigma_in[2] is 5/6
+
+    def third_sample_fails(x_t, sigma, cond):
+        v = velocity(x_t, sigma, cond)
+        bad = torch.zeros_like(v)
+        bad[2, 0] = value
+        return v + bad if roles.role == poisoned else v
+
+    roles.backbone.velocity = third_sample_fails
+    with pytest.raises(FloatingPointError, match=message):
+        step(roles, batch, x_in, sigma_in, sigma, eps)
+    assert roles.role is None
+    assert all(g is None for r in ("generator", "fake") for g in gradients(roles, r))
+
+
+# -------------------------------------------------------------------- numbers for the log
+
+
+def test_videos_have_a_motion_relative_to_the_datas_and_points_have_none(new_roles, draw):
+    roles, (batch, x_in, sigma_in, sigma, eps) = new_roles(VIDEO), draw(VIDEO)
+    stats = generator_step(roles, batch, x_in, sigma_in, sigma, eps)
+    with torch.no_grad():
+        x_gen = x_in - column(sigma_in, x_in) * roles.generator(x_in, sigma_in, batch["cond"])
+    moves = [(x[:, :, 1:] - x[:, :, :-1]).abs().mean() for x in (x_gen, batch["x0"])]
+    torch.testing.assert_close(stats["motion"], moves[0] / moves[1], rtol=1e-5, atol=0)
+    assert "motion" not in generator_step(new_roles(), *draw())
+
+
+def test_logged_numbers_are_detached_scalars(new_roles, draw):
+    for step in (fake_step, generator_step):
+        for value in step(new_roles(), *draw()).values():
+            assert value.shape == () and not value.requires_grad
+
+
+def test_the_moving_average_keeps_decay_of_the_old_weights(new_roles):
+    roles = new_roles()
+    state = State(Config(), roles, "cpu")
+    old = {name: p.detach().clone() for name, p in roles.state("generator").items()}
+    with torch.no_grad():
+        for parameter in roles.parameters("generator"):
+            parameter.add_(1.0)
+    state.update_ema(0.75)
+    for name, average in state.ema.items():
+        torch.testing.assert_close(average, old[name] + 0.25, rtol=1e-5, atol=1e-6)
+    state.update_ema(0.0)  # off: the average is the weights
+    for name, parameter in roles.state("generator").items():
+        torch.testing.assert_close(state.ema[name], parameter.detach(), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,98 @@
+"""The README's table: every mixture and step count over seeds, each seed with its own backbone.
+
+    python -m toy.table [--seeds 5] [--out toy/results] [--only ring-4 videos-4 ...]
+
+Runs `w2svd.py train`, two processes of one thread at a time, and writes table.json (every result)
+and table.md (mean and standard deviation). A result that is there already is kept, so that the
+script goes on where it stopped. About 40 minutes on 2 CPU cores.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+CASES = {  # name: flags and seeds at most
+    "ring-4": ("--data ring", 5), "ring-1": ("--data ring --steps 1", 5),
+    "grid-4": ("--data grid", 5), "grid-1": ("--data grid --steps 1", 5),
+    "videos-4": ("--data videos", 3),
+}  # fmt: skip
+SHOWN = {
+    "2d": ("sliced_w2", "precision", "coverage", "weight_tv"),
+    "videos": ("clip_frechet", "frame_frechet", "dynamic_degree", "motion_smoothness", "coverage"),
+}
+
+
+def run(case, seed):
+    """The result.json of one run, in a folder that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = CASES[case][0].split() + ["--seed", str(seed), "--out", f"{folder}/run"]
+        done = subprocess.run(
+            [sys.executable, "w2svd.py", "train", "--model", "toy", *flags],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"{case}, seed {seed}: {done.stderr.splitlines()[-1]}")
+        return json.loads(Path(folder, "run", "result.json").read_text())
+
+
+def markdown(results):
+    """One table per kind of data: mean ± standard deviation over seeds."""
+    lines = []
+    for kind, columns in SHOWN.items():
+        cases = [c for c in CASES if c in results and (c[:6] == "videos") == (kind == "videos")]
+        if not cases:
+            continue
+        lines.append(f"| data | method | NFE | {' | '.join(columns)} |")
+        lines.append("|---" * (3 + len(columns)) + "|")
+        for case in cases:
+            data, steps = case.split("-")
+            runs = list(results[case].values())
+            rows = [("Euler", k, [r["euler"][k] for r in runs]) for k in ("1", "4", "28")]
+            rows = [row for row in rows if steps == "4" or row[1] == "1"]
+            rows.append(("**W2SVD**", steps, [r["student"] for r in runs]))
+            if steps == "4":
+                rows.append(("exact samples", "", [r["floor"] for r in runs]))
+            for name, nfe, metrics in rows:
+                cells = [spread([m[c] for m in metrics]) for c in columns]
+                lines.append(f"| {data} | {name} | {nfe} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def spread(values):
+    """'mean ± standard deviation', three digits."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("toy/results"))
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "table.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    jobs = [(case, seed) for case in options.only
+            for seed in range(min(options.seeds, CASES[case][1]))
+            if str(seed) not in results.get(case, {})]  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        finished = tqdm(pool.map(lambda job: run(*job), jobs), total=len(jobs))
+        for (case, seed), result in zip(jobs, finished):
+            results.setdefault(case, {})[str(seed)] = result
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / "table.md").write_text(markdown(results))
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
