@@ -120,7 +120,7 @@ class Config:
 PRESETS = {
     "toy": dict(
         generator_input="rollout", fake_samples="final", lora_rank=16, generator_lr=1e-3,
-        fake_lr=5e-4, lr_schedule="linear", fake_weight_decay=2.0, ema=0.99, batch=256,
+        fake_lr=5e-4, lr_schedule="linear", fake_weight_decay=2.0, ema=0.98, batch=256,
         iterations=400, log_every=20, save_every=200,
     ),
 }  # fmt: skip

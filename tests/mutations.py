@@ -44,7 +44,7 @@ MUTATIONS = [
         "the shift is applied twice to the grid",
         "dtype=torch.float64), shift).float()",
         "dtype=torch.float64), shift * shift).float()",
-        "test_flow_matching.py::test_the_four_step_grid_of_shift_5_is_that_of_the_paper",
+        "test_flow_matching.py::test_the_four_step_grid_of_shift_5_is_that_of_the_author_s_code",
     ),
     one(
         "the shift is applied twice to the losses' noise levels",

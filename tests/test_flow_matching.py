@@ -100,7 +100,7 @@ def test_the_shift_multiplies_the_odds_of_the_noise_level():
     assert torch.equal(shift_sigma(ends, 5.0), ends)
 
 
-def test_the_four_step_grid_of_shift_5_is_that_of_the_paper():
+def test_the_four_step_grid_of_shift_5_is_that_of_the_author_s_code():
     """Evenly spaced 1, 3/4, 1/2, 1/4, 0, shifted once: 1, 15/16, 5/6, 5/8, 0."""
     grid = few_step_sigmas(4, 5.0)
     assert grid.dtype == torch.float32

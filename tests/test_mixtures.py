@@ -96,7 +96,7 @@ def test_density_and_posterior_agree_with_dense_normals(kind, sigma):
 
 @pytest.mark.parametrize("sigma", (0.2, 0.5, 0.9))
 def test_posterior_mean_equals_an_integral_over_the_plane(sigma):
-    mixture = ring()
+    mixture = ring(std=0.1)  # so that the plane's edge is far from every mode
     axis = torch.linspace(-2.2, 2.2, 300, dtype=torch.float64)
     x0 = torch.cartesian_prod(axis, axis)
     prior = mixture.log_prob(x0)
@@ -243,7 +243,7 @@ def test_bayes_joins_the_conditions_to_the_whole():
 
 
 def test_samples_follow_their_labels():
-    mixture = ring()
+    mixture = ring(std=0.1)  # so that no sample is nearer to another mode
     labels = mixture.sample_labels(4000, generator())
     x = mixture.sample(4000, generator(1), labels)
     assert torch.equal(mixture.responsibilities(x).argmax(1), labels)
@@ -281,13 +281,13 @@ def test_float32_gives_the_float64_result_rounded(sigma):
 
 
 def test_points_have_the_promised_scale_and_weights():
-    assert torch.allclose(ring().covariance(), 1.01 * torch.eye(2).double())
+    assert torch.allclose(ring().covariance(), 1.04 * torch.eye(2).double())
     covariance, weights = grid().covariance(), grid().weights
     assert (covariance.diagonal().sqrt() - 1).abs().max() < 0.05
     assert weights.max() / weights.min() == pytest.approx(4)
     for mixture in (ring(), grid()):
         gaps = torch.cdist(mixture.means, mixture.means) + 9 * torch.eye(len(mixture.weights))
-        assert gaps.min() > 9 * mixture.rest.max().sqrt()
+        assert gaps.min() > 5 * mixture.rest.max().sqrt()
 
 
 def test_videos_have_unit_variance_and_two_captions():
@@ -295,7 +295,7 @@ def test_videos_have_unit_variance_and_two_captions():
     assert mixture.shape == (4, 8, 8, 8) and len(mixture.weights) == 16
     assert mixture.covariance().diagonal().mean() == pytest.approx(1)
     assert torch.equal(mixture.labels, torch.tensor([0] * 8 + [1] * 8))
-    assert (mixture.lam.sqrt() > 20 * mixture.rest.sqrt()[:, None]).all()
+    assert (mixture.lam.sqrt() > 15 * mixture.rest.sqrt()[:, None]).all()
     x = mixture.sample(256, generator())
     assert x.shape == (256, 4, 8, 8, 8) and x.dtype == torch.float32
     assert x.var() == pytest.approx(1 + mixture.mean().var(correction=0).item(), rel=0.1)

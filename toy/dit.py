@@ -96,7 +96,7 @@ class DiT(nn.Module):
     # tell noise levels apart, and W2SVD's weights of the modes drift (measured)
     lora_targets = r"(double|single)_blocks\..*(modulation|qkv|proj|_in|_out)"
 
-    def __init__(self, shape, width, heads, double, single, patch=(1, 1, 1), labels=0):
+    def __init__(self, shape, width, heads, double, single, patch=(1, 1, 1), labels=0, skip=False):
         super().__init__()
         self.shape, self.patch = tuple(shape), tuple(patch)
         self.grid = self.shape if len(shape) == 4 else (*shape, 1, 1, 1)  # C, T, H, W
@@ -111,6 +111,7 @@ class DiT(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(width, heads) for _ in range(single))
         self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, size)
+        self.skip = nn.Linear(width, 1) if skip else None
         self.run = run_block  # or Roles.checkpoint, to save memory
         for name, layer in self.named_modules():  # adaLN-Zero: every block starts as the identity
             if name.endswith(("modulation", "final")):
@@ -141,4 +142,7 @@ class DiT(nn.Module):
             v, f"b (t h w) (c pt ph pw) -> {cells}",
             t=t // pt, h=h // ph, w=w // pw, pt=pt, ph=ph, pw=pw,
         )  # fmt: skip
-        return v.reshape(x_t.shape)
+        v = v.reshape(x_t.shape)
+        if self.skip:  # noise fills every dimension of a clip; the narrow blocks need not carry it
+            v = v + self.skip(c).reshape(-1, *[1] * len(self.shape)) * x_t
+        return v

@@ -37,6 +37,7 @@ class Recipe:
     double: int = 1
     single: int = 1
     patch: tuple = (1, 1, 1)
+    skip: bool = False  # v = blocks + gain(sigma) x_t: for samples of more dimensions than width
     labels: int = 0  # captions that the model knows; one more means 'no caption'
     batch: int = 512
     iterations: int = 1500
@@ -46,8 +47,9 @@ class Recipe:
 RECIPES = {
     "ring": Recipe(),
     "grid": Recipe(),
-    "videos": Recipe(width=64, heads=4, patch=(2, 4, 4), labels=2, batch=128, iterations=2000),
-}
+    "videos": Recipe(width=128, heads=4, single=2, patch=(8, 4, 4), skip=True, labels=2,
+                     batch=128, iterations=1200),
+}  # fmt: skip
 SAMPLES = {"ring": 16384, "grid": 16384, "videos": 4096}  # measured; videos: fewer, for time
 
 
@@ -73,7 +75,7 @@ def captions(mixture, recipe, n, rng):
 
 def build(mixture, recipe):
     r = recipe
-    return DiT(mixture.shape, r.width, r.heads, r.double, r.single, r.patch, r.labels)
+    return DiT(mixture.shape, r.width, r.heads, r.double, r.single, r.patch, r.labels, r.skip)
 
 
 def train_backbone(mixture, recipe, seed):
