@@ -6,7 +6,7 @@ samples along the difference of two scores: that of the data, known by a REAL Di
 generator's own samples, learnt on the way by a FAKE DiT. Both scores are read at noised samples,
 where the two densities overlap. W2SVD makes the two DiTs out of one frozen backbone that carries
 the same LoRA twice, weakly and strongly, so that the real DiT leans a little towards the samples
-that it has to judge, and three 13B models become one and two small adapters.
+that it has to judge; with the generator an adapter too (ours), one backbone serves all three.
 
                                             backbone   adapter 'generator'   adapter 'fake'
     x_in -> generator -> x_gen               frozen     1, trained            off
@@ -39,7 +39,9 @@ code of the first author, not a release of this paper; 'peer' common in public c
 
 Deviations from the paper, as far as we know it: no discriminator (its figure has one); the
 condition of a first image is left to the backbone; alpha_strong = 1 is ours (it is not printed);
-the GT loss is off by default, since it trades motion for picture quality in the paper's table.
+the generator is an adapter by default; denominators, EMA and optimizer are peers', the author's
+later code's or ours; the GT loss is off by default, since it trades motion for picture quality in
+the paper's table; on the toy the input is a rollout, the fake learns final samples and decays.
 """
 
 from __future__ import annotations
@@ -81,8 +83,8 @@ class Config:
     data: str = "ring"  # toy: ring, grid or videos / ours
     steps: int = 4  # evaluations of the finished generator / paper: 4 and 1
     shift: float = 5.0  # of the few-step grid: 1, .9375, .8333, .625 / author-code
-    generator: Literal["lora", "full"] = "lora"  # train an adapter, or a whole copy / ours, paper
-    fake: Literal["lora", "full"] = "lora"  # full: DMD2's separate fake, real = backbone / peer
+    generator: Literal["lora", "full"] = "lora"  # an adapter, or a whole copy / ours, author-code
+    fake: Literal["lora", "full"] = "lora"  # full: separate, real = backbone / paper, peer
     generator_input: Literal["paired", "rollout"] = "paired"  # noised real, or not / paper, peer
     fake_samples: Literal["all", "final"] = "all"  # the fake learns every exit's samples / ours
     alpha_weak: float = 0.25  # the fake adapter's weight in the real DiT; 0 is DMD / paper
@@ -95,7 +97,7 @@ class Config:
     generator_lr: float = 1e-5  # lower it where samples drift or collapse / ours
     fake_lr: float = 1e-5  # raise it where the relative gap keeps growing / ours
     lr_schedule: Literal["constant", "linear"] = "constant"  # of both, down to 5 % / ours
-    fake_weight_decay: float = 0.0  # pulls the fake back to the backbone; keeps W2S honest / ours
+    fake_weight_decay: float = 0.0  # pulls the adapter to 0, that is to the backbone / ours
     sigma_low: float = 0.02  # both losses read x_t at sigma ~ U[low, high] / author-code
     sigma_high: float = 0.98  # see sigma_low / author-code
     sigma_shift: float = 1.0  # raise for more noise and more of the global shape / author-code
@@ -106,17 +108,17 @@ class Config:
     batch: int = 1  # samples in each update / ours
     iterations: int = 1000  # generator updates / peer: 600 to 1000
     checkpointing: bool = False  # recompute blocks in backward: less memory, a third slower / peer
-    seed: int = 0  # the same seed gives the same bits on the same machine
-    log_every: int = 50  # iterations between lines of metrics.jsonl
-    save_every: int = 250  # iterations between checkpoints; all are kept
-    out: str = ""  # run folder; the next free runs/<model>[-k] if empty
-    cache: str = "~/.cache/w2svd"  # where the toy keeps its trained backbones
-    resume: bool = False  # go on from the last checkpoint in --out
-    dry_run: bool = False  # print the plan and stop
+    seed: int = 0  # the same seed gives the same bits on the same machine / ours
+    log_every: int = 50  # iterations between lines of metrics.jsonl / ours
+    save_every: int = 250  # iterations between checkpoints; all are kept / peer
+    out: str = ""  # run folder; the next free runs/<model>[-k] if empty / ours
+    cache: str = "~/.cache/w2svd"  # where the toy keeps its trained backbones / ours
+    resume: bool = False  # go on from the last checkpoint in --out / ours
+    dry_run: bool = False  # print the plan and stop / ours
 
 
-# ours: by measurement on the toy (README). There the fake's random walk under Adam bends the real
-# DiT, whose adapter it is; a falling rate and a decay towards the backbone keep both straight
+# ours: by trials on the toy (README). Our guess at why a falling rate and a decay of the fake help:
+# its adapter is the real DiT's too, so what it picks up by chance bends both
 PRESETS = {
     "toy": dict(
         generator_input="rollout", fake_samples="final", lora_rank=16, generator_lr=1e-3,
@@ -129,23 +131,25 @@ PRESETS = {
 def check(config: Config, given=()) -> None:
     """Refuse settings that contradict each other, with the reason; `given` flags came by name."""
     for name in ("steps", "iterations", "fake_updates", "batch", "lora_rank", "log_every",
-                 "save_every", "shift", "generator_lr", "fake_lr", "max_grad_norm"):  # fmt: skip
+                 "save_every", "shift", "sigma_shift", "alpha_strong", "generator_lr", "fake_lr",
+                 "max_grad_norm"):  # fmt: skip
         value = getattr(config, name)
         if not 0 < value < math.inf:
             raise Refused(f"--{name.replace('_', '-')} must be above 0, not {value}.")
     if not 0 <= config.alpha_weak <= config.alpha_strong < math.inf:
         raise Refused(f"--alpha-weak must lie in [0, alpha_strong = {config.alpha_strong}], "
                       f"not {config.alpha_weak}.")  # fmt: skip
-    if config.fake == "full" and {"alpha_weak", "alpha_weak_schedule", "alpha_strong"} & set(given):
-        raise Refused("--fake full has no adapter that an alpha could weigh: its real DiT is the "
-                      "plain backbone; leave the alphas out, or use --fake lora.")  # fmt: skip
+    of_adapters = {"alpha_weak", "alpha_weak_schedule", "alpha_strong", "fake_weight_decay"}
+    if config.fake == "full" and of_adapters & set(given):
+        raise Refused("--fake full has no adapter to weigh or to decay: its real DiT is the plain "
+                      "backbone; leave alphas and --fake-weight-decay out, or use --fake lora.")
     if not 0 <= config.sigma_low < config.sigma_high <= 1:
         raise Refused("--sigma-low and --sigma-high must satisfy 0 <= low < high <= 1.")
     if not 0 <= config.ema < 1:
         raise Refused(f"--ema must lie in [0, 1), not {config.ema}; 0 is off.")
     for name in ("gt_weight", "fake_warmup", "fake_weight_decay", "seed"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise Refused(f"--{name.replace('_', '-')} must be 0 or more and finite.")
+        if not 0 <= getattr(config, name) < 2**53:
+            raise Refused(f"--{name.replace('_', '-')} must lie in [0, 2**53).")
     if config.gt_weight and config.generator_input == "rollout":
         raise Refused("--gt-weight needs --generator-input paired: a rollout starts from noise, "
                       "so no ground truth belongs to its sample.")  # fmt: skip
@@ -488,7 +492,8 @@ def health(x_gen, x0, x0_fake, x0_real, v_fake, v_real):
 # ---- 7. Backbones --------------------------------------------------------------------------------
 # A task has .backbone (see Roles), whose weights come with .load(), .device, .shape of a sample,
 # .batches(rng) -> endless {'x0': (B, ...), 'cond': ...}, .on_log(step, generator) for pictures on
-# the way, .finish(run) -> (result, table), .write_samples(generator, sigmas, n, seed, path).
+# the way, .finish(run) -> (result, table), .write_samples(generator, sigmas, n, seed, path) and
+# .kinds, the suffixes of its paths.
 
 
 def load_task(config):
@@ -505,7 +510,7 @@ def write_safetensors(path, tensors, info):
     """Tensors and one JSON string under 'w2svd' in the header; whole or not at all."""
     from safetensors.torch import save_file
 
-    half = path.with_suffix(".part")
+    half = path.with_name(f".{path.name}.{os.getpid()}.part")
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     save_file(tensors, half, metadata={"w2svd": json.dumps(info, sort_keys=True)})
     os.replace(half, path)
@@ -642,13 +647,19 @@ def iterate(config, state, data):
     return stats | {"fake_grad_norm": fake_norm, "grad_norm": norm, "alpha_weak": roles.alpha_weak}
 
 
+def peak_rss_mb():
+    """The most memory that this process has held so far, in MB."""
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin"
+                                                                 else 2**10)  # fmt: skip
+
+
 def memory_mb(device):
-    """Memory in MB: of the process on a CPU, the peak of torch's allocations on a GPU."""
+    """Peak memory in MB so far: of the process on a CPU, of torch's allocations on a GPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import psutil
-
-    return psutil.Process().memory_info().rss / 2**20
+    return peak_rss_mb()
 
 
 def write_json(path, content):
@@ -694,13 +705,23 @@ def make_folder(folder):
         raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
 
 
+def commit():
+    """The git commit of this file, for config.json."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                             capture_output=True, check=False)  # fmt: skip
+    except OSError:
+        return "git is not installed"
+    return git.stdout.strip() or "not in a git repository"
+
+
 def plan(config, task, roles):
     """Numbers that follow from the config: parameters, shape, passes of each kind."""
-    once = config.steps // 2 if config.generator_input == "rollout" else 0  # mean exit
+    once = (config.steps - 1) / 2 if config.generator_input == "rollout" else 0  # the mean exit
+    fake_once = 2 * once if config.fake_samples == "final" else once
     fakes, real = config.fake_updates, 1 + (config.guidance != 1)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "peft")}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                         capture_output=True, check=False)  # fmt: skip
+    packages = ("torch", "peft", "safetensors", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "backbone_parameters": sum(p.numel() for p in task.backbone.module.parameters())
         - sum(p.numel() for role in roles.adapters for p in roles.parameters(role)),
@@ -708,11 +729,11 @@ def plan(config, task, roles):
         "fake_parameters": sum(p.numel() for p in roles.parameters("fake")),
         "sample_shape": list(task.shape),
         "sigmas": few_step_sigmas(config.steps, config.shift).tolist(),
-        "forwards_without_gradient_per_iteration": fakes * (1 + once) + once + 1 + real,
+        "forwards_without_gradient_per_iteration": fakes * (1 + fake_once) + once + 1 + real,
         "forwards_with_gradient_per_iteration": fakes + 1,
         "fake_updates_in_all": config.fake_warmup + fakes * config.iterations,
         "versions": {"python": sys.version.split()[0], **versions},
-        "commit": git.stdout.strip() or "not in a git repository",
+        "commit": commit(),
     }
 
 
@@ -730,11 +751,15 @@ def resume_from(folder, state):
     path, log = last_checkpoint(folder), folder / "metrics.jsonl"
     if path:
         tensors, info = read_safetensors(path)
+        if info.get("base_sum") != state.roles.base_sum():
+            raise Refused(f"{path} is not a checkpoint of this backbone; see --cache.")
         state.restore(tensors, info["iteration"])
     if log.exists():
         lines = log.read_text().splitlines(keepends=True)
         kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= state.iteration]
-        log.write_text("".join(kept))
+        half = log.with_suffix(".part")
+        half.write_text("".join(kept))
+        os.replace(half, log)
 
 
 @dataclass
@@ -744,8 +769,6 @@ class Run:
     folder: Path
     config: Config
     generator: typing.Callable
-    seconds: float
-    peak_rss_mb: float
 
 
 def generator_info(config, roles, iteration):
@@ -754,7 +777,7 @@ def generator_info(config, roles, iteration):
     return {name: getattr(config, name) for name in names} | {
         "kind": config.generator, "rank": config.lora_rank, "lora_alpha": config.lora_rank,
         "sigmas": few_step_sigmas(config.steps, config.shift).tolist(),
-        "iteration": iteration, "base_sum": roles.base_sum(),
+        "step": iteration, "base_sum": roles.base_sum(),
     }  # fmt: skip
 
 
@@ -782,7 +805,7 @@ def train(config):
     if config.resume:
         resume_from(folder, state)
     write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
-    data, base, peak = task.batches(state.rngs["data"]), roles.base_sum(), 0.0
+    data, base = task.batches(state.rngs["data"]), roles.base_sum()
     bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
     with bar, open(folder / "metrics.jsonl", "a") as log:
         while state.iteration < config.iterations:
@@ -790,10 +813,10 @@ def train(config):
             try:
                 stats = iterate(config, state, data)
             except FloatingPointError as error:
-                raise Refused(f"Stopped in iteration {state.iteration + 1}: {error}; lower the "
-                              "learning rates, and go on with --resume.") from error  # fmt: skip
+                raise Refused(f"Stopped in iteration {state.iteration + 1}: {error}; start again "
+                              "in another --out with lower learning rates.") from error  # fmt: skip
             seconds, memory = time.perf_counter() - tick, memory_mb(task.device)
-            peak, end = max(peak, memory), state.iteration == config.iterations
+            end = state.iteration == config.iterations
             bar.set_postfix_str(f"fake loss {float(stats['fake_loss']):.3f}, gap "
                                 f"{float(stats['relative_gap']):.3f}, {seconds * 1e3:.0f} ms, "
                                 f"{memory:.0f} MB", refresh=False)  # fmt: skip
@@ -807,14 +830,16 @@ def train(config):
                     task.on_log(state.iteration, generator)
             if end or state.iteration % config.save_every == 0:
                 path = folder / f"checkpoint-{state.iteration:06}.safetensors"
-                write_safetensors(path, state.tensors(), {"iteration": state.iteration})
+                info = {"iteration": state.iteration, "base_sum": base}
+                write_safetensors(path, state.tensors(), info)
     if roles.base_sum() != base:
         raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
     with state.averaged() as generator:
         info = generator_info(config, roles, state.iteration)
         write_safetensors(folder / "generator.safetensors", roles.state("generator"), info)
-        seconds = time.perf_counter() - started
-        result, table = task.finish(Run(folder, config, generator, seconds, peak))
+        result, table = task.finish(Run(folder, config, generator))
+    result |= {"seconds": time.perf_counter() - started, "peak_rss_mb": peak_rss_mb(),
+               "seed": config.seed}  # fmt: skip
     write_json(folder / "result.json", result)
     print(table)
     return folder
@@ -856,6 +881,8 @@ def resolve(given):
     """A whole Config: defaults, the model's preset, the given flags; or the resumed run's."""
     if given.get("resume") and not given.get("out"):
         raise Refused("--resume needs --out, the folder of the run to go on with.")
+    if given.get("resume") and not Path(given["out"]).is_dir():
+        raise Refused(f"--resume found no folder {given['out']}; name the run's --out.")
     base = Config(**PRESETS[given.get("model", Config.model)])
     if given.get("resume") and (Path(given["out"]) / "config.json").exists():
         base = read_run(given["out"])
@@ -871,8 +898,14 @@ def resolve(given):
         if goal > base.iterations and schedules != {"constant"}:
             raise Refused("--iterations cannot be raised here: the run has a schedule over them.")
     config = dataclasses.replace(base, **given)
-    if config.fake == "full" and "alpha_weak" not in given:
-        config = dataclasses.replace(config, alpha_weak=0.0)  # its real DiT is the plain backbone
+    fits = {}
+    if config.fake == "full":  # its real DiT is the plain backbone; a decay would pull weights to 0
+        fits = {"alpha_weak": 0.0, "fake_weight_decay": 0.0}
+    if config.generator_input == "paired":  # its last exit knows its ground truth: learn from all
+        fits["fake_samples"] = "all"
+    if not given.get("resume"):
+        fits = {name: value for name, value in fits.items() if name not in given}
+        config = dataclasses.replace(config, **fits)
     check(config, given)
     return config
 
@@ -880,14 +913,16 @@ def resolve(given):
 def sample(run, n, out, seed):
     """Draw n samples of a finished run's generator, with the grid of its header, into a file."""
     config, out = read_run(run), Path(out)
-    if n < 1 or seed < 0:
-        raise Refused("--n must be at least 1, and --seed not negative.")
+    if n < 1 or not 0 <= seed < 2**53:
+        raise Refused("--n must be at least 1, and --seed in [0, 2**53).")
     if not out.parent.is_dir():
         raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
     tensors, info = read_safetensors(Path(run) / "generator.safetensors")
     if not {"rank", "kind", "sigmas", "base_sum"} <= set(info):
         raise Refused(f"{run}/generator.safetensors is not a generator: its header says {info}.")
     task = load_task(config)
+    if out.suffix not in task.kinds or out.is_dir():
+        raise Refused(f"--out must be a file that ends in {' or '.join(task.kinds)}, not {out}.")
     task.load()
     roles = Roles(task.backbone, info["rank"], config.alpha_weak, config.alpha_strong, info["kind"])
     if roles.base_sum() != info["base_sum"]:

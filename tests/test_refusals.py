@@ -48,6 +48,11 @@ def refused(capsys, folder, *flags):
     ("--generator-lr inf", "--generator-lr"),
     ("--generator half", "lora"),
     ("--resume", "--out"),
+    ("--resume --out typo", "found no folder"),
+    ("--alpha-strong 0 --alpha-weak 0", "--alpha-strong"),
+    ("--sigma-shift 0", "--sigma-shift"),
+    ("--seed 99999999999999999999", "--seed"),
+    ("--fake full --fake-weight-decay 2", "plain backbone"),
     ("--model wan", "toy"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_before_anything_is_written(capsys, tmp_path, flags, says):
@@ -116,7 +121,7 @@ def test_truncated_and_foreign_safetensors_are_refused(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--n 0", "--n"), ("--seed -1", "--seed"), ("--out a.mp4", "end in"), ("--out no/a.png", "no"),
+    ("--n 0", "--n"), ("--seed -1", "--seed"), ("--out a.mp4", "ends in"), ("--out no/a.png", "no"),
 ])  # fmt: skip
 def test_sample_refuses_what_it_cannot_write(capsys, tmp_path, flags, says):
     train("r", "--iterations", 1)

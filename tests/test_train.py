@@ -160,7 +160,7 @@ def test_a_gt_weight_changes_the_generator_and_trains(tmp_path):
 
 
 @pytest.mark.parametrize("data, suffixes", [
-    ("ring", [".png", ".safetensors"]), ("videos", [".png", ".gif", ".safetensors"]),
+    ("ring", [".png", ".gif", ".safetensors"]), ("videos", [".png", ".gif", ".safetensors"]),
 ])  # fmt: skip
 def test_sample_draws_from_a_finished_run(tmp_path, data, suffixes):
     train("r", "--data", data, "--iterations", 1)

@@ -1,6 +1,6 @@
 """Gaussian mixtures under x_t = (1 - sigma) x0 + sigma eps, every marginal and velocity exact.
 
-Such a mixture is a data set, a perfect teacher and the ruler of `toy.metrics` in one. Its velocity
+Such a mixture is a data set, an exact real DiT and the ruler of `toy.metrics` in one. Its velocity
 is a callable `velocity(x_t, sigma, cond)` like that of any model. With a = 1 - sigma, component k
 of the marginal of x_t is
 
@@ -220,7 +220,7 @@ def ring(modes=8, radius=2**0.5, std=0.2):
     return GaussianMixture(torch.ones(modes), means, torch.full((modes,), std**2))
 
 
-def grid(side=5, std=0.12):
+def grid(side=5, std=0.08):
     """side x side modes, (2,), a coordinate's std near 1; the heaviest has 4 times the lightest's
     weight."""
     K = side**2

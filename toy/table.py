@@ -19,6 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from w2svd import write_json
+
 CASES = {  # name: flags and seeds at most
     "ring-4": ("--data ring", 5), "ring-1": ("--data ring --steps 1", 5),
     "grid-4": ("--data grid", 5), "grid-1": ("--data grid --steps 1", 5),
@@ -89,7 +91,7 @@ def main():
         finished = tqdm(pool.map(lambda job: run(*job), jobs), total=len(jobs))
         for (case, seed), result in zip(jobs, finished):
             results.setdefault(case, {})[str(seed)] = result
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            write_json(path, results)
     (options.out / "table.md").write_text(markdown(results))
     print(markdown(results))
 

@@ -7,6 +7,7 @@ named after a hash of every setting that it depends on.
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Recipe:
     single: int = 1
     patch: tuple = (1, 1, 1)
     skip: bool = False  # v = blocks + gain(sigma) x_t: for samples of more dimensions than width
+    uncaptioned: int = 10  # every so many batches go without captions, for guidance
     labels: int = 0  # captions that the model knows; one more means 'no caption'
     batch: int = 512
     iterations: int = 1500
@@ -96,6 +98,8 @@ def train_backbone(mixture, recipe, seed):
     with tqdm(range(recipe.iterations), desc="backbone", unit="it") as bar:
         for i in bar:
             cond = captions(mixture, recipe, recipe.batch, rng)
+            if i % recipe.uncaptioned == 0:
+                cond = None
             x0 = mixture.sample(recipe.batch, rng, cond)
             sigma, eps = torch.rand(len(x0), generator=rng), torch.randn(x0.shape, generator=rng)
             x_t = add_noise(x0, eps, sigma)
@@ -112,20 +116,24 @@ def train_backbone(mixture, recipe, seed):
 def cached_backbone(mixture, config):
     """The trained backbone of this mixture and seed, from the cache or into it."""
     recipe = RECIPES[config.data]
+    parts = (mixture.weights, mixture.means, mixture.lam, mixture.rest, mixture.labels)
+    exact = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
     settings = {"data": config.data, "seed": config.seed, "torch": torch.__version__,
-                "means": mixture.means.sum().item(), **dataclasses.asdict(recipe)}  # fmt: skip
+                "mixture": exact, **dataclasses.asdict(recipe)}  # fmt: skip
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = Path(config.cache).expanduser() / f"{config.data}-{name}.safetensors"
     if path.exists():
         module = build(mixture, recipe)
         module.load_state_dict(read_safetensors(path)[0])
         return module
-    module = train_backbone(mixture, recipe, config.seed)
-    try:
+    try:  # before the minute of training, not after it
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(path, module.state_dict(), settings)
+        (path.parent / f".{os.getpid()}").touch()
+        (path.parent / f".{os.getpid()}").unlink()
     except OSError as error:
         raise Refused(f"{path.parent} cannot be written ({error}); name a --cache.") from error
+    module = train_backbone(mixture, recipe, config.seed)
+    write_safetensors(path, module.state_dict(), settings)
     return module
 
 
@@ -133,6 +141,7 @@ class Task:
     """What w2svd.train() needs of a model and its data; see section 7 there."""
 
     device = "cpu"
+    kinds = (".png", ".gif", ".safetensors")  # what write_samples can write
 
     def __init__(self, config):
         if config.data not in RECIPES:
@@ -196,7 +205,6 @@ class Task:
             "student": {**ours, "steps": steps},
             "euler": dict(zip(("1", "4", "28"), euler)),
             "floor": floor,
-            "seconds": run.seconds, "peak_rss_mb": run.peak_rss_mb, "seed": self.config.seed,
         }  # fmt: skip
         return result, table(values, (0, 1, 4, 28, steps))
 
@@ -218,14 +226,21 @@ class Task:
             plots.training_gif_2d(folder / "training.gif", self.mixture, frames)
 
     def write_samples(self, generator, sigmas, n, seed, path):
-        """n samples as a picture (.png), an animation (.gif, videos only) or .safetensors."""
-        kinds = (".png", ".safetensors") + (".gif",) * (len(self.shape) > 1)
-        if path.suffix not in kinds:
-            raise Refused(f"--out must end in {' or '.join(kinds)}, not {path.name!r}.")
+        """n samples as a picture (.png), tensors (.safetensors) or an animation (.gif).
+
+        The animation of points shows the predictions after 1, 2, ... evaluations.
+        """
         samples = self.few_step(generator, sigmas, n, seed)
         rows = [(f"student, {len(sigmas) - 1} steps", samples)]
         if path.suffix == ".safetensors":
             write_safetensors(path, {"samples": samples}, {"seed": seed, "n": n})
+        elif len(self.shape) == 1 and path.suffix == ".gif":
+            cut = {k: torch.cat([sigmas[:k], sigmas[-1:]]) for k in range(1, len(sigmas))}
+            frames = [
+                (f"student, evaluation {k} of {len(cut)}", self.few_step(generator, grid, n, seed))
+                for k, grid in cut.items()
+            ]
+            plots.training_gif_2d(path, self.mixture, frames)
         elif len(self.shape) == 1:
             plots.samples_2d(path, self.mixture, rows)
         elif path.suffix == ".gif":
