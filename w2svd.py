@@ -125,6 +125,7 @@ PRESETS = {
         fake_lr=5e-4, lr_schedule="linear", fake_weight_decay=2.0, ema=0.98, batch=256,
         iterations=400, log_every=20, save_every=200,
     ),
+    "toy videos": dict(batch=64, iterations=250, log_every=25),  # on top of the toy's
 }  # fmt: skip
 
 
@@ -883,7 +884,8 @@ def resolve(given):
         raise Refused("--resume needs --out, the folder of the run to go on with.")
     if given.get("resume") and not Path(given["out"]).is_dir():
         raise Refused(f"--resume found no folder {given['out']}; name the run's --out.")
-    base = Config(**PRESETS[given.get("model", Config.model)])
+    model, data = given.get("model", Config.model), given.get("data", Config.data)
+    base = Config(**PRESETS[model] | PRESETS.get(f"{model} {data}", {}))
     if given.get("resume") and (Path(given["out"]) / "config.json").exists():
         base = read_run(given["out"])
         free = ("iterations", "resume", "out", "cache", "dry_run")

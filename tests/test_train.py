@@ -171,3 +171,13 @@ def test_sample_draws_from_a_finished_run(tmp_path, data, suffixes):
     assert samples.shape == (8, *((2,) if data == "ring" else (4, 8, 8, 8)))
     run("sample", "--run", "r", "--n", 8, "--seed", 1, "--out", tmp_path / "t.safetensors")
     assert not torch.equal(samples, tensors(tmp_path / "t.safetensors")["samples"])
+
+
+def test_a_captioned_backbone_also_learns_without_captions():
+    mixture = toy.tasks.mixtures.videos()
+    recipe = toy.tasks.Recipe(width=16, batch=8, iterations=4, patch=(2, 4, 4), labels=2,
+                              uncaptioned=2)  # fmt: skip
+    torch.manual_seed(0)
+    before = toy.tasks.build(mixture, recipe).text.weight.clone()
+    after = toy.tasks.train_backbone(mixture, recipe, seed=0).text.weight
+    assert (after != before).any(dim=1).all()  # the last row is 'no caption'

@@ -259,7 +259,7 @@ def clip(wobble, look, angle, speed):
     return torch.einsum("c,t,th,tw->cthw", LOOKS[look], light, row, column)
 
 
-def videos(std=0.15):
+def videos(std=0.05):
     """Moving blobs (4, 8, 8, 8): 2 looks x 4 directions x 2 speeds; average variance 1 per element.
 
     The label is the look: it tells what moves, not how, as a prompt leaves the motion open. All
