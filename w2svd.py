@@ -32,13 +32,17 @@ Commands
     python w2svd.py train --model toy                       a tiny DiT, checked by an exact answer
     python w2svd.py sample --run runs/toy --n 1000 --out samples.png
     python w2svd.py train --help                            every setting with meaning and source
+    python w2svd.py encode --model hunyuan --videos my_clips/ --out data/    once: latents and text
+    python w2svd.py train  --model hunyuan --data data/ --out runs/portrait  one 80 GB GPU
+    python w2svd.py sample --run runs/portrait --prompt "a woman talks" --out talk.mp4
+    python w2svd.py export --run runs/portrait --format diffusers --out lora/
 
 Where a setting comes from: 'paper' read off the authors' figures; 'author-code' related public
 code of the first author, not a release of this paper; 'peer' common in public code of the family;
 'ours'. The paper's body, and so its learning rates, rank and batch, were not available to us.
 
-Deviations from the paper, as far as we know it: no discriminator (its figure has one); the
-condition of a first image is left to the backbone; alpha_strong = 1 is ours (it is not printed);
+Deviations from the paper, as far as we know it: no discriminator (its figure has one); text is the
+only condition (its model also reads a first image); alpha_strong = 1 is ours (it is not printed);
 the generator is an adapter by default; denominators, EMA and optimizer are peers', the author's
 later code's or ours; the GT loss is off by default, since it trades motion for picture quality in
 the paper's table; on the toy the input is a rollout, the fake learns final samples and decays.
@@ -75,12 +79,25 @@ class Refused(ValueError):
     """What the user asked for cannot be done; the message is one sentence and says the cure."""
 
 
+HUNYUAN = "hunyuanvideo-community/HunyuanVideo"
+# what an encoded clip depends on: train takes these settings from --data
+ENCODED = ("checkpoint", "height", "width", "frames", "fps", "prompt_template", "prompt_crop_start")
+
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. The command line and its help are made from these lines."""
 
-    model: Literal["toy"] = "toy"  # what to distil / ours
-    data: str = "ring"  # toy: ring, grid or videos / ours
+    model: Literal["toy", "hunyuan"] = "toy"  # what to distil / ours
+    data: str = "ring"  # toy: ring, grid or videos; hunyuan: the folder that encode wrote / ours
+    checkpoint: str = HUNYUAN  # hub id, or a folder in diffusers' format / ours
+    weights: Literal["pretrained", "random"] = "pretrained"  # random: to measure speed / ours
+    height: int = 480  # pixels, a multiple of 16; from --data if that is there / ours
+    width: int = 832  # see height / ours
+    frames: int = 61  # 4k + 1; 61 or 129 / ours
+    fps: float = 24.0  # clips are resampled to it / paper
+    prompt_template: str = ""  # HunyuanVideo's own if empty; '{}' for a plain text encoder / ours
+    prompt_crop_start: int = 95  # tokens of that template to cut off before the prompt / ours
     steps: int = 4  # evaluations of the finished generator / paper: 4 and 1
     shift: float = 5.0  # of the few-step grid: 1, .9375, .8333, .625 / author-code
     generator: Literal["lora", "full"] = "lora"  # an adapter, or a whole copy / ours, author-code
@@ -93,7 +110,9 @@ class Config:
     gt_weight: float = 0.0  # raise for picture quality, at the price of motion / author-code
     gt_skip_noise: bool = False  # no GT loss where the input is pure noise / ours
     guidance: float = 1.0  # classifier-free guidance of the real DiT; 1 is off / peer
+    embedded_guidance: float = 6.0  # read by a guidance-distilled backbone, at no cost / peer
     lora_rank: int = 64  # of both adapters; alpha = rank / ours
+    lora_targets: Literal["all", "attention"] = "all"  # which linear layers of the blocks / ours
     generator_lr: float = 1e-5  # lower it where samples drift or collapse / ours
     fake_lr: float = 1e-5  # raise it where the relative gap keeps growing / ours
     lr_schedule: Literal["constant", "linear"] = "constant"  # of both, down to 5 % / ours
@@ -105,12 +124,20 @@ class Config:
     fake_warmup: int = 0  # fake updates before the first generator update / ours
     ema: float = 0.995  # decay of the generator's moving average; 0 is off / ours
     max_grad_norm: float = 1.0  # gradients are clipped to this norm / peer
-    batch: int = 1  # samples in each update / ours
+    batch: int = 1  # samples in a forward / ours
+    accumulate: int = 1  # forwards in an update; the GPU holds one --batch at a time / ours
     iterations: int = 1000  # generator updates / peer: 600 to 1000
     checkpointing: bool = False  # recompute blocks in backward: less memory, a third slower / peer
+    fp8_base: bool = False  # keep the backbone's weights in 8 bits: 8 GiB less at 13B / ours
+    compile: bool = False  # compile every block / peer
     seed: int = 0  # the same seed gives the same bits on the same machine / ours
     log_every: int = 50  # iterations between lines of metrics.jsonl / ours
     save_every: int = 250  # iterations between checkpoints; all are kept / peer
+    sample_every: int = 250  # hunyuan: iterations between sampled videos / ours
+    compare: bool = False  # hunyuan: show the backbone's 28 steps beside the student's / ours
+    tensorboard: bool = False  # log there too / ours
+    gpu_memory: float = 0.0  # GB to plan for; those of the GPU at hand if 0 / ours
+    tflops: float = 790.0  # to plan with: what an H100 or H200 reaches in bf16 / ours
     out: str = ""  # run folder; the next free runs/<model>[-k] if empty / ours
     cache: str = "~/.cache/w2svd"  # where the toy keeps its trained backbones / ours
     resume: bool = False  # go on from the last checkpoint in --out / ours
@@ -120,6 +147,8 @@ class Config:
 # ours: by trials on the toy (README). Our guess at why a falling rate and a decay of the fake help:
 # its adapter is the real DiT's too, so what it picks up by chance bends both
 PRESETS = {
+    # not tuned: no run of the full model was measured by us
+    "hunyuan": dict(data="data", generator_lr=2e-5, fake_lr=2e-5, checkpointing=True, log_every=10),
     "toy": dict(
         generator_input="rollout", fake_samples="final", lora_rank=16, generator_lr=1e-3,
         fake_lr=5e-4, lr_schedule="linear", fake_weight_decay=2.0, ema=0.98, batch=256,
@@ -132,11 +161,12 @@ PRESETS = {
 def check(config: Config, given=()) -> None:
     """Refuse settings that contradict each other, with the reason; `given` flags came by name."""
     for name in ("steps", "iterations", "fake_updates", "batch", "lora_rank", "log_every",
-                 "save_every", "shift", "sigma_shift", "alpha_strong", "generator_lr", "fake_lr",
-                 "max_grad_norm"):  # fmt: skip
+                 "save_every", "sample_every", "shift", "sigma_shift", "alpha_strong", "tflops",
+                 "generator_lr", "fake_lr", "max_grad_norm", "accumulate", "fps"):  # fmt: skip
         value = getattr(config, name)
         if not 0 < value < math.inf:
             raise Refused(f"--{name.replace('_', '-')} must be above 0, not {value}.")
+    check_clips(config)
     if not 0 <= config.alpha_weak <= config.alpha_strong < math.inf:
         raise Refused(f"--alpha-weak must lie in [0, alpha_strong = {config.alpha_strong}], "
                       f"not {config.alpha_weak}.")  # fmt: skip
@@ -148,7 +178,8 @@ def check(config: Config, given=()) -> None:
         raise Refused("--sigma-low and --sigma-high must satisfy 0 <= low < high <= 1.")
     if not 0 <= config.ema < 1:
         raise Refused(f"--ema must lie in [0, 1), not {config.ema}; 0 is off.")
-    for name in ("gt_weight", "fake_warmup", "fake_weight_decay", "seed"):
+    for name in ("gt_weight", "fake_warmup", "fake_weight_decay", "seed", "gpu_memory",
+                 "prompt_crop_start"):  # fmt: skip
         if not 0 <= getattr(config, name) < 2**53:
             raise Refused(f"--{name.replace('_', '-')} must lie in [0, 2**53).")
     if config.gt_weight and config.generator_input == "rollout":
@@ -157,6 +188,17 @@ def check(config: Config, given=()) -> None:
     if config.gt_weight and config.steps == 1:
         raise Refused("--gt-weight needs more than one step: a one-step generator reads "
                       "pure noise, which pairs with no ground truth.")  # fmt: skip
+
+
+def check_clips(config: Config) -> None:
+    """Refuse sizes and templates that HunyuanVideo cannot take."""
+    if config.height < 1 or config.width < 1 or config.height % 16 or config.width % 16:
+        raise Refused(f"--height and --width must be multiples of 16, not {config.height} and "
+                      f"{config.width}.")  # fmt: skip
+    if config.frames < 1 or config.frames % 4 != 1:
+        raise Refused(f"--frames must be 4 k + 1, as 61 or 129, not {config.frames}.")
+    if config.prompt_template and "{}" not in config.prompt_template:
+        raise Refused("--prompt-template must contain {}, where the prompt goes.")
 
 
 # ---- 2. Flow matching ----------------------------------------------------------------------------
@@ -486,34 +528,77 @@ def health(x_gen, x0, x0_fake, x0_real, v_fake, v_real):
         "gen_mean": x_gen.mean(), "gen_std": x_gen.std(), "data_std": x0.std(),
     }  # fmt: skip
     if x0.ndim == 5:  # frames are dim 2 of (B, C, T, H, W)
-        stats["motion"] = x_gen.diff(dim=2).abs().mean() / x0.diff(dim=2).abs().mean()
+        stats["gen_motion"] = x_gen.diff(dim=2).abs().mean()
+        stats["data_motion"] = x0.diff(dim=2).abs().mean()
     return stats
 
 
 # ---- 7. Backbones --------------------------------------------------------------------------------
 # A task has .backbone (see Roles), whose weights come with .load(), .device, .shape of a sample,
-# .batches(rng) -> endless {'x0': (B, ...), 'cond': ...}, .on_log(step, generator) for pictures on
-# the way, .finish(run) -> (result, table), .write_samples(generator, sigmas, n, seed, path) and
-# .kinds, the suffixes of its paths.
+# .batches(rng) -> endless {'x0': (B, ...), 'cond': ...}, .costs(forwards, with_gradient) -> lines
+# of the plan, .prepare() for what must follow the adapters, .on_log(step, generator) for pictures
+# on the way, .finish(run) -> (result, table) and .sample(...), behind the command of that name.
 
 
 def load_task(config):
     """The model and data that `config` names, as a task."""
+    if config.model == "hunyuan":
+        import hunyuan
+
+        return hunyuan.task(config)
     import toy  # the only import of the toy: everything of it lives there
 
     return toy.task(config)
 
 
-# ---- 9. train() ----------------------------------------------------------------------------------
+class HunyuanVideo:
+    """diffusers' HunyuanVideoTransformer3DModel behind the contract of Roles."""
+
+    # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
+    ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+
+    def __init__(self, config, module, dtype):
+        self.module, self.dtype, self.guidance = module, dtype, config.embedded_guidance
+        layers = f"{self.ATTENTION}|{self.MLP}" if config.lora_targets == "all" else self.ATTENTION
+        self.lora_targets = rf"(single_)?transformer_blocks\.\d+\.({layers})"
+        self.blocks = [*module.transformer_blocks, *module.single_transformer_blocks]
+        for block in self.blocks:  # text comes trimmed: no mask, which would rule out flash
+            block.register_forward_pre_hook(lambda _, args: (*args[:3], None, *args[4:]))
+
+    def checkpoint_with(self, function):
+        self.module.gradient_checkpointing = True
+        self.module._gradient_checkpointing_func = function
+
+    def velocity(self, x_t, sigma, cond):
+        """x_t: latents (B, C, T, H, W); cond: prompt_embeds (B, L, D), trimmed; pooled (B, P)."""
+        text = cond["prompt_embeds"].to(self.dtype)
+        guidance = torch.full((len(x_t),), self.guidance, dtype=self.dtype, device=x_t.device)
+        device = x_t.device.type.replace("meta", "cpu")  # the meta device knows no autocast
+        # NOTE silent: without autocast the float32 adapters would compute in float32
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            v = self.module(
+                hidden_states=x_t.to(self.dtype),
+                timestep=1000 * sigma.float(),  # NOTE silent: bf16 would make 956 of 954.5
+                encoder_hidden_states=text,
+                encoder_attention_mask=torch.ones(text.shape[:2], device=x_t.device),
+                pooled_projections=cond["pooled"].to(self.dtype),
+                guidance=guidance * 1000,  # 6016 in bf16, as in the stock pipeline
+                return_dict=False,
+            )[0]
+        return v.to(x_t.dtype)
 
 
-def write_safetensors(path, tensors, info):
+# ---- 8. Files: safetensors and JSON --------------------------------------------------------------
+
+
+def write_safetensors(path, tensors, info, **metadata):
     """Tensors and one JSON string under 'w2svd' in the header; whole or not at all."""
     from safetensors.torch import save_file
 
     half = path.with_name(f".{path.name}.{os.getpid()}.part")
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    save_file(tensors, half, metadata={"w2svd": json.dumps(info, sort_keys=True)})
+    save_file(tensors, half, metadata={"w2svd": json.dumps(info, sort_keys=True)} | metadata)
     os.replace(half, path)
 
 
@@ -531,6 +616,36 @@ def read_safetensors(path):
         raise Refused(f"{path} was not written by w2svd: its header has no 'w2svd'.") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise Refused(f"{path} is not a whole safetensors file ({error}).") from error
+
+
+def header(path):
+    """The JSON of a safetensors file's header; None if the file is not whole or not ours."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})["w2svd"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def write_json(path, content):
+    half = path.with_suffix(".part")
+    half.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(half, path)
+
+
+def make_folder(folder):
+    """Make the run folder and see that files can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".part").touch()
+        (folder / ".part").unlink()
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
+
+
+# ---- 9. train() ----------------------------------------------------------------------------------
 
 
 def lr_factor(config, iteration):
@@ -564,9 +679,11 @@ class State:
         for stream, rng in enumerate(self.rngs.values()):
             rng.manual_seed(config.seed * 1000 + stream)
 
-    def update(self, role, lr, max_grad_norm):
-        """One optimizer step of the role on the gradients at hand; returns their norm."""
+    def update(self, role, lr, max_grad_norm, accumulated=1):
+        """One optimizer step of the role on the mean of the gradients added up; their norm."""
         self.optimizers[role].param_groups[0]["lr"] = lr
+        for parameter in self.roles.parameters(role) if accumulated > 1 else ():
+            parameter.grad /= accumulated
         norm = torch.nn.utils.clip_grad_norm_(self.roles.parameters(role), max_grad_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient of the {role} is not finite")
@@ -633,19 +750,23 @@ def iterate(config, state, data):
         eps = torch.randn(x0.shape, generator=rngs["noise"], device=x0.device, dtype=x0.dtype)
         return batch, x_in, sigma_in, sigma, eps
 
+    def update(role, step, lr, final, *weights):
+        every = [step(roles, *draw(final), *weights) for _ in range(config.accumulate)]
+        norm = state.update(role, lr, config.max_grad_norm, config.accumulate)
+        return {name: sum(s[name] for s in every) / len(every) for name in every[0]}, norm
+
     roles.alpha_weak = alpha_weak_at(config, state.iteration)
     slower = lr_factor(config, state.iteration)
     warmup = config.fake_warmup if state.iteration == 0 else 0
     for _ in range(warmup + config.fake_updates):
-        stats = fake_step(roles, *draw(final=config.fake_samples == "final"))
-        fake_norm = state.update("fake", config.fake_lr * slower, config.max_grad_norm)
-    stats |= generator_step(
-        roles, *draw(), config.gt_weight, config.gt_skip_noise, config.guidance
-    )
-    norm = state.update("generator", config.generator_lr * slower, config.max_grad_norm)
+        final = config.fake_samples == "final"
+        fake, fake_norm = update("fake", fake_step, config.fake_lr * slower, final)
+    weights = config.gt_weight, config.gt_skip_noise, config.guidance
+    stats, norm = update("generator", generator_step, config.generator_lr * slower, False, *weights)
     state.update_ema(config.ema)
     state.iteration += 1
-    return stats | {"fake_grad_norm": fake_norm, "grad_norm": norm, "alpha_weak": roles.alpha_weak}
+    norms = {"fake_grad_norm": fake_norm, "grad_norm": norm}
+    return {**fake, **stats, **norms, "alpha_weak": roles.alpha_weak}
 
 
 def peak_rss_mb():
@@ -661,12 +782,6 @@ def memory_mb(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return peak_rss_mb()
-
-
-def write_json(path, content):
-    half = path.with_suffix(".part")
-    half.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(half, path)
 
 
 def read_run(folder):
@@ -696,16 +811,6 @@ def choose_folder(config):
     return dataclasses.replace(config, out=str(folder))
 
 
-def make_folder(folder):
-    """Make the run folder and see that files can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".part").touch()
-        (folder / ".part").unlink()
-    except OSError as error:
-        raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
-
-
 def commit():
     """The git commit of this file, for config.json."""
     try:
@@ -716,30 +821,38 @@ def commit():
     return git.stdout.strip() or "not in a git repository"
 
 
-def plan(config, task, roles):
-    """Numbers that follow from the config: parameters, shape, passes of each kind."""
+def plan(config, task):
+    """Numbers that follow from the config: parameters, shape, passes of each kind, their costs."""
+    module = task.backbone.module  # not loaded yet; load() brings one without these adapters
+    backbone_parameters = sum(p.numel() for p in module.parameters())
+    with torch.device("meta"):
+        roles = Roles(task.backbone, config.lora_rank, config.alpha_weak, config.alpha_strong,
+                      config.generator, config.fake)  # fmt: skip
     once = (config.steps - 1) / 2 if config.generator_input == "rollout" else 0  # the mean exit
     fake_once = 2 * once if config.fake_samples == "final" else once
     fakes, real = config.fake_updates, 1 + (config.guidance != 1)
+    forwards = fakes * (1 + fake_once) + once + 1 + real
     packages = ("torch", "peft", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {
-        "backbone_parameters": sum(p.numel() for p in task.backbone.module.parameters())
-        - sum(p.numel() for role in roles.adapters for p in roles.parameters(role)),
+        "backbone_parameters": backbone_parameters,
         "generator_parameters": sum(p.numel() for p in roles.parameters("generator")),
         "fake_parameters": sum(p.numel() for p in roles.parameters("fake")),
         "sample_shape": list(task.shape),
         "sigmas": few_step_sigmas(config.steps, config.shift).tolist(),
-        "forwards_without_gradient_per_iteration": fakes * (1 + fake_once) + once + 1 + real,
+        "forwards_without_gradient_per_iteration": forwards,
         "forwards_with_gradient_per_iteration": fakes + 1,
         "fake_updates_in_all": config.fake_warmup + fakes * config.iterations,
+        **task.costs(forwards, fakes + 1),
         "versions": {"python": sys.version.split()[0], **versions},
         "commit": commit(),
     }
 
 
 def show(title, items):
-    print(f"{title}\n" + "\n".join(f"  {name:40} {value}" for name, value in items.items()))
+    for name, value in {title: "", **items}.items():
+        value = f"{value:.4g}" if isinstance(value, float) else value
+        print(f"  {name:40} {value}" if name != title else title)
 
 
 def last_checkpoint(folder):
@@ -774,12 +887,22 @@ class Run:
 
 def generator_info(config, roles, iteration):
     """The header of generator.safetensors: all that sampling needs besides the backbone."""
-    names = ("model", "data", "steps", "shift", "alpha_weak", "alpha_strong", "guidance", "seed")
+    names = ("model", "data", "checkpoint", "steps", "shift", "alpha_weak", "alpha_strong",
+             "guidance", "embedded_guidance", "seed")  # fmt: skip
     return {name: getattr(config, name) for name in names} | {
         "kind": config.generator, "rank": config.lora_rank, "lora_alpha": config.lora_rank,
         "sigmas": few_step_sigmas(config.steps, config.shift).tolist(),
         "step": iteration, "base_sum": roles.base_sum(),
     }  # fmt: skip
+
+
+def board(folder, step):
+    """A tensorboard writer that goes on after `step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise Refused("--tensorboard needs its package: pip install tensorboard.") from error
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def train(config):
@@ -789,24 +912,25 @@ def train(config):
     started = time.perf_counter()
     config = choose_folder(config)
     task, folder = load_task(config), Path(config.out)
-    if not config.dry_run:
-        make_folder(folder)
-        task.load()
+    numbers = plan(config, task)
+    show("config", dataclasses.asdict(config))
+    show("plan", numbers)
+    if config.dry_run:
+        return None
+    make_folder(folder)
+    task.load()
     torch.manual_seed(config.seed)
     roles = Roles(task.backbone, config.lora_rank, config.alpha_weak, config.alpha_strong,
                   config.generator, config.fake)  # fmt: skip
     if config.checkpointing:
         roles.use_checkpointing()
-    numbers = plan(config, task, roles)
-    show("config", dataclasses.asdict(config))
-    show("plan", numbers)
-    if config.dry_run:
-        return None
+    task.prepare()
     state = State(config, roles, task.device)
     if config.resume:
         resume_from(folder, state)
     write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
     data, base = task.batches(state.rngs["data"]), roles.base_sum()
+    tensorboard = board(folder, state.iteration) if config.tensorboard else None
     bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
     with bar, open(folder / "metrics.jsonl", "a") as log:
         while state.iteration < config.iterations:
@@ -825,6 +949,8 @@ def train(config):
             if end or state.iteration % config.log_every == 0:
                 line = {"step": state.iteration, **{k: float(x) for k, x in stats.items()}}
                 line |= {"seconds": seconds, "memory_mb": memory}
+                for name, value in line.items() if tensorboard else ():
+                    tensorboard.add_scalar(name, value, state.iteration)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 with state.averaged() as generator:
@@ -837,7 +963,9 @@ def train(config):
         raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
     with state.averaged() as generator:
         info = generator_info(config, roles, state.iteration)
-        write_safetensors(folder / "generator.safetensors", roles.state("generator"), info)
+        prefix = "transformer." if config.generator == "lora" else ""  # diffusers' names
+        tensors = {prefix + name: x for name, x in roles.state("generator").items()}
+        write_safetensors(folder / "generator.safetensors", tensors, info)
         result, table = task.finish(Run(folder, config, generator))
     result |= {"seconds": time.perf_counter() - started, "peak_rss_mb": peak_rss_mb(),
                "seed": config.seed}  # fmt: skip
@@ -854,11 +982,8 @@ class Parser(argparse.ArgumentParser):
         raise Refused(f"{message}; see {self.prog} --help.")
 
 
-def parser():
-    """train's flags are the lines of Config, their comments the help."""
-    top = Parser(prog="w2svd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
-    distil = commands.add_parser("train", help="distil a backbone", allow_abbrev=False)
+def add_settings(command, names):
+    """A flag for each line of Config that is named, its comment the help."""
     meaning = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     types = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
@@ -869,12 +994,39 @@ def parser():
         elif typing.get_origin(kind) is Literal:
             how = {"choices": typing.get_args(kind)}
         text = f"{meaning[field.name]} [{field.default}]".replace("%", "%%")
-        distil.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
-    draw = commands.add_parser("sample", help="sample a finished run", allow_abbrev=False)
+        if field.name in names:
+            command.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+
+
+def parser():
+    """The four commands and their flags; what is not given is absent."""
+    top = Parser(prog="w2svd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    def command(name, text):
+        return commands.add_parser(name, help=text, description=text, allow_abbrev=False,
+                                   argument_default=argparse.SUPPRESS)  # fmt: skip
+
+    distil = command("train", "distil a backbone")
+    add_settings(distil, [field.name for field in dataclasses.fields(Config)])
+    read = command("encode", "videos and captions into latents and embeddings, once")
+    add_settings(read, ["model", "out", *ENCODED])
+    read.add_argument("--videos", help="folder: a.mp4 + a.txt, metadata.jsonl or .csv, or lists")
+    read.add_argument("--prompts", help="or a file of captions, a line each: data-free training")
+    draw = command("sample", "sample a finished run")
     draw.add_argument("--run", required=True, help="a run folder, as runs/toy")
-    draw.add_argument("--n", type=int, default=1000, help="number of samples [1000]")
-    draw.add_argument("--out", required=True, help="toy: a .png, .gif or .safetensors file")
+    draw.add_argument("--out", required=True, help=".png, .gif, .safetensors; hunyuan: .mp4")
     draw.add_argument("--seed", type=int, default=0, help="of the noise [0]")
+    draw.add_argument("--n", type=int, help="toy: number of samples [1000]")
+    draw.add_argument("--prompt", help="hunyuan: what to show, in one .mp4")
+    draw.add_argument("--prompts", help="hunyuan: a file, a prompt a line; --out is a folder")
+    draw.add_argument("--videos-per-prompt", type=int, help="hunyuan: 5 for VBench [1]")
+    draw.add_argument("--lora-scale", type=float, help="hunyuan: of the generator's adapter [1]")
+    draw.add_argument("--compare", action="store_true", help="hunyuan: the backbone's 28 steps too")
+    give = command("export", "a finished HunyuanVideo run for other programs")
+    give.add_argument("--run", required=True, help="a run folder, as runs/portrait")
+    give.add_argument("--out", required=True, help="a new folder")
+    give.add_argument("--format", required=True, choices=("diffusers", "comfyui", "merged"))
     return top
 
 
@@ -886,9 +1038,13 @@ def resolve(given):
         raise Refused(f"--resume found no folder {given['out']}; name the run's --out.")
     model, data = given.get("model", Config.model), given.get("data", Config.data)
     base = Config(**PRESETS[model] | PRESETS.get(f"{model} {data}", {}))
+    if model == "hunyuan":
+        import hunyuan
+
+        base = dataclasses.replace(base, **hunyuan.encoded_with(given.get("data", base.data)))
     if given.get("resume") and (Path(given["out"]) / "config.json").exists():
         base = read_run(given["out"])
-        free = ("iterations", "resume", "out", "cache", "dry_run")
+        free = ("iterations", "resume", "out", "cache", "dry_run", "gpu_memory", "tflops")
         differ = [f"--{k.replace('_', '-')} is {getattr(base, k)} there, not {v}"
                   for k, v in given.items() if k not in free and v != getattr(base, k)]  # fmt: skip
         if differ:
@@ -912,38 +1068,57 @@ def resolve(given):
     return config
 
 
-def sample(run, n, out, seed):
-    """Draw n samples of a finished run's generator, with the grid of its header, into a file."""
-    config, out = read_run(run), Path(out)
-    if n < 1 or not 0 <= seed < 2**53:
-        raise Refused("--n must be at least 1, and --seed in [0, 2**53).")
-    if not out.parent.is_dir():
-        raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
+def read_generator(run):
+    """The tensors and the header of a finished run's generator."""
     tensors, info = read_safetensors(Path(run) / "generator.safetensors")
     if not {"rank", "kind", "sigmas", "base_sum"} <= set(info):
         raise Refused(f"{run}/generator.safetensors is not a generator: its header says {info}.")
+    return tensors, info
+
+
+def sample(run, out, seed, **given):
+    """Draw samples of a finished run's generator, with the grid of its header, into `out`."""
+    config, out = read_run(run), Path(out)
+    if not 0 <= seed < 2**53:
+        raise Refused("--seed must lie in [0, 2**53).")
+    if not out.parent.is_dir():
+        raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
+    tensors, info = read_generator(run)
     task = load_task(config)
-    if out.suffix not in task.kinds or out.is_dir():
-        raise Refused(f"--out must be a file that ends in {' or '.join(task.kinds)}, not {out}.")
-    task.load()
-    roles = Roles(task.backbone, info["rank"], config.alpha_weak, config.alpha_strong, info["kind"])
-    if roles.base_sum() != info["base_sum"]:
-        raise Refused(f"The backbone at hand is not the one that {run} was distilled from.")
-    roles.load("generator", tensors)
-    task.write_samples(roles.generator, torch.tensor(info["sigmas"]), n, seed, out)
-    print(f"{n} samples in {out}")
+    foreign = set(given) - set(inspect.signature(task.sample).parameters)
+    if foreign:
+        flag = min(foreign).replace("_", "-")
+        raise Refused(f"--{flag} does not fit {run}, a run of --model {config.model}.")
+    print(task.sample(tensors, info, out, seed, **given))
 
 
 def main(argv=None):
-    """Run a command; 0, or 2 after one sentence about what was refused."""
+    """Run a command; 0, 1 where encode skipped clips, or 2 after a sentence about what failed."""
     try:
         given = vars(parser().parse_args(argv))
-        if given.pop("command") == "train":
+        command = given.pop("command")
+        if command == "train":
             train(resolve(given))
-        else:
+        elif command == "sample":
             sample(**given)
+        else:
+            import hunyuan
+
+            if command == "export":
+                hunyuan.export(**given)
+            else:
+                inputs = {name: given.pop(name, "") for name in ("videos", "prompts")}
+                return hunyuan.encode(Config(**given), **inputs)
     except Refused as error:
         print(f"w2svd: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("w2svd: out of GPU memory; look at the plan (--dry-run): --fp8-base lowers its base, "
+              "--lora-rank its trained weights and Adam, --checkpointing and a smaller --height, "
+              "--width or --frames (encode again) the rest.", file=sys.stderr)  # fmt: skip
+        return 2
+    except OSError as error:  # no space left, a folder that went away
+        print(f"w2svd: {error}; what was written before is whole.", file=sys.stderr)
         return 2
     return 0
 

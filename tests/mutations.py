@@ -315,7 +315,7 @@ MUTATIONS = [
         "x_gen.diff(dim=2).abs()",
         "x_gen.diff(dim=3).abs()",
         "test_updates.py::"
-        "test_videos_have_a_motion_relative_to_the_datas_and_points_have_none",
+        "test_videos_have_a_motion_beside_the_datas_and_points_have_none",
     ),
     one(
         "the moving average keeps 1 - decay",

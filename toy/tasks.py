@@ -19,6 +19,7 @@ from toy.dit import DiT
 from toy.metrics import Metrics
 from w2svd import (
     Refused,
+    Roles,
     add_noise,
     euler_sample,
     few_step_sample,
@@ -141,7 +142,6 @@ class Task:
     """What w2svd.train() needs of a model and its data; see section 7 there."""
 
     device = "cpu"
-    kinds = (".png", ".gif", ".safetensors")  # what write_samples can write
 
     def __init__(self, config):
         if config.data not in RECIPES:
@@ -157,6 +157,13 @@ class Task:
     def load(self):
         """The trained backbone: a minute without a cache."""
         self.backbone.module = cached_backbone(self.mixture, self.config).requires_grad_(False)
+
+    def costs(self, forwards, with_gradient):
+        return {}  # too small to plan for
+
+    def prepare(self):
+        if self.config.fp8_base or self.config.compile:
+            raise Refused("--fp8-base and --compile are HunyuanVideo's; the toy needs neither.")
 
     def batches(self, rng):
         while True:
@@ -225,28 +232,44 @@ class Task:
             plots.samples_2d(folder / "samples.png", self.mixture, panels)
             plots.training_gif_2d(folder / "training.gif", self.mixture, frames)
 
-    def write_samples(self, generator, sigmas, n, seed, path):
-        """n samples as a picture (.png), tensors (.safetensors) or an animation (.gif).
+    def sample(self, tensors, info, out, seed, n=1000):
+        """Draw n samples into a picture (.png), tensors (.safetensors) or an animation (.gif).
 
         The animation of points shows the predictions after 1, 2, ... evaluations.
         """
+        if out.suffix not in (".png", ".gif", ".safetensors") or out.is_dir() or n < 1:
+            raise Refused(f"--out must be a .png, .gif or .safetensors file, not {out}, "
+                          f"and --n at least 1, not {n}.")  # fmt: skip
+        self.load()
+        generator = self.trained_generator(tensors, info)
+        sigmas = torch.tensor(info["sigmas"])
         samples = self.few_step(generator, sigmas, n, seed)
         rows = [(f"student, {len(sigmas) - 1} steps", samples)]
-        if path.suffix == ".safetensors":
-            write_safetensors(path, {"samples": samples}, {"seed": seed, "n": n})
-        elif len(self.shape) == 1 and path.suffix == ".gif":
+        if out.suffix == ".safetensors":
+            write_safetensors(out, {"samples": samples}, {"seed": seed, "n": n})
+        elif len(self.shape) == 1 and out.suffix == ".gif":
             cut = {k: torch.cat([sigmas[:k], sigmas[-1:]]) for k in range(1, len(sigmas))}
             frames = [
                 (f"student, evaluation {k} of {len(cut)}", self.few_step(generator, grid, n, seed))
                 for k, grid in cut.items()
             ]
-            plots.training_gif_2d(path, self.mixture, frames)
+            plots.training_gif_2d(out, self.mixture, frames)
         elif len(self.shape) == 1:
-            plots.samples_2d(path, self.mixture, rows)
-        elif path.suffix == ".gif":
-            plots.clips_gif(path, rows)
+            plots.samples_2d(out, self.mixture, rows)
+        elif out.suffix == ".gif":
+            plots.clips_gif(out, rows)
         else:
-            plots.samples_videos(path, rows)
+            plots.samples_videos(out, rows)
+        return f"{n} samples in {out}"
+
+    def trained_generator(self, tensors, info):
+        """The velocity of a stored generator."""
+        c = self.config
+        roles = Roles(self.backbone, info["rank"], c.alpha_weak, c.alpha_strong, info["kind"])
+        if roles.base_sum() != info["base_sum"]:
+            raise Refused(f"The backbone at hand is not the one that {c.out} was distilled from.")
+        roles.load("generator", {n.removeprefix("transformer."): x for n, x in tensors.items()})
+        return roles.generator
 
 
 def table(values, evaluations):

@@ -1,0 +1,630 @@
+"""HunyuanVideo around the method: clips in (encode), the task of w2svd.train(), videos and LoRA
+files out (sample, export). The backbone's contract itself is HunyuanVideo in w2svd.py.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from w2svd import (
+    ENCODED,
+    HUNYUAN,
+    HunyuanVideo,
+    Refused,
+    Roles,
+    check,
+    euler_sample,
+    few_step_sample,
+    few_step_sigmas,
+    header,
+    make_folder,
+    read_generator,
+    read_run,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
+
+TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+def hardware():
+    """The device and the backbone's dtype: bf16 on a GPU."""
+    if torch.cuda.is_available():
+        return "cuda", torch.bfloat16
+    return "cpu", torch.float32
+
+
+def latent_shape(config, channels):
+    """[C, T, H, W] of a video's latents: the VAE takes 4 frames and 8 x 8 pixels into one."""
+    return [channels, (config.frames - 1) // 4 + 1, config.height // 8, config.width // 8]
+
+
+@contextmanager
+def reading(checkpoint):
+    """Loading inside: what diffusers cannot read is refused in one sentence."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or ["?"])[0].rstrip(".")
+        raise Refused(f"--checkpoint {checkpoint} cannot be read as a HunyuanVideo in diffusers' "
+                      f"format: {reason}.") from error  # fmt: skip
+
+
+def hunyuan_pipeline(config, without):
+    """diffusers' pipeline of the checkpoint; the parts named in `without` stay unread."""
+    from diffusers import HunyuanVideoPipeline
+
+    device, dtype = hardware()
+    with reading(config.checkpoint):
+        pipe = HunyuanVideoPipeline.from_pretrained(
+            config.checkpoint, dtype=dtype, **dict.fromkeys(without))  # fmt: skip
+    if pipe.vae:
+        pipe.vae.enable_tiling()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+# ---- clips in ----
+
+
+def write_video(path, frames, fps):
+    """Frames (T, H, W, 3) in 0..255 as .mp4 or .gif; whole or not at all."""
+    import imageio.v3 as iio
+
+    half = path.with_name(f".{os.getpid()}.part{path.suffix}")
+    if path.suffix == ".gif":
+        iio.imwrite(half, frames, duration=1000 / fps, loop=0)
+    else:
+        iio.imwrite(half, frames, plugin="FFMPEG", fps=fps)
+    os.replace(half, path)
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def safe_name(text):
+    """A file name out of any text: no slash, no control character, at most 180 bytes."""
+    name = re.sub(r"[/\\\x00-\x1f\x7f]", "_", text)
+    short = name.encode()[:171].decode(errors="ignore")
+    return name if len(name.encode()) <= 180 else f"{short}-{digest(text)}"
+
+
+def read_lines(path):
+    """The lines of a text file that are not empty."""
+    try:
+        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} cannot be read as text ({error}).") from error
+
+
+def find_clips(folder):
+    """[(path, caption)] of a folder in one of the usual conventions; captions may be empty."""
+    try:
+        if (folder / "metadata.jsonl").exists():
+            rows = [json.loads(line) for line in read_lines(folder / "metadata.jsonl")]
+        elif (folder / "metadata.csv").exists():
+            with open(folder / "metadata.csv", newline="") as file:
+                rows = list(csv.DictReader(file))
+        elif (folder / "videos.txt").exists():
+            names, texts = (read_lines(folder / name) for name in ("videos.txt", "prompt.txt"))
+            rows = [{"file_name": n, "text": t} for n, t in zip(names, texts, strict=True)]
+        else:
+            films = [p for p in sorted(folder.iterdir()) if p.suffix in (".mp4", ".mov", ".webm")]
+            texts = [p.with_suffix(".txt") for p in films]
+            rows = [{"file_name": p.name, "text": t.read_text() if t.exists() else ""}
+                    for p, t in zip(films, texts)]  # fmt: skip
+        return [(folder / row["file_name"], (row["text"] or "").strip()) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refused(f"--videos {folder} cannot be read ({error}): it needs a.mp4 with a.txt, "
+                      "metadata.jsonl or .csv with file_name and text, or videos.txt with "
+                      "prompt.txt.") from error  # fmt: skip
+
+
+def read_clip(path, config):
+    """The first frames of a video, resampled, resized, cropped: (1, 3, T, H, W) in [-1, 1]."""
+    import imageio.v3 as iio
+
+    size = f"{config.width}:{config.height}"
+    fit = f"fps={config.fps},scale={size}:force_original_aspect_ratio=increase,crop={size}"
+    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it tells every change of size
+    try:
+        video = iio.imiter(path, plugin="FFMPEG", output_params=["-vf", fit])
+        frames = [torch.from_numpy(x) for x in itertools.islice(video, config.frames)]
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        raise Refused("it cannot be decoded") from error
+    if len(frames) < config.frames:
+        raise Refused(f"too short: {len(frames)} of {config.frames} frames at {config.fps:g} fps")
+    return torch.stack(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_text(pipe, caption, config):
+    """prompt_embeds (1, L, D), trimmed to the L tokens that count, and pooled (1, P)."""
+    own = {"template": config.prompt_template, "crop_start": config.prompt_crop_start}
+    how = {"prompt_template": own} if config.prompt_template else {}
+    embeds, pooled, mask = pipe.encode_prompt(caption, **how)
+    return {"prompt_embeds": embeds[:, mask[0].bool()], "pooled": pooled}
+
+
+@torch.no_grad()
+def encode_clip(pipe, path, info, config):
+    """Tensors of one clip, without a batch: text and, where there is a video, its latents."""
+    tensors = encode_text(pipe, info["caption"], config)
+    if path:
+        video = read_clip(path, config).to(pipe.device, pipe.vae.dtype)
+        latents = pipe.vae.encode(video).latent_dist.mode()
+        tensors["latents"] = latents.float() * info["scaling"]
+    return {name: x[0] for name, x in tensors.items()}
+
+
+def describe(path, caption, folder, settings):
+    """The header of a clip's file: what it is made of. Clips that cannot be used are refused."""
+    source = str(path.relative_to(folder)) if path else caption
+    if not caption:
+        raise Refused("it has no caption")
+    if not path:
+        return settings | {"caption": caption, "source": source}
+    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        raise Refused("there is no such file in the folder")
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return settings | {"caption": caption, "source": source, "sha256": sha256}
+
+
+def encode(config, videos="", prompts=""):
+    """Clips with captions, or captions alone, into config.out; 1 if any was skipped, or else 0."""
+    from diffusers import AutoencoderKLHunyuanVideo
+    from tqdm import tqdm
+
+    if bool(videos) == bool(prompts) or not config.out or config.model != "hunyuan":
+        raise Refused("encode needs --out and either --videos, a folder, or --prompts, a file; the "
+                      "toy encodes nothing.")  # fmt: skip
+    check(config)
+    out, folder, pipe = Path(config.out), Path(videos), None
+    found = find_clips(folder) if videos else [(None, text) for text in read_lines(prompts)]
+    with reading(config.checkpoint):
+        vae = AutoencoderKLHunyuanVideo.load_config(config.checkpoint, subfolder="vae")
+    shape = latent_shape(config, vae["latent_channels"]) if videos else None
+    settings = {name: getattr(config, name) for name in ENCODED}
+    settings |= {"scaling": vae["scaling_factor"], "shape": shape}
+    make_folder(out)
+    clips, skipped = [], {}
+    with tqdm(found, desc="encode", unit="clip") as bar:
+        for path, caption in bar:
+            try:
+                info = describe(path, caption, folder, settings)
+                name = f"{safe_name(info['source'])}-{digest(info['source'])}.safetensors"
+                if header(out / name) != info:
+                    pipe = pipe or hunyuan_pipeline(config, ("transformer",))
+                    write_safetensors(out / name, encode_clip(pipe, path, info, config), info)
+                clips.append(name)
+            except Refused as reason:
+                skipped[str(path or caption)] = str(reason)
+            bar.set_postfix_str(f"{len(skipped)} skipped")
+    report = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
+    if not clips:
+        raise Refused(f"Nothing in {videos or prompts} can be used:{report or ' it is empty'}.")
+    write_json(out / "index.json", {"settings": settings, "clips": clips, "skipped": skipped})
+    print(f"{len(clips)} clips in {out}, {len(skipped)} skipped{report}")
+    return 1 if skipped else 0
+
+
+def encoded_with(folder):
+    """Settings that a data folder imposes on a run; none while there is no such folder."""
+    if not (Path(folder) / "index.json").exists():
+        return {}
+    return {name: read_index(folder)["settings"][name] for name in ENCODED}
+
+
+def read_index(folder):
+    """What encode left in its folder: settings, clips, skipped."""
+    try:
+        index = json.loads((Path(folder) / "index.json").read_text())
+        if {*ENCODED, "scaling", "shape"} <= index["settings"].keys() and index["clips"]:
+            return index
+    except OSError as error:
+        raise Refused(f"--data {folder} holds no encoded clips: run encode --out {folder} first, "
+                      "or name a folder that it wrote.") from error  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass  # as a file that lacks something
+    raise Refused(f"{folder}/index.json is damaged: run encode again; it keeps what is done.")
+
+
+def encoded_clips(config, shape, sizes):
+    """Paths of the clips in config.data, each whole and of this run's size, scaling and model."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    folder, index = Path(config.data), read_index(config.data)
+    with reading(config.checkpoint):
+        vae = AutoencoderKLHunyuanVideo.load_config(config.checkpoint, subfolder="vae")
+    if index["settings"]["shape"] is None and config.generator_input == "paired":
+        raise Refused(f"{folder} holds captions alone: use --generator-input rollout, since "
+                      "paired input is made of clips.")  # fmt: skip
+    wanted = {"shape": index["settings"]["shape"] and shape, "scaling": vae["scaling_factor"]}
+    paths = [folder / Path(name).name for name in index["clips"]]
+    for path in paths:
+        info = header(path)
+        if info is None:
+            raise Refused(f"{path} is not a whole clip: run encode again; it keeps what is done.")
+        differ = {name: info.get(name) for name in wanted if info.get(name) != wanted[name]}
+        if differ:
+            raise Refused(f"{path} was encoded with {differ}, this run has {wanted}: encode for "
+                          "it, or leave --height, --width and --frames to the data.")  # fmt: skip
+    text = [read_safetensors(paths[0])[0][name].shape[-1] for name in ("prompt_embeds", "pooled")]
+    if text != [sizes.text_embed_dim, sizes.pooled_projection_dim]:
+        raise Refused(f"{folder} was encoded for another model: its text is {text} numbers wide.")
+    return paths
+
+
+# ---- the task ----
+
+
+class Task:
+    """HunyuanVideo and a folder of encoded clips, as a task."""
+
+    def __init__(self, config):
+        if config.batch != 1 or config.guidance != 1:
+            raise Refused("--model hunyuan takes --batch 1, whose text needs no mask (--accumulate "
+                          "adds up more), and --guidance 1: its guidance is embedded.")
+        if config.sample_every % config.log_every:
+            raise Refused("--sample-every must be a multiple of --log-every.")
+        self.config, (self.device, self.dtype) = config, hardware()
+        self.backbone = HunyuanVideo(config, self.empty(), torch.bfloat16)
+        self.shape = latent_shape(config, self.backbone.module.config.in_channels)
+
+    def empty(self):
+        """The transformer without weights, on the meta device, in bf16."""
+        from diffusers import HunyuanVideoTransformer3DModel as Model
+
+        found = {"_class_name": Model.__name__}  # the released model is the class's defaults
+        if self.config.checkpoint != HUNYUAN:
+            with reading(self.config.checkpoint):
+                found = Model.load_config(self.config.checkpoint, subfolder="transformer")
+        if found.get("_class_name") != Model.__name__ or found.get("image_condition_type"):
+            raise Refused(f"--checkpoint {self.config.checkpoint} is not a text-to-video "
+                          "HunyuanVideo: its transformer's config says otherwise.")  # fmt: skip
+        with torch.device("meta"):
+            return Model.from_config(found).bfloat16()
+
+    def load(self):
+        """Check the data, then read the weights."""
+        from diffusers import HunyuanVideoTransformer3DModel as Model
+
+        config, sizes = self.config, self.backbone.module.config
+        if self.device == "cpu" and self.backbone.module.num_parameters() > 1e9:
+            raise Refused("This model needs a GPU with the memory of the plan above, and torch "
+                          "finds none; --dry-run needs none.")  # fmt: skip
+        if config.weights == "random":
+            rng = torch.Generator().manual_seed(config.seed)
+            text, pooled = sizes.text_embed_dim, sizes.pooled_projection_dim
+            self.noise = {"latents": torch.randn(self.shape, generator=rng), "pooled":
+                          torch.randn(pooled, generator=rng),
+                          "prompt_embeds": torch.randn(256, text, generator=rng)}  # fmt: skip
+            module = self.empty().to_empty(device=self.device)
+            torch.manual_seed(config.seed)
+            for parameter in module.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+        else:
+            self.clips = encoded_clips(config, self.shape, sizes)
+            with reading(config.checkpoint):
+                module = Model.from_pretrained(
+                    config.checkpoint, subfolder="transformer", dtype=self.dtype)  # fmt: skip
+        module = module.to(self.device, self.dtype).requires_grad_(False)
+        self.backbone = HunyuanVideo(config, module, self.dtype)
+
+    def prepare(self):
+        """What must follow the adapters: the base's weights in 8 bits, compilation."""
+        if self.config.fp8_base:  # NOTE silent: before them, the adapters would be 8 bits too
+            self.backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
+        for block in self.backbone.blocks if self.config.compile else ():
+            block.compile()
+
+    def read(self, i):
+        """Clip i as a batch of one; x0 is 0 where there is a caption alone."""
+        random = self.config.weights == "random"
+        tensors = self.noise if random else read_safetensors(self.clips[i])[0]
+        cond = {name: x[None].to(self.device) for name, x in tensors.items()}
+        x0 = cond.pop("latents", torch.zeros(1, *self.shape, device=self.device))
+        return {"x0": x0, "cond": cond}
+
+    def batches(self, rng):
+        while True:
+            n = 1 if self.config.weights == "random" else len(self.clips)
+            yield self.read(int(torch.randint(n, (1,), generator=rng, device=rng.device)))
+
+    def costs(self, forwards, with_gradient):
+        """FLOPs and memory of an iteration with so many forwards, counted on the meta device."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        config, backbone = self.config, HunyuanVideo(self.config, self.empty(), torch.bfloat16)
+        sizes = backbone.module.config
+        with torch.device("meta"):
+            roles = Roles(backbone, config.lora_rank, 0.25, 1, config.generator, config.fake)
+            cond = {"prompt_embeds": torch.empty(1, 256, sizes.text_embed_dim),
+                    "pooled": torch.empty(1, sizes.pooled_projection_dim)}  # fmt: skip
+            inputs = torch.empty(1, *self.shape), torch.empty(1), cond
+        memory = self.memory(backbone, roles, inputs)
+        with FlopCounterMode(display=False) as plain, torch.no_grad():
+            roles.fake(*inputs)
+        if config.checkpointing:
+            roles.use_checkpointing()
+        with FlopCounterMode(display=False) as trained:  # forward, recomputation, backward
+            roles.fake(*inputs).sum().backward()
+        pflop = [counter.get_total_flops() / 1e15 for counter in (plain, trained)]
+        in_all = config.accumulate * (forwards * pflop[0] + with_gradient * pflop[1])
+        gib = {f"gib_{name}": size / 2**30 for name, size in memory.items()}
+        at_hand = torch.cuda.mem_get_info()[1] / 2**30 if self.device == "cuda" else 0.0
+        room, need = config.gpu_memory or at_hand, sum(gib.values())
+        return {
+            "tokens": math.prod(self.shape[1:]) // sizes.patch_size**2 // sizes.patch_size_t + 256,
+            "pflop_per_forward": pflop[0], "pflop_per_forward_with_gradient": pflop[1],
+            "pflop_per_iteration": in_all,
+            "floor_seconds_per_iteration": in_all * 1e3 / config.tflops,
+            **gib, "gib_in_all": need, "gib_of_the_gpu": room,
+            "fits": need <= room if room else "no GPU found: name --gpu-memory",
+        }  # fmt: skip
+
+    def memory(self, backbone, roles, inputs):
+        """Bytes by line; what a block keeps for its backward is weighed block by block."""
+        weights = {p.untyped_storage()._cdata for p in backbone.module.parameters()}
+        read, saved = [], []
+
+        def weigh(block, *args):
+            kept, n = {}, args[0].shape[1] + args[1].shape[1]
+
+            def keep(x):  # the meta device alone keeps the attention matrix
+                if x.shape[-2:] != (n, n) and x.untyped_storage()._cdata not in weights:
+                    kept[x.untyped_storage()._cdata] = x
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                out = block(*args)
+            read.append(sum(x.nbytes for x in args[:2]))
+            saved.append(sum(x.untyped_storage().nbytes() for x in kept.values()))
+            return out
+
+        trained = [roles.parameters(role) for role in ("generator", "fake")]
+        for parameter in itertools.chain(*trained):  # as autocast uses them
+            parameter.data = parameter.data.bfloat16()
+        backbone.checkpoint_with(weigh)
+        roles.fake(*inputs)
+        backbone.module.gradient_checkpointing = False
+        if self.config.fp8_base:
+            backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+        trained = [sum(p.numel() for p in parameters) for parameters in trained]
+        lines = {
+            "base": sum(p.nbytes for p in backbone.module.parameters() if not p.requires_grad),
+            "trained_weights": 4 * sum(trained),
+            "gradients_adam_ema": 4 * max(trained) + 8 * sum(trained) + 4 * trained[0],
+            "inputs_of_blocks": sum(read) if self.config.checkpointing else 0,
+            "recomputed_block": max(saved) if self.config.checkpointing else sum(saved),
+        }
+        # ours, not measured: 2 GiB for CUDA, a tenth of the activations: fragments, float32 norms
+        margin = 2**31 + (lines["inputs_of_blocks"] + lines["recomputed_block"]) // 10
+        return lines | {"margin": margin}
+
+    def decode(self, latents):
+        """Latents (1, C, T, H, W) -> frames (T', H', W', 3) in 0..255; the VAE comes and goes."""
+        pipe = hunyuan_pipeline(self.config, (*TEXT, "transformer"))
+        with torch.no_grad():
+            x = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
+            video = pipe.vae.decode(x, return_dict=False)[0]
+        frames = pipe.video_processor.postprocess_video(video, output_type="np")[0]
+        return (frames * 255).round().astype("uint8")
+
+    def on_log(self, step, generator):
+        """Every sample_every iterations: the first caption, always from the same noise."""
+        config = self.config
+        if config.weights == "random" or step % config.sample_every:
+            return
+        rng = torch.Generator(self.device).manual_seed(config.seed)
+        cond = self.read(0)["cond"]
+        noise = torch.randn(1, *self.shape, generator=rng, device=self.device)
+        sigmas = few_step_sigmas(config.steps, config.shift)
+        views = [self.decode(few_step_sample(generator, noise, sigmas, cond, rng))]
+        if config.compare:  # outside of any role there is no adapter; 7 is the released shift
+            plain = euler_sample(self.backbone.velocity, noise, few_step_sigmas(28, 7.0), cond)
+            views.append(self.decode(plain))
+        folder = Path(config.out) / "samples"
+        folder.mkdir(exist_ok=True)
+        write_video(folder / f"{step:06}.mp4", views[0], config.fps)
+        beside = torch.cat([torch.from_numpy(view) for view in views], dim=2).numpy()
+        write_video(folder / f"{step:06}.gif", beside[::2], config.fps / 2)
+
+    def finish(self, run):
+        """No exact answer here: the last logged numbers."""
+        last = (run.folder / "metrics.jsonl").read_text().splitlines()[-1]
+        result = {"student": {**json.loads(last), "steps": run.config.steps}}
+        return result, f"videos on the way: {run.folder}/samples; now look at w2svd.py sample's"
+
+    def sample(self, tensors, info, out, seed, prompt="", prompts="", videos_per_prompt=1,
+               lora_scale=1.0, compare=False):  # fmt: skip
+        """The generator in diffusers' own pipeline: one .mp4, or a folder with VBench's names."""
+        if bool(prompt) == bool(prompts) or videos_per_prompt < 1:
+            raise Refused("Name either --prompt or --prompts, and at least one video per prompt.")
+        if (out.suffix != ".mp4") != bool(prompts) or prompt and videos_per_prompt > 1:
+            raise Refused("--out must be one .mp4 for --prompt, or a folder for --prompts.")
+        texts, config = read_lines(prompts) if prompts else [prompt], self.config
+        reader = hunyuan_pipeline(config, ("transformer", "vae"))
+        jobs = {text: encode_text(reader, text, config) for text in texts}
+        del reader  # before the transformer comes
+        pipe = hunyuan_pipeline(config, TEXT)
+
+        def draw(mark="", **how):
+            for text, k in itertools.product(jobs, range(videos_per_prompt)):
+                path = out.with_name(f"{out.stem}{mark}.mp4")
+                if prompts:
+                    path = out / f"{safe_name(text)}{mark}-{k}.mp4"
+                video = run_pipeline(pipe, config, jobs[text], seed + k, **how)
+                write_video(path, (video * 255).round().astype("uint8"), config.fps)
+
+        if prompts:
+            make_folder(out)
+        if compare:  # before the adapter is in
+            draw("-28-steps", num_inference_steps=28)
+        load_generator(pipe, tensors, info, lora_scale)
+        draw(sigmas=info["sigmas"][:-1])
+        return f"{len(jobs) * videos_per_prompt} videos in {out}"
+
+
+# ---- videos and LoRA files out -------------------------------------------------------------------
+
+
+def run_pipeline(pipe, config, cond, seed, output_type="np", **how):
+    """One video (T, H, W, 3) in [0, 1] out of the stock pipeline; the seed decides it wholly."""
+    torch.manual_seed(seed)  # NOTE silent: the scheduler renoises from the global generator
+    mask = torch.ones(cond["prompt_embeds"].shape[:2], device=pipe.device)
+    return pipe(
+        prompt_embeds=cond["prompt_embeds"], pooled_prompt_embeds=cond["pooled"],
+        prompt_attention_mask=mask, height=config.height, width=config.width,
+        num_frames=config.frames, guidance_scale=config.embedded_guidance,
+        generator=torch.Generator().manual_seed(seed), output_type=output_type, **how,
+    ).frames[0]  # fmt: skip
+
+
+def load_generator(pipe, tensors, info, scale=1.0):
+    """Put the generator into a stock pipeline, with the scheduler of its few steps."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    # NOTE silent: sigmas are shifted already; a scheduler with a shift would shift them again
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+    if info["kind"] == "full":
+        pipe.transformer.load_state_dict(tensors)
+        return
+    pipe.load_lora_weights(dict(tensors), adapter_name="generator")
+    pipe.set_adapters("generator", scale)
+
+
+# HunyuanVideo's own layers, as ComfyUI names them, out of diffusers' parts
+ORIGINAL = {
+    "transformer_blocks": ("double_blocks", {
+        "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "img_attn_proj": ("attn.to_out.0",),
+        "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "txt_attn_proj": ("attn.to_add_out",),
+        "img_mlp.fc1": ("ff.net.0.proj",), "img_mlp.fc2": ("ff.net.2",),
+        "txt_mlp.fc1": ("ff_context.net.0.proj",), "txt_mlp.fc2": ("ff_context.net.2",),
+    }),
+    "single_transformer_blocks": ("single_blocks", {
+        "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",),
+    }),
+}  # fmt: skip
+
+
+def to_comfyui(tensors, mlp):
+    """The adapter under the original names. Fused layers: A stacked, B block-diagonal, exact.
+
+    mlp: rows of proj_mlp, which stay 0 in linear1 where the adapter leaves that part alone.
+    """
+    converted = {}
+    layers = {name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name}
+    for layer in sorted(layers):
+        _, kind, i, part = layer.split(".", 3)
+        theirs, fused = ORIGINAL[kind]
+        target, parts = next((t, parts) for t, parts in fused.items() if part in parts)
+        if f"diffusion_model.{theirs}.{i}.{target}.lora_A.weight" in converted:
+            continue
+        names = [f"transformer.{kind}.{i}.{p}" for p in parts]
+        A = [tensors[f"{n}.lora_A.weight"] for n in names if n in layers]
+        B = [tensors[f"{n}.lora_B.weight"] for n in names if n in layers]
+        if len(B) < len(parts):
+            B.append(torch.zeros(mlp, 0))
+        converted[f"diffusion_model.{theirs}.{i}.{target}.lora_A.weight"] = torch.cat(A)
+        converted[f"diffusion_model.{theirs}.{i}.{target}.lora_B.weight"] = torch.block_diag(*B)
+    return converted
+
+
+def export(run, format, out):
+    """Write a run's generator for diffusers, ComfyUI or as a whole transformer, with a card."""
+    config, (tensors, info), out = read_run(run), read_generator(run), Path(out)
+    if config.model != "hunyuan":
+        raise Refused(f"Only runs of --model hunyuan are exported, not of {config.model}.")
+    if info["kind"] == "full" and format != "merged":
+        raise Refused("A generator trained in full is no LoRA: use --format merged.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Refused(f"{out} is in use: name a new folder as --out.")
+    make_folder(out)
+    task = Task(config)
+    if format == "merged":
+        pipe = hunyuan_pipeline(config, (*TEXT, "vae"))
+        load_generator(pipe, tensors, info)
+        if info["kind"] == "lora":
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
+        pipe.transformer.save_pretrained(out)
+    elif format == "comfyui":
+        sizes = task.backbone.module.config
+        mlp = int(sizes.num_attention_heads * sizes.attention_head_dim * sizes.mlp_ratio)
+        write_safetensors(out / "w2svd_comfyui.safetensors", to_comfyui(tensors, mlp), info)
+    else:
+        lora = {"r": info["rank"], "lora_alpha": info["lora_alpha"],
+                "target_modules": task.backbone.lora_targets}  # fmt: skip
+        adapter = json.dumps({f"transformer.{name}": value for name, value in lora.items()})
+        path = out / "pytorch_lora_weights.safetensors"
+        write_safetensors(path, tensors, info, lora_adapter_metadata=adapter)
+    (out / "README.md").write_text(card(run, config, info, format))
+    print(f"{format} in {out}")
+
+
+CARD = """---
+base_model: {checkpoint}
+library_name: diffusers
+license: other
+tags: [text-to-video, lora, step-distillation, w2svd]
+---
+# A {steps}-step HunyuanVideo, distilled by W2SVD
+
+Weak-to-strong distribution matching (arXiv 2503.13319), trained with w2svd. The licence of the base
+model, {checkpoint}, goes for these weights too.
+
+| | |
+|---|---|
+| format | {format} |
+| sigmas | {sigmas} (shift {shift}; give them to a scheduler of shift 1 with stochastic_sampling) |
+| embedded guidance | {embedded_guidance} |
+| alpha_weak, alpha_strong | {alpha_weak}, {alpha_strong} |
+| adapter | {kind}, rank {rank}, alpha {lora_alpha} |
+| trained for | {step} generator updates, seed {seed} |
+| data | {clips} clips of {data}, {frames} frames of {height} x {width} |
+| latents at the end of training | {measured} |
+
+The renoising draws from torch's global generator: seed that too.
+
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+    torch.manual_seed(0)
+    pipe(prompt, sigmas={path}, guidance_scale={embedded_guidance}, height={height},
+         width={width}, num_frames={frames}, generator=torch.Generator().manual_seed(0))
+"""
+
+
+def card(run, config, info, format):
+    """The model card: base, licence, grid, how to sample, which data, what was measured."""
+    try:
+        measured = json.loads((Path(run) / "result.json").read_text())["student"]
+    except (OSError, ValueError, KeyError):
+        measured = {}
+    shown = {name: round(x, 4) for name, x in measured.items() if name.startswith(("gen", "data"))}
+    clips = len(read_index(config.data)["clips"]) if encoded_with(config.data) else "unknown many"
+    values = dataclasses.asdict(config) | info | {"format": format, "clips": clips}
+    values |= {"path": info["sigmas"][:-1], "measured": shown or "nothing"}
+    return CARD.format(**values)
+
+
+def task(config):
+    """HunyuanVideo with the data that config.data names."""
+    return Task(config)
