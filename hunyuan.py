@@ -401,9 +401,10 @@ class Task:
         trained = [roles.parameters(role) for role in ("generator", "fake")]
         for parameter in itertools.chain(*trained):  # as autocast uses them
             parameter.data = parameter.data.bfloat16()
-        backbone.checkpoint_with(weigh)
+        fake = roles.copies.get("fake", backbone)
+        fake.checkpoint_with(weigh)
         roles.fake(*inputs)
-        backbone.module.gradient_checkpointing = False
+        fake.module.gradient_checkpointing = False
         if self.config.fp8_base:
             backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
         trained = [sum(p.numel() for p in parameters) for parameters in trained]
@@ -450,7 +451,8 @@ class Task:
         """No exact answer here: the last logged numbers."""
         last = (run.folder / "metrics.jsonl").read_text().splitlines()[-1]
         result = {"student": {**json.loads(last), "steps": run.config.steps}}
-        return result, f"videos on the way: {run.folder}/samples; now look at w2svd.py sample's"
+        next_one = f'python w2svd.py sample --run {run.folder} --prompt "..." --out video.mp4'
+        return result, f"done; now: {next_one}"
 
     def sample(self, tensors, info, out, seed, prompt="", prompts="", videos_per_prompt=1,
                lora_scale=1.0, compare=False):  # fmt: skip

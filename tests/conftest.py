@@ -1,5 +1,9 @@
 """Shared by the tests: one thread, and tiny backbones in which every weight has an effect."""
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test asks a hub
+
 import pytest
 import torch
 

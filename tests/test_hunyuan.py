@@ -169,7 +169,7 @@ def test_checkpointing_recomputes_under_the_role_of_the_forward(tiny, fp8):
         return gradients(roles, "generator")
 
     plain, again, elsewhere = run(False, False), run(True, False), run(True, True)
-    assert len(plain) == 2 * 20
+    assert len(plain) == 2 * (12 + 5)
     for name in plain:
         torch.testing.assert_close(plain[name], again[name], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(plain[name], elsewhere[name], rtol=1e-4, atol=1e-6)
@@ -271,10 +271,11 @@ def test_the_plan_of_the_13b_model_follows_from_its_parts(capsys):
     assert gib["gib_in_all"] == pytest.approx(parts, rel=1e-3) and numbers["fits"] == "True"
     forward, trained = (float(numbers[f"pflop_per_forward{x}"]) for x in ("", "_with_gradient"))
     assert 3 < trained / forward < 4  # forward, recomputation, backward without base weights
-    assert numbers["forwards_without_gradient_per_iteration"] == "8"
-    assert float(numbers["pflop_per_iteration"]) == pytest.approx(8 * forward + 6 * trained, rel=1e-3)
+    assert numbers["forwards_without_gradient_per_iteration"] == "7"  # 5 x_gen, fake, real
+    in_all = float(numbers["pflop_per_iteration"])
+    assert in_all == pytest.approx(7 * forward + 6 * trained, rel=1e-3)
     floor = float(numbers["floor_seconds_per_iteration"])
-    assert floor == pytest.approx(float(numbers["pflop_per_iteration"]) * 1e3 / 790, rel=1e-3)
+    assert floor == pytest.approx(in_all * 1e3 / 790, rel=1e-3)
     run("train", *flags, "--fp8-base", "--frames", 129, "--height", 720, "--width", 1280)
     assert "False" in capsys.readouterr().out.split("fits")[1].splitlines()[0]
     assert not list(Path().iterdir())
@@ -394,7 +395,7 @@ def test_a_run_logs_every_health_number_and_leaves_samples(trained):
     found, info = w2svd.read_safetensors(trained / "generator.safetensors")
     assert info["sigmas"][1] == 0.9375 and info["embedded_guidance"] == 6.0 and info["rank"] == 2
     assert "transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight" in found
-    assert len(found) == 2 * 20
+    assert len(found) == 2 * (12 + 5)
 
 
 def test_samples_come_every_so_many_iterations_beside_the_backbone_s(encoded):
@@ -426,7 +427,7 @@ def test_captions_alone_train_by_rollout_and_refuse_pairs(tiny, capsys, tmp_path
 
 
 def test_accumulated_gradients_are_the_mean_of_the_forwards(encoded, monkeypatch):
-    norms = {}
+    norms, batch = {}, inputs()
     for k in (1, 2):
         task = hunyuan.task(Config(model="hunyuan", data=str(encoded), fake_updates=1, accumulate=k,
                                    **hunyuan.encoded_with(encoded)))  # fmt: skip
@@ -434,7 +435,6 @@ def test_accumulated_gradients_are_the_mean_of_the_forwards(encoded, monkeypatch
         torch.manual_seed(0)
         roles = Roles(task.backbone, 2, 0.25, 1.0)
         state = w2svd.State(task.config, roles, "cpu")
-        batch = inputs()
         monkeypatch.setattr(w2svd, "generator_input", lambda *args: batch[1:3])
         monkeypatch.setattr(w2svd, "sample_sigma", lambda *args: batch[3])
         monkeypatch.setattr(torch, "randn", lambda *args, **how: batch[4])
@@ -579,7 +579,8 @@ def test_the_comfyui_file_converts_back_to_the_same_weights(tiny, encoded, train
         train(encoded, "r", "--iterations", 2, *FAST, "--lora-targets", "attention")
         trained = "r"
     run("export", "--run", trained, "--format", "comfyui", "--out", "comfy")
-    converted, expected = tensors("comfy/w2svd_comfyui.safetensors"), w2svd.read_generator(trained)[0]
+    converted = tensors("comfy/w2svd_comfyui.safetensors")
+    expected = w2svd.read_generator(trained)[0]
     assert "diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight" in converted
     assert len(converted["diffusion_model.single_blocks.0.linear1.lora_B.weight"]) == 3 * 20 + 80
     back = from_comfyui(converted, 2, 20)
@@ -632,7 +633,8 @@ def test_bad_settings_are_refused(encoded, capsys, tmp_path, flags, says):
 
 def test_a_checkpoint_that_is_not_hunyuanvideo_is_refused(encoded, tiny, capsys, tmp_path):
     config = json.loads((tiny / "transformer/config.json").read_text())
-    for change in ({"_class_name": "WanTransformer3DModel"}, {"image_condition_type": "latent_concat"}):
+    for change in ({"_class_name": "WanTransformer3DModel"},
+                   {"image_condition_type": "latent_concat"}):  # fmt: skip
         (tmp_path / "other/transformer").mkdir(parents=True, exist_ok=True)
         (tmp_path / "other/transformer/config.json").write_text(json.dumps(config | change))
         error = refused(capsys, tmp_path, "train", "--model", "hunyuan", "--data", encoded,
@@ -643,7 +645,7 @@ def test_a_checkpoint_that_is_not_hunyuanvideo_is_refused(encoded, tiny, capsys,
 @pytest.mark.parametrize("other, says", [
     ({"scaling": 0.5}, "scaling"), ({"text": 24}, "another model"), ({"channels": 8}, "shape"),
 ])  # fmt: skip
-def test_data_encoded_for_another_model_or_scaling_is_refused(encoded, capsys, tmp_path, other, says):
+def test_data_encoded_for_another_model_is_refused(encoded, capsys, tmp_path, other, says):
     save_tiny(tmp_path / "other", **other)
     error = refused(capsys, tmp_path, "train", "--model", "hunyuan", "--data", encoded,
                     "--checkpoint", "other", "--out", "r")  # fmt: skip
@@ -669,14 +671,15 @@ def test_damaged_data_and_generators_are_refused(tiny, encoded, trained, capsys,
 
 
 @pytest.mark.parametrize("flags", [
-    "--prompt a --out a.png", "--prompt a --prompts b --out a.mp4", "--out a.mp4", "--n 3 --out a.mp4",
-    "--prompt a --out a.mp4 --videos-per-prompt 0", "--prompts none.txt --out folder",
+    "--prompt a --out a.png", "--prompt a --prompts b --out a.mp4", "--out a.mp4",
+    "--n 3 --out a.mp4", "--prompt a --out a.mp4 --videos-per-prompt 0",
+    "--prompts none.txt --out folder",
 ])  # fmt: skip
 def test_sample_refuses_what_it_cannot_do(trained, capsys, tmp_path, flags):
     refused(capsys, tmp_path, "sample", "--run", trained, *flags.split())
 
 
-def test_a_full_gpu_and_a_full_disk_end_in_one_sentence(encoded, trained, capsys, tmp_path, monkeypatch):
+def test_a_full_gpu_and_a_full_disk_end_in_one_sentence(encoded, trained, capsys, monkeypatch):
     def no_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -121,8 +121,8 @@ def test_truncated_and_foreign_safetensors_are_refused(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--n 0", "--n"), ("--seed -1", "--seed"), ("--out a.mp4", ".safetensors file"), ("--out no/a.png", "no"),
-    ("--prompt dog", "--prompt does not fit"),
+    ("--n 0", "--n"), ("--seed -1", "--seed"), ("--out a.mp4", ".safetensors file"),
+    ("--out no/a.png", "no"), ("--prompt dog", "--prompt does not fit"),
 ])  # fmt: skip
 def test_sample_refuses_what_it_cannot_write(capsys, tmp_path, flags, says):
     train("r", "--iterations", 1)
