@@ -51,7 +51,7 @@ class Recipe:
 RECIPES = {
     "ring": Recipe(),
     "grid": Recipe(),
-    "videos": Recipe(width=128, heads=4, patch=(4, 8, 8), labels=2, batch=128, iterations=800,
+    "videos": Recipe(width=128, heads=4, patch=(4, 8, 8), labels=2, batch=128, iterations=1000,
                      lr=3e-3, shift=3.0),
 }  # fmt: skip
 SAMPLES = {"ring": 16384, "grid": 16384, "videos": 4096}  # measured; videos: fewer, for time
