@@ -126,7 +126,8 @@ PRESETS = {
         iterations=400, log_every=20, save_every=200,
     ),
     # on top of the toy's; a clip's motion is decided at high noise, hence the shift
-    "toy videos": dict(batch=64, iterations=250, log_every=25, sigma_shift=5.0),
+    "toy videos": dict(batch=64, iterations=250, log_every=25, sigma_shift=5.0,
+                       generator_lr=5e-4),
 }  # fmt: skip
 
 

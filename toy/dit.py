@@ -3,14 +3,14 @@ blocks that attend over image and text tokens together, a condition of label (te
 
 The shape of a sample is any (C,) or (C, T, H, W): a 2-D point is a video of one pixel.
 
-Its blocks predict F, and the velocity follows in closed form (preconditioning). Data that scatter
-with a standard deviation `rest` around something have, with a = 1 - sigma and F = E[something | x_t],
+Given `rest`, its blocks predict F, and the velocity follows in closed form (preconditioning): data
+that scatter with a standard deviation `rest` in most dimensions have, with a = 1 - sigma,
 
     E[x0 | x_t] = (a rest^2 x_t + sigma^2 F) / (a^2 rest^2 + sigma^2)
     v           = ((sigma - a rest^2) x_t - sigma F) / (a^2 rest^2 + sigma^2).
 
-F is as large as the data at every sigma, while the gain of x_t in v reaches 1 / (2 rest) and the
-noise in it fills more dimensions than the blocks are wide.
+F is 0 in these dimensions and as large as the data in the others, while the gain of x_t in v goes
+from 1 to 1 / (2 rest) and back, in more dimensions than the blocks are wide.
 """
 
 import torch
@@ -18,13 +18,12 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-
 CELLS = "b c (t pt) (h ph) (w pw)"  # a video cut into patches
 
 
 def sinusoidal(sigma, width):
     """Embed sigma (B,) in [0, 1] as cos and sin at geometric frequencies: (B, width)."""
-    frequencies = torch.exp(torch.linspace(0.0, 5.0, width // 2, device=sigma.device))
+    frequencies = torch.exp(torch.linspace(0.0, 7.0, width // 2, device=sigma.device))
     angles = sigma[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -108,7 +107,7 @@ class DiT(nn.Module):
     # tell noise levels apart, and W2SVD's weights of the modes drift (measured)
     lora_targets = r"(double|single)_blocks\..*(modulation|qkv|proj|_in|_out)"
 
-    def __init__(self, shape, width, heads, double, single, patch=(1, 1, 1), labels=0, rest=1.0):
+    def __init__(self, shape, width, heads, double, single, patch=(1, 1, 1), labels=0, rest=None):
         super().__init__()
         self.shape, self.patch, self.rest = tuple(shape), tuple(patch), rest
         self.grid = self.shape if len(shape) == 4 else (*shape, 1, 1, 1)  # C, T, H, W
@@ -155,8 +154,11 @@ class DiT(nn.Module):
         for block in self.single_blocks:
             x = self.run(block, c, x)
         shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)
+        x = x[:, : len(self.position)]
+        if self.rest is None:
+            return self.unpatch(self.final(modulate(x, shift, scale)))
         # no LayerNorm here, unlike HunyuanVideo: it would erase how bright the clip is
-        f = self.unpatch(self.final(x[:, : len(self.position)] * (1 + scale) + shift))
+        f = self.unpatch(self.final(x * (1 + scale) + shift))
         sigma = sigma.reshape(-1, *[1] * len(self.shape))
         a, variance = 1 - sigma, self.rest**2
         return ((sigma - a * variance) * x_t - sigma * f) / (a**2 * variance + sigma**2)

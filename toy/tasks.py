@@ -27,7 +27,6 @@ from w2svd import (
     read_safetensors,
     sample_sigma,
     write_safetensors,
-    x0_from_velocity,
 )
 
 
@@ -40,6 +39,7 @@ class Recipe:
     double: int = 1
     single: int = 1
     patch: tuple = (1, 1, 1)
+    precondition: bool = False  # blocks predict F, see dit.py; the loss is that of x0, not of v
     uncaptioned: int = 10  # every so many batches go without captions, for guidance
     labels: int = 0  # captions that the model knows; one more means 'no caption'
     batch: int = 512
@@ -51,8 +51,8 @@ class Recipe:
 RECIPES = {
     "ring": Recipe(),
     "grid": Recipe(),
-    "videos": Recipe(width=128, heads=4, patch=(4, 8, 8), labels=2, batch=128, iterations=1000,
-                     lr=3e-3, shift=3.0),
+    "videos": Recipe(width=128, heads=4, patch=(4, 8, 8), precondition=True, labels=2, batch=128,
+                     iterations=1000, lr=3e-3, shift=3.0),
 }  # fmt: skip
 SAMPLES = {"ring": 16384, "grid": 16384, "videos": 4096}  # measured; videos: fewer, for time
 
@@ -78,7 +78,9 @@ def captions(mixture, recipe, n, rng):
 
 
 def build(mixture, recipe):
-    r, rest = recipe, float(mixture.rest.mean().sqrt())
+    r, rest = recipe, None
+    if r.precondition:
+        rest = float(mixture.rest.mean().sqrt())
     return DiT(mixture.shape, r.width, r.heads, r.double, r.single, r.patch, r.labels, rest)
 
 
@@ -98,8 +100,8 @@ def start_at_principal_components(module, mixture, rng):
 def train_backbone(mixture, recipe, seed):
     """Flow matching of the mixture: returns the module.
 
-    Its target is E[x0 | x_t], which the mixture knows, in place of x0: the same expected gradient
-    without the noise, so a minute is enough for a backbone worth distilling.
+    Its target is E[eps - x0 | x_t], which the mixture knows, in place of eps - x0: the same
+    expected gradient without the noise, so a minute is enough for a backbone worth distilling.
     """
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
@@ -120,8 +122,9 @@ def train_backbone(mixture, recipe, seed):
             x0 = mixture.sample(recipe.batch, rng, cond)
             sigma = sample_sigma(len(x0), 0, 1, recipe.shift, rng)
             x_t = add_noise(x0, torch.randn(x0.shape, generator=rng), sigma)
-            x0_hat = x0_from_velocity(x_t, module(x_t, sigma, cond), sigma)
-            loss = (x0_hat - mixture.posterior_mean(x_t, sigma, cond)).square().mean()
+            error = module(x_t, sigma, cond) - mixture.velocity(x_t, sigma, cond)
+            weight = sigma**2 if recipe.precondition else torch.ones_like(sigma)
+            loss = (weight * error.square().flatten(1).mean(1)).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
