@@ -154,11 +154,9 @@ class DiT(nn.Module):
         for block in self.single_blocks:
             x = self.run(block, c, x)
         shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)
-        x = x[:, : len(self.position)]
+        f = self.unpatch(self.final(modulate(x[:, : len(self.position)], shift, scale)))
         if self.rest is None:
-            return self.unpatch(self.final(modulate(x, shift, scale)))
-        # no LayerNorm here, unlike HunyuanVideo: it would erase how bright the clip is
-        f = self.unpatch(self.final(x * (1 + scale) + shift))
+            return f
         sigma = sigma.reshape(-1, *[1] * len(self.shape))
         a, variance = 1 - sigma, self.rest**2
         return ((sigma - a * variance) * x_t - sigma * f) / (a**2 * variance + sigma**2)
