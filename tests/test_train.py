@@ -19,7 +19,8 @@ SMALL = "--batch 16 --lora-rank 4 --log-every 2 --save-every 2 --fake-updates 2"
 def small_toy(monkeypatch, tmp_path):
     """A backbone of seconds, few samples to measure, and runs/ in a folder of its own."""
     recipe = toy.tasks.Recipe(width=16, batch=32, iterations=10)
-    video = toy.tasks.Recipe(width=16, batch=8, iterations=4, patch=(2, 4, 4), labels=2)
+    video = toy.tasks.Recipe(width=16, batch=8, iterations=4, patch=(2, 4, 4), labels=2,
+                             precondition=True, shift=3.0)  # fmt: skip
     monkeypatch.setattr(toy.tasks, "RECIPES", {"ring": recipe, "grid": recipe, "videos": video})
     monkeypatch.setattr(toy.tasks, "SAMPLES", {"ring": 256, "grid": 256, "videos": 128})
     monkeypatch.chdir(tmp_path)

@@ -2,12 +2,23 @@
 blocks that attend over image and text tokens together, a condition of label (text) tokens.
 
 The shape of a sample is any (C,) or (C, T, H, W): a 2-D point is a video of one pixel.
+
+Given `rest`, its blocks predict F, and the velocity follows in closed form (preconditioning): data
+that scatter with a standard deviation `rest` in most dimensions have, with a = 1 - sigma,
+
+    E[x0 | x_t] = (a rest^2 x_t + sigma^2 F) / (a^2 rest^2 + sigma^2)
+    v           = ((sigma - a rest^2) x_t - sigma F) / (a^2 rest^2 + sigma^2).
+
+F is 0 in these dimensions and as large as the data in the others, while the gain of x_t in v goes
+from 1 to 1 / (2 rest) and back, in more dimensions than the blocks are wide.
 """
 
 import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
+
+CELLS = "b c (t pt) (h ph) (w pw)"  # a video cut into patches
 
 
 def sinusoidal(sigma, width):
@@ -96,9 +107,9 @@ class DiT(nn.Module):
     # tell noise levels apart, and W2SVD's weights of the modes drift (measured)
     lora_targets = r"(double|single)_blocks\..*(modulation|qkv|proj|_in|_out)"
 
-    def __init__(self, shape, width, heads, double, single, patch=(1, 1, 1), labels=0, skip=False):
+    def __init__(self, shape, width, heads, double, single, patch=(1, 1, 1), labels=0, rest=None):
         super().__init__()
-        self.shape, self.patch = tuple(shape), tuple(patch)
+        self.shape, self.patch, self.rest = tuple(shape), tuple(patch), rest
         self.grid = self.shape if len(shape) == 4 else (*shape, 1, 1, 1)  # C, T, H, W
         size = self.grid[0] * patch[0] * patch[1] * patch[2]
         tokens = self.grid[1] * self.grid[2] * self.grid[3] * self.grid[0] // size
@@ -111,19 +122,26 @@ class DiT(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(width, heads) for _ in range(single))
         self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, size)
-        self.skip = nn.Linear(width, 1) if skip else None
         self.run = run_block  # or Roles.checkpoint, to save memory
         for name, layer in self.named_modules():  # adaLN-Zero: every block starts as the identity
             if name.endswith(("modulation", "final")):
                 nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
-    def forward(self, x_t, sigma, labels=None):
+    def patches(self, x):
+        """Samples (B, *shape) as tokens: (B, N, C * pt * ph * pw)."""
         pt, ph, pw = self.patch
-        cells = "b c (t pt) (h ph) (w pw)"
-        image = rearrange(
-            x_t.reshape(-1, *self.grid), f"{cells} -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw
-        )
-        tokens = [self.embed(image) + self.position]                    # (B, N, D)
+        x = x.reshape(-1, *self.grid)
+        return rearrange(x, f"{CELLS} -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+
+    def unpatch(self, tokens):
+        """The inverse of patches: (B, N, C * pt * ph * pw) -> (B, *shape)."""
+        (pt, ph, pw), (_, t, h, w) = self.patch, self.grid
+        sizes = {"t": t // pt, "h": h // ph, "w": w // pw, "pt": pt, "ph": ph, "pw": pw}
+        x = rearrange(tokens, f"b (t h w) (c pt ph pw) -> {CELLS}", **sizes)
+        return x.reshape(-1, *self.shape)
+
+    def forward(self, x_t, sigma, labels=None):
+        tokens = [self.embed(self.patches(x_t)) + self.position]        # (B, N, D)
         c = self.time(sinusoidal(sigma, self.position.shape[-1]))       # (B, D)
         if self.text:
             nothing = torch.full(x_t.shape[:1], self.text.num_embeddings - 1, device=x_t.device)
@@ -136,13 +154,9 @@ class DiT(nn.Module):
         for block in self.single_blocks:
             x = self.run(block, c, x)
         shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)
-        v = self.final(modulate(x[:, : len(self.position)], shift, scale))
-        _, t, h, w = self.grid
-        v = rearrange(
-            v, f"b (t h w) (c pt ph pw) -> {cells}",
-            t=t // pt, h=h // ph, w=w // pw, pt=pt, ph=ph, pw=pw,
-        )  # fmt: skip
-        v = v.reshape(x_t.shape)
-        if self.skip:  # noise fills every dimension of a clip; the narrow blocks need not carry it
-            v = v + self.skip(c).reshape(-1, *[1] * len(self.shape)) * x_t
-        return v
+        f = self.unpatch(self.final(modulate(x[:, : len(self.position)], shift, scale)))
+        if self.rest is None:
+            return f
+        sigma = sigma.reshape(-1, *[1] * len(self.shape))
+        a, variance = 1 - sigma, self.rest**2
+        return ((sigma - a * variance) * x_t - sigma * f) / (a**2 * variance + sigma**2)

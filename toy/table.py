@@ -24,7 +24,7 @@ from w2svd import write_json
 CASES = {  # name: flags and seeds at most
     "ring-4": ("--data ring", 5), "ring-1": ("--data ring --steps 1", 5),
     "grid-4": ("--data grid", 5), "grid-1": ("--data grid --steps 1", 5),
-    "videos-4": ("--data videos", 2),
+    "videos-4": ("--data videos", 5),
 }  # fmt: skip
 SHOWN = {
     "2d": ("sliced_w2", "precision", "coverage", "weight_tv"),
