@@ -152,7 +152,7 @@ PRESETS = {
     "toy": dict(
         generator_input="rollout", fake_samples="final", lora_rank=16, generator_lr=1e-3,
         fake_lr=5e-4, lr_schedule="linear", fake_weight_decay=2.0, ema=0.98, batch=256,
-        iterations=400, log_every=20, save_every=200,
+        iterations=360, log_every=20, save_every=180,
     ),
     # on top of the toy's; a clip's motion is decided at high noise, hence the shift
     "toy videos": dict(batch=64, iterations=250, log_every=25, sigma_shift=5.0,

@@ -42,7 +42,9 @@ def run(case, seed):
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"{case}, seed {seed}: {done.stderr.splitlines()[-1]}")
-        return json.loads(Path(folder, "run", "result.json").read_text())
+        result = json.loads(Path(folder, "run", "result.json").read_text())
+        made_by = json.loads(Path(folder, "run", "config.json").read_text())
+        return result | {"commit": made_by["plan"]["commit"]}
 
 
 def markdown(results):
