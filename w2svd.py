@@ -302,10 +302,11 @@ class Roles:
             alpha = {"fake": self.alpha_strong, "real": self.alpha_weak}.get(role, 1.0)
         self.role, self.alpha = role, alpha
         active = [adapter] if adapter in self.adapters and alpha else []
+        scale = torch.tensor(float(alpha))  # a number would be compiled anew for every value
         for layer in self.layers:
             layer._active_adapter = active
             for name in active:
-                layer.scaling[name] = alpha
+                layer.scaling[name] = scale
 
     @contextmanager
     def use(self, role, alpha=None):

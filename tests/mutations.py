@@ -1,4 +1,4 @@
-"""Wrong versions of w2svd.py, and for each the test that must notice.
+"""Wrong versions of w2svd.py and hunyuan.py, and for each the test that must notice.
 
     python tests/mutations.py
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("w2svd.py", "toy", "tests", "pyproject.toml")
+PARTS = ("w2svd.py", "hunyuan.py", "toy", "tests", "pyproject.toml")
 LIBRARIES = ["pytest", "torch", "peft", "einops", "scipy", "matplotlib.figure", "PIL.Image",
              "tqdm", "safetensors.torch", "diffusers.schedulers"]  # fmt: skip
 PASSED, FAILED = 0, 1  # pytest's exit codes; any other says that no test ran as it should
@@ -32,10 +32,11 @@ class Mutation(NamedTuple):
     name: str
     edits: list
     test: str
+    file: str = "w2svd.py"
 
 
-def one(name, text, replacement, test):
-    return Mutation(name, [(text, replacement)], test)
+def one(name, text, replacement, test, file="w2svd.py"):
+    return Mutation(name, [(text, replacement)], test, file)
 
 
 MUTATIONS = [
@@ -210,8 +211,8 @@ MUTATIONS = [
     ),
     one(
         "the adapters' alpha is twice their rank",
-        "layer.scaling[name] = alpha",
-        "layer.scaling[name] = 2 * alpha",
+        "layer.scaling[name] = scale",
+        "layer.scaling[name] = 2 * scale",
         "test_roles.py::test_each_role_is_the_plain_backbone_with_its_merged_weights",
     ),
     # ---- updates
@@ -323,6 +324,60 @@ MUTATIONS = [
         "self.ema[name].lerp_(parameter, decay)",
         "test_updates.py::test_the_moving_average_keeps_decay_of_the_old_weights",
     ),
+    # ---- HunyuanVideo
+    one(
+        "the text's mask reaches attention",
+        "lambda _, args: (*args[:3], None, *args[4:])",
+        "lambda _, args: args",
+        "test_hunyuan.py::test_no_mask_reaches_attention_in_any_role",
+    ),
+    one(
+        "timesteps are rounded to bf16",
+        "timestep=1000 * sigma.float()",
+        "timestep=(1000 * sigma).to(self.dtype)",
+        "test_hunyuan.py::test_guidance_and_timestep_are_the_stock_pipeline_s_in_bf16",
+    ),
+    one(
+        "adapters compute in float32",
+        "enabled=self.dtype != torch.float32",
+        "enabled=False",
+        "test_hunyuan.py::test_adapters_are_float32_and_compute_in_bf16_on_a_bf16_base",
+    ),
+    one(
+        "latents are not scaled",
+        'latents.float() * info["scaling"]',
+        "latents.float()",
+        "test_hunyuan.py::test_a_clip_is_the_vae_s_scaled_mode_and_its_trimmed_text",
+        "hunyuan.py",
+    ),
+    one(
+        "text is not trimmed",
+        "embeds[:, mask[0].bool()]",
+        "embeds",
+        "test_hunyuan.py::test_a_clip_is_the_vae_s_scaled_mode_and_its_trimmed_text",
+        "hunyuan.py",
+    ),
+    one(
+        "the pipeline shifts the grid again",
+        "FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)\n    if",
+        "FlowMatchEulerDiscreteScheduler(shift=5.0, stochastic_sampling=True)\n    if",
+        "test_hunyuan.py::test_sample_draws_our_latents_in_the_stock_pipeline",
+        "hunyuan.py",
+    ),
+    one(
+        "the pipeline's renoising is not seeded",
+        "    torch.manual_seed(seed)  # NOTE",
+        "    # NOTE",
+        "test_hunyuan.py::test_sample_draws_our_latents_in_the_stock_pipeline",
+        "hunyuan.py",
+    ),
+    one(
+        "ComfyUI's fused layers are stacked in reverse",
+        "torch.cat(A)",
+        "torch.cat(A[::-1])",
+        "test_hunyuan.py::test_the_comfyui_file_converts_back_to_the_same_weights",
+        "hunyuan.py",
+    ),
 ]  # fmt: skip
 
 
@@ -334,13 +389,13 @@ def mutate(source, edits):
     return source
 
 
-def run_tests(edits, tests):
+def run_tests(edits, file, tests):
     """Pytest's exit code and output for the tests, on a copy of the project with the edits."""
     with tempfile.TemporaryDirectory() as folder:
         for part in PARTS:
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, Path(folder, part))
-        Path(folder, "w2svd.py").write_text(mutate((ROOT / "w2svd.py").read_text(), edits))
+        Path(folder, file).write_text(mutate((ROOT / file).read_text(), edits))
         os.chdir(folder)
         own = {str(ROOT), str(ROOT / "tests"), ""}  # the copy only, never the original
         sys.path[:] = [folder, *(path for path in sys.path if path not in own)]
@@ -360,10 +415,10 @@ def run_tests(edits, tests):
 def trial(mutation):
     """(as it must be, one line); None for the unmutated project."""
     if mutation is None:
-        code, output = run_tests([], sorted({m.test for m in MUTATIONS}))
+        code, output = run_tests([], "w2svd.py", sorted({m.test for m in MUTATIONS}))
         summary = next((x for x in output.splitlines()[::-1] if re.search(r"passed|failed", x)), "")
         return code == PASSED, f"unmutated: {summary}" + ("" if code == PASSED else f"\n{output}")
-    code, output = run_tests(mutation.edits, [mutation.test])
+    code, output = run_tests(mutation.edits, mutation.file, [mutation.test])
     words = {PASSED: "SURVIVES", FAILED: "killed by"}.get(code, f"NOT TESTED (exit code {code}) by")
     tail = "" if code in (PASSED, FAILED) else f"\n{output}"
     return code == FAILED, f"mutation '{mutation.name}' {words} tests/{mutation.test}{tail}"

@@ -220,12 +220,15 @@ def test_compiled_blocks_give_the_same_numbers_in_every_role(tiny):
         block.compile(backend="aot_eager")
     for roles in (plain, compiled):
         roles.use_checkpointing()
-    x = inputs()
-    for _ in range(3):
+    x, graphs = inputs(), []
+    for alpha in (0.25, 0.2, 0.1):  # as under a schedule
+        plain.alpha_weak = compiled.alpha_weak = alpha
         expected, got = fake_step(plain, *x), fake_step(compiled, *x)
         torch.testing.assert_close(got["fake_loss"], expected["fake_loss"])
         expected, got = generator_step(plain, *x), generator_step(compiled, *x)
         torch.testing.assert_close(got["relative_gap"], expected["relative_gap"])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1] > 0  # compiled once for each role, not for each alpha
     for role in ("generator", "fake"):
         for name, g in gradients(plain, role).items():
             torch.testing.assert_close(gradients(compiled, role)[name], g, rtol=1e-3, atol=1e-6)
@@ -490,7 +493,7 @@ def test_many_prompts_get_vbench_s_names_and_a_seed_each(trained):
 
 
 def our_latents(trained, seed):
-    """What few_step_sample makes of the run's generator, for the caption of its first clip."""
+    """few_step_sample of the run's generator and of its backbone, for the first clip's caption."""
     found, info = w2svd.read_generator(trained)
     config = w2svd.read_run(trained)
     task = hunyuan.task(config)
@@ -498,12 +501,13 @@ def our_latents(trained, seed):
     roles = Roles(task.backbone, info["rank"], 0.25, 1.0)
     roles.load("generator", {n.removeprefix("transformer."): x for n, x in found.items()})
     batch = task.read(0)
-    noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(seed))
-    torch.manual_seed(seed)  # renoising in the pipeline comes from the global generator
-    latents = few_step_sample(roles.generator, noise, torch.tensor(info["sigmas"]), batch["cond"])
-    plain = few_step_sample(task.backbone.velocity, noise, torch.tensor(info["sigmas"]),
-                            batch["cond"])  # fmt: skip
-    return latents, plain
+    both = []
+    for velocity in (roles.generator, task.backbone.velocity):
+        noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed)  # renoising in the pipeline comes from the global generator
+        sigmas = torch.tensor(info["sigmas"])
+        both.append(few_step_sample(velocity, noise, sigmas, batch["cond"]))
+    return both
 
 
 def stock(pipe, sigmas, seed, how):
@@ -517,6 +521,18 @@ def stock(pipe, sigmas, seed, how):
                 output_type="latent", **how).frames  # fmt: skip
 
 
+def test_sample_draws_our_latents_in_the_stock_pipeline(trained):
+    config, (found, info) = w2svd.read_run(trained), w2svd.read_generator(trained)
+    latents, plain = our_latents(trained, seed=5)
+    pipe = hunyuan.hunyuan_pipeline(config, ())
+    cond = hunyuan.encode_text(pipe, "a red square moves to the left", config)
+    for scale, expected in ((1.0, latents), (0.0, plain)):
+        hunyuan.load_generator(pipe, found, info, scale)
+        got = hunyuan.run_pipeline(pipe, config, cond, 5, "latent", sigmas=info["sigmas"][:-1])
+        assert (got - expected).abs().max() < 1e-5
+        pipe.unload_lora_weights()
+
+
 def test_the_exported_lora_gives_our_latents_in_a_stock_pipeline(tiny, trained):
     run("export", "--run", trained, "--format", "diffusers", "--out", "lora")
     with safe_open("lora/pytorch_lora_weights.safetensors", "pt") as file:
@@ -527,6 +543,9 @@ def test_the_exported_lora_gives_our_latents_in_a_stock_pipeline(tiny, trained):
     pipe = HunyuanVideoPipeline.from_pretrained(tiny)
     pipe.load_lora_weights("lora")
     latents, plain = our_latents(trained, seed=5)
+    assert (stock(pipe, sigmas, 5, how) - latents).abs().max() < 1e-5
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(trained, weight_name="generator.safetensors")  # the run's own will do
     assert (stock(pipe, sigmas, 5, how) - latents).abs().max() < 1e-5
     assert (plain - latents).abs().max() > 1e-3  # or the adapter would do nothing
     card = Path("lora/README.md").read_text()

@@ -24,8 +24,8 @@ def test_every_mutation_is_killed_by_its_test_and_the_unmutated_project_passes()
 
 
 def test_mutations_change_text_that_occurs_exactly_once_and_have_names_of_their_own():
-    source = SCRIPT.parent.with_name("w2svd.py").read_text()
     for mutation in MUTATIONS:
+        source = SCRIPT.parent.with_name(mutation.file).read_text()
         assert mutate(source, mutation.edits) != source
     assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
     with pytest.raises(ValueError, match="not once"):
