@@ -4,6 +4,7 @@ files out (sample, export). The backbone's contract itself is HunyuanVideo in w2
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -186,6 +187,14 @@ def describe(path, caption, folder, settings):
     return settings | {"caption": caption, "source": source, "sha256": sha256}
 
 
+def add_clip(out, path, info, config, pipe):
+    """Encode one clip unless that was done, with the same settings; returns its file's name."""
+    name = f"{safe_name(info['source'])}-{digest(info['source'])}.safetensors"
+    if header(out / name) != info:
+        write_safetensors(out / name, encode_clip(pipe(), path, info, config), info)
+    return name
+
+
 def encode(config, videos="", prompts=""):
     """Clips with captions, or captions alone, into config.out; 1 if any was skipped, or else 0."""
     from diffusers import AutoencoderKLHunyuanVideo
@@ -195,7 +204,8 @@ def encode(config, videos="", prompts=""):
         raise Refused("encode needs --out and either --videos, a folder, or --prompts, a file; the "
                       "toy encodes nothing.")  # fmt: skip
     check(config)
-    out, folder, pipe = Path(config.out), Path(videos), None
+    out, folder = Path(config.out), Path(videos)
+    pipe = functools.cache(lambda: hunyuan_pipeline(config, ("transformer",)))  # if it is needed
     found = find_clips(folder) if videos else [(None, text) for text in read_lines(prompts)]
     with reading(config.checkpoint):
         vae = AutoencoderKLHunyuanVideo.load_config(config.checkpoint, subfolder="vae")
@@ -208,11 +218,7 @@ def encode(config, videos="", prompts=""):
         for path, caption in bar:
             try:
                 info = describe(path, caption, folder, settings)
-                name = f"{safe_name(info['source'])}-{digest(info['source'])}.safetensors"
-                if header(out / name) != info:
-                    pipe = pipe or hunyuan_pipeline(config, ("transformer",))
-                    write_safetensors(out / name, encode_clip(pipe, path, info, config), info)
-                clips.append(name)
+                clips.append(add_clip(out, path, info, config, pipe))
             except Refused as reason:
                 skipped[str(path or caption)] = str(reason)
             bar.set_postfix_str(f"{len(skipped)} skipped")

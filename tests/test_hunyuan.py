@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
@@ -27,6 +28,7 @@ from w2svd import Config, HunyuanVideo, Roles, fake_step, few_step_sample, gener
 PLAIN = ["--prompt-template", "{}", "--prompt-crop-start", 0]
 SIZE = ["--height", 32, "--width", 48, "--frames", 9, "--fps", 12]
 SHAPE = (4, 3, 4, 6)  # of the latents
+README = (Path(__file__).parent.parent / "README.md").read_text()
 SMALL = ["--lora-rank", 2, "--fake-updates", 2, "--log-every", 2, "--save-every", 2]
 FAST = ["--generator-lr", 0.02, "--fake-lr", 0.02, "--ema", 0]  # so that a few steps show
 
@@ -279,6 +281,8 @@ def test_the_plan_of_the_13b_model_follows_from_its_parts(capsys):
     assert in_all == pytest.approx(7 * forward + 6 * trained, rel=1e-3)
     floor = float(numbers["floor_seconds_per_iteration"])
     assert floor == pytest.approx(in_all * 1e3 / 790, rel=1e-3)
+    row = next(line for line in README.splitlines() if line.startswith("| in all, with a margin"))
+    assert row.split("|")[2].strip() == f"{gib['gib_in_all']:.1f} GiB"
     run("train", *flags, "--fp8-base", "--frames", 129, "--height", 720, "--width", 1280)
     assert "False" in capsys.readouterr().out.split("fits")[1].splitlines()[0]
     assert not list(Path().iterdir())
@@ -551,6 +555,30 @@ def test_the_exported_lora_gives_our_latents_in_a_stock_pipeline(tiny, trained):
     card = Path("lora/README.md").read_text()
     for said in (str(tiny), "licence", "0.9375", "0.25, 1.0", "2 clips", "gen_motion", "scheduler"):
         assert said in card
+
+
+def test_the_readme_s_snippet_gives_the_same_video_without_our_code(tiny, trained):
+    run("export", "--run", trained, "--format", "diffusers", "--out", "lora")
+    lines = README.split("### Without our code")[1].split("## ")[0].strip().splitlines()
+    assert len(lines) == 10
+    code = "\n".join(line.strip() for line in lines)
+    for text, tiny_one in (
+        ('"hunyuanvideo-community/HunyuanVideo"', repr(str(tiny))), ("bfloat16", "float32"),
+        ('"cuda"', '"cpu"'), ("height=480, width=832, num_frames=61", "height=32, width=48, "
+         'num_frames=9, prompt_template={"template": "{}", "crop_start": 0}'),
+    ):  # fmt: skip
+        assert code.count(text) == 1
+        code = code.replace(text, tiny_one)
+    names = {}
+    exec(code, names)
+    assert iio.imread("talk.mp4").shape == (9, 32, 48, 3)
+    config, (found, info) = w2svd.read_run(trained), w2svd.read_generator(trained)
+    pipe = hunyuan.hunyuan_pipeline(config, ())
+    cond = hunyuan.encode_text(pipe, "a woman talks to the camera", config)
+    hunyuan.load_generator(pipe, found, info)
+    ours = hunyuan.run_pipeline(pipe, config, cond, 0, sigmas=info["sigmas"][:-1])
+    theirs = torch.stack([torch.from_numpy(np.array(frame)) for frame in names["video"]])
+    assert (torch.from_numpy(ours) * 255 - theirs.float()).abs().max() <= 1
 
 
 def test_merged_weights_give_the_adapter_s_output(tiny, trained):
