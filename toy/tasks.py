@@ -1,7 +1,7 @@
 """The toy as a task of w2svd.train(): a mixture as data, a tiny DiT as backbone, exact metrics.
 
 `task(config)` trains the backbone by flow matching, or reads it from the cache, where its file is
-named after a hash of every setting that it depends on.
+named after a hash of everything that its bits depend on.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from toy import mixtures, plots
+from toy import dit, mixtures, plots
 from toy.dit import DiT
 from toy.metrics import Metrics
 from w2svd import (
@@ -140,8 +140,11 @@ def cached_backbone(mixture, config):
     recipe = RECIPES[config.data]
     parts = (mixture.weights, mixture.means, mixture.lam, mixture.rest, mixture.labels)
     exact = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+    code = "".join(Path(file).read_text() for file in (dit.__file__, __file__))
     settings = {"data": config.data, "seed": config.seed, "torch": torch.__version__,
-                "mixture": exact, **dataclasses.asdict(recipe)}  # fmt: skip
+                "threads": torch.get_num_threads(), "mixture": exact,
+                "code": hashlib.sha256(code.encode()).hexdigest(),
+                **dataclasses.asdict(recipe)}  # fmt: skip
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = Path(config.cache).expanduser() / f"{config.data}-{name}.safetensors"
     if path.exists():
