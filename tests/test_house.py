@@ -102,7 +102,7 @@ def test_the_readme_s_table_is_the_stored_result():
         assert line in README
 
 
-def test_the_stored_points_meet_what_the_readme_claims():
+def test_the_stored_results_meet_what_the_readme_claims():
     results = json.loads((ROOT / "toy/results/table.json").read_text())
     for case in ("ring-4", "grid-4"):
         assert len(results[case]) == 5
@@ -112,6 +112,11 @@ def test_the_stored_points_meet_what_the_readme_claims():
             assert student["sliced_w2"] < 1.5 * euler["28"]["sliced_w2"]
             assert student["precision"] > euler["4"]["precision"]
             assert student["coverage"] == 1.0
+    assert len(results["videos-4"]) == 5
+    for run in results["videos-4"].values():
+        student, euler = run["student"], run["euler"]
+        assert 5 * student["clip_frechet"] < euler["4"]["clip_frechet"]
+        assert 0.8 < student["dynamic_degree"] < 1.2
     for case in ("ring-1", "grid-1"):
         for run in results[case].values():
             assert run["student"]["sliced_w2"] < run["euler"]["1"]["sliced_w2"] / 5
