@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from w2svd import (
     read_generator,
     read_run,
     read_safetensors,
+    whole,
     write_json,
     write_safetensors,
 )
@@ -86,12 +86,11 @@ def write_video(path, frames, fps):
     """Frames (T, H, W, 3) in 0..255 as .mp4 or .gif; whole or not at all."""
     import imageio.v3 as iio
 
-    half = path.with_name(f".{os.getpid()}.part{path.suffix}")
+    how = {"plugin": "FFMPEG", "fps": fps}
     if path.suffix == ".gif":
-        iio.imwrite(half, frames, duration=1000 / fps, loop=0)
-    else:
-        iio.imwrite(half, frames, plugin="FFMPEG", fps=fps)
-    os.replace(half, path)
+        how = {"duration": 1000 / fps, "loop": 0}
+    with whole(path) as half:
+        iio.imwrite(half, frames, **how)
 
 
 def digest(text):

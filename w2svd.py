@@ -595,14 +595,24 @@ class HunyuanVideo:
 # ---- 8. Files: safetensors and JSON --------------------------------------------------------------
 
 
+@contextmanager
+def whole(path):
+    """A name to write to, which becomes `path` at the end; a failure leaves neither."""
+    half = path.with_name(f".{os.getpid()}.part{path.suffix}")
+    try:
+        yield half
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
 def write_safetensors(path, tensors, info, **metadata):
     """Tensors and one JSON string under 'w2svd' in the header; whole or not at all."""
     from safetensors.torch import save_file
 
-    half = path.with_name(f".{path.name}.{os.getpid()}.part")
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    save_file(tensors, half, metadata={"w2svd": json.dumps(info, sort_keys=True)} | metadata)
-    os.replace(half, path)
+    with whole(path) as half:
+        save_file(tensors, half, metadata={"w2svd": json.dumps(info, sort_keys=True)} | metadata)
 
 
 def read_safetensors(path):
@@ -633,9 +643,8 @@ def header(path):
 
 
 def write_json(path, content):
-    half = path.with_suffix(".part")
-    half.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(half, path)
+    with whole(path) as half:
+        half.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def make_folder(folder):
@@ -874,9 +883,8 @@ def resume_from(folder, state):
     if log.exists():
         lines = log.read_text().splitlines(keepends=True)
         kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= state.iteration]
-        half = log.with_suffix(".part")
-        half.write_text("".join(kept))
-        os.replace(half, log)
+        with whole(log) as half:
+            half.write_text("".join(kept))
 
 
 @dataclass

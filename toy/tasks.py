@@ -245,7 +245,7 @@ class Task:
         metric, name = ("clip_frechet", "clip Fréchet") if video else ("sliced_w2", "sliced W2")
         panels = [(f"{k}\n{name} {values[k][metric]:.3f}", x) for k, x in samples.items()]
         frames = []
-        for path in sorted((folder / "frames").glob("*.safetensors")):
+        for path in sorted((folder / "frames").glob("[0-9]*.safetensors")):
             tensors, info = read_safetensors(path)
             frames.append((f"{student}, iteration {info['step']}", tensors["samples"]))
         if video:
