@@ -5,7 +5,9 @@ files out (sample, export). The backbone's contract itself is HunyuanVideo in w2
 import csv
 import dataclasses
 import functools
+import gc
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -19,6 +21,7 @@ import torch
 from w2svd import (
     ENCODED,
     HUNYUAN,
+    Config,
     HunyuanVideo,
     Refused,
     Roles,
@@ -51,18 +54,35 @@ def latent_shape(config, channels):
     return [channels, (config.frames - 1) // 4 + 1, config.height // 8, config.width // 8]
 
 
+def latent_space(config):
+    """Channels and scaling factor of the checkpoint's VAE."""
+    from diffusers import AutoencoderKLHunyuanVideo as VAE
+
+    with reading(config.checkpoint):
+        found = VAE.load_config(config.checkpoint, subfolder="vae")
+        if found.get("_class_name") != VAE.__name__:
+            raise ValueError(f"its VAE is a {found.get('_class_name')}")
+        return found["latent_channels"], found["scaling_factor"]
+
+
 @contextmanager
 def reading(checkpoint):
     """Loading inside: what diffusers cannot read is refused in one sentence."""
     import diffusers
+    import transformers
 
     diffusers.utils.logging.set_verbosity_error()
+    for library in (diffusers, transformers):  # their bars would cut through ours
+        library.utils.logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError,
+            RuntimeError) as error:  # fmt: skip
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         reason = (str(error).strip().splitlines() or ["?"])[0].rstrip(".")
-        raise Refused(f"--checkpoint {checkpoint} cannot be read as a HunyuanVideo in diffusers' "
-                      f"format: {reason}.") from error  # fmt: skip
+        raise Refused(f"--checkpoint {checkpoint} is no folder, nor a hub id within reach, with a "
+                      f"HunyuanVideo in diffusers' format: {reason}.") from error  # fmt: skip
 
 
 def hunyuan_pipeline(config, without):
@@ -114,25 +134,36 @@ def read_lines(path):
 
 def find_clips(folder):
     """[(path, caption)] of a folder in one of the usual conventions; captions may be empty."""
+    def text(name):
+        return (folder / name).read_text(encoding="utf-8-sig")  # Excel begins a file with a mark
+
     try:
         if (folder / "metadata.jsonl").exists():
-            rows = [json.loads(line) for line in read_lines(folder / "metadata.jsonl")]
+            rows = [json.loads(x) for x in text("metadata.jsonl").split("\n") if x.strip()]
         elif (folder / "metadata.csv").exists():
-            with open(folder / "metadata.csv", newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(io.StringIO(text("metadata.csv"), newline="")))
         elif (folder / "videos.txt").exists():
-            names, texts = (read_lines(folder / name) for name in ("videos.txt", "prompt.txt"))
-            rows = [{"file_name": n, "text": t} for n, t in zip(names, texts, strict=True)]
+            both = text("videos.txt").splitlines(), text("prompt.txt").splitlines()
+            rows = [{"file_name": n, "text": t} for n, t in zip(*both, strict=True) if n.strip()]
         else:
-            films = [p for p in sorted(folder.iterdir()) if p.suffix in (".mp4", ".mov", ".webm")]
-            texts = [p.with_suffix(".txt") for p in films]
-            rows = [{"file_name": p.name, "text": t.read_text() if t.exists() else ""}
-                    for p, t in zip(films, texts)]  # fmt: skip
-        return [(folder / row["file_name"], (row["text"] or "").strip()) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            films = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
+            rows = [{"file_name": p.name, "text": caption_beside(p)} for p in films]
+        return [(folder / row["file_name"].strip(), (row["text"] or "").strip()) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise Refused(f"--videos {folder} cannot be read ({error}): it needs a.mp4 with a.txt, "
                       "metadata.jsonl or .csv with file_name and text, or videos.txt with "
                       "prompt.txt.") from error  # fmt: skip
+
+
+SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi")
+
+
+def caption_beside(path):
+    """The text of a.txt for a.mp4; empty where there is none that can be read."""
+    try:
+        return path.with_suffix(".txt").read_text(encoding="utf-8-sig")
+    except (OSError, ValueError):
+        return ""
 
 
 def read_clip(path, config):
@@ -158,15 +189,20 @@ def encode_text(pipe, caption, config):
     own = {"template": config.prompt_template, "crop_start": config.prompt_crop_start}
     how = {"prompt_template": own} if config.prompt_template else {}
     embeds, pooled, mask = pipe.encode_prompt(caption, **how)
+    if not mask.any():
+        raise Refused(f"nothing is left of the text {caption[:40]!r}: check --prompt-crop-start, "
+                      "which is 0 for a template of '{}'.")  # fmt: skip
     return {"prompt_embeds": embeds[:, mask[0].bool()], "pooled": pooled}
 
 
 @torch.no_grad()
 def encode_clip(pipe, path, info, config):
     """Tensors of one clip, without a batch: text and, where there is a video, its latents."""
+    video = read_clip(path, config) if path else None
+    pipe = pipe()  # read only once there is something to encode
     tensors = encode_text(pipe, info["caption"], config)
     if path:
-        video = read_clip(path, config).to(pipe.device, pipe.vae.dtype)
+        video = video.to(pipe.device, pipe.vae.dtype)
         latents = pipe.vae.encode(video).latent_dist.mode()
         tensors["latents"] = latents.float() * info["scaling"]
     return {name: x[0] for name, x in tensors.items()}
@@ -174,13 +210,13 @@ def encode_clip(pipe, path, info, config):
 
 def describe(path, caption, folder, settings):
     """The header of a clip's file: what it is made of. Clips that cannot be used are refused."""
-    source = str(path.relative_to(folder)) if path else caption
     if not caption:
         raise Refused("it has no caption")
     if not path:
-        return settings | {"caption": caption, "source": source}
+        return settings | {"caption": caption, "source": caption}
     if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
         raise Refused("there is no such file in the folder")
+    source = str(path.resolve().relative_to(folder.resolve()))
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return settings | {"caption": caption, "source": source, "sha256": sha256}
@@ -190,27 +226,31 @@ def add_clip(out, path, info, config, pipe):
     """Encode one clip unless that was done, with the same settings; returns its file's name."""
     name = f"{safe_name(info['source'])}-{digest(info['source'])}.safetensors"
     if header(out / name) != info:
-        write_safetensors(out / name, encode_clip(pipe(), path, info, config), info)
+        write_safetensors(out / name, encode_clip(pipe, path, info, config), info)
     return name
 
 
 def encode(config, videos="", prompts=""):
     """Clips with captions, or captions alone, into config.out; 1 if any was skipped, or else 0."""
-    from diffusers import AutoencoderKLHunyuanVideo
     from tqdm import tqdm
 
     if bool(videos) == bool(prompts) or not config.out or config.model != "hunyuan":
-        raise Refused("encode needs --out and either --videos, a folder, or --prompts, a file; the "
-                      "toy encodes nothing.")  # fmt: skip
+        raise Refused("encode needs --out and either --videos, a folder, or --prompts, a file, for "
+                      "--model hunyuan; the toy encodes nothing.")  # fmt: skip
     check(config)
     out, folder = Path(config.out), Path(videos)
-    pipe = functools.cache(lambda: hunyuan_pipeline(config, ("transformer",)))  # if it is needed
+
+    @functools.cache
+    def pipe():  # if it is needed; bf16 would round the latents
+        loaded = hunyuan_pipeline(config, ("transformer",))
+        loaded.vae.float()
+        return loaded
+
     found = find_clips(folder) if videos else [(None, text) for text in read_lines(prompts)]
-    with reading(config.checkpoint):
-        vae = AutoencoderKLHunyuanVideo.load_config(config.checkpoint, subfolder="vae")
-    shape = latent_shape(config, vae["latent_channels"]) if videos else None
+    channels, scaling = latent_space(config)
     settings = {name: getattr(config, name) for name in ENCODED}
-    settings |= {"scaling": vae["scaling_factor"], "shape": shape}
+    settings["scaling"] = scaling
+    settings["shape"] = latent_shape(config, channels) if videos else None
     make_folder(out)
     clips, skipped = [], {}
     with tqdm(found, desc="encode", unit="clip") as bar:
@@ -240,7 +280,9 @@ def read_index(folder):
     """What encode left in its folder: settings, clips, skipped."""
     try:
         index = json.loads((Path(folder) / "index.json").read_text())
-        if {*ENCODED, "scaling", "shape"} <= index["settings"].keys() and index["clips"]:
+        settings = index["settings"]
+        same = all(type(settings[name]) is type(getattr(Config, name)) for name in ENCODED)
+        if same and {"scaling", "shape"} <= settings.keys() and index["clips"]:
             return index
     except OSError as error:
         raise Refused(f"--data {folder} holds no encoded clips: run encode --out {folder} first, "
@@ -252,15 +294,12 @@ def read_index(folder):
 
 def encoded_clips(config, shape, sizes):
     """Paths of the clips in config.data, each whole and of this run's size, scaling and model."""
-    from diffusers import AutoencoderKLHunyuanVideo
-
     folder, index = Path(config.data), read_index(config.data)
-    with reading(config.checkpoint):
-        vae = AutoencoderKLHunyuanVideo.load_config(config.checkpoint, subfolder="vae")
+    _, scaling = latent_space(config)
     if index["settings"]["shape"] is None and config.generator_input == "paired":
         raise Refused(f"{folder} holds captions alone: use --generator-input rollout, since "
                       "paired input is made of clips.")  # fmt: skip
-    wanted = {"shape": index["settings"]["shape"] and shape, "scaling": vae["scaling_factor"]}
+    wanted = {"shape": index["settings"]["shape"] and shape, "scaling": scaling}
     paths = [folder / Path(name).name for name in index["clips"]]
     for path in paths:
         info = header(path)
@@ -283,6 +322,8 @@ class Task:
     """HunyuanVideo and a folder of encoded clips, as a task."""
 
     def __init__(self, config):
+        if config.compile and config.fp8_base:
+            raise Refused("--compile does not work on --fp8-base: casting breaks every graph.")
         if config.batch != 1 or config.guidance != 1:
             raise Refused("--model hunyuan takes --batch 1, whose text needs no mask (--accumulate "
                           "adds up more), and --guidance 1: its guidance is embedded.")
@@ -329,15 +370,18 @@ class Task:
             with reading(config.checkpoint):
                 module = Model.from_pretrained(
                     config.checkpoint, subfolder="transformer", dtype=self.dtype)  # fmt: skip
-        module = module.to(self.device, self.dtype).requires_grad_(False)
+        with reading(config.checkpoint):
+            module = module.to(self.device, self.dtype).requires_grad_(False)
         self.backbone = HunyuanVideo(config, module, self.dtype)
 
     def prepare(self):
         """What must follow the adapters: the base's weights in 8 bits, compilation."""
         if self.config.fp8_base:  # NOTE silent: before them, the adapters would be 8 bits too
             self.backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
-        for block in self.backbone.blocks if self.config.compile else ():
-            block.compile()
+        if self.config.compile:  # 2 kinds of block, 3 roles and none, gradient, lengths of text
+            torch._dynamo.config.recompile_limit = 64
+            for block in self.backbone.blocks:
+                block.compile()
 
     def read(self, i):
         """Clip i as a batch of one; x0 is 0 where there is a caption alone."""
@@ -456,8 +500,9 @@ class Task:
         """No exact answer here: the last logged numbers."""
         last = (run.folder / "metrics.jsonl").read_text().splitlines()[-1]
         result = {"student": {**json.loads(last), "steps": run.config.steps}}
-        next_one = f'python w2svd.py sample --run {run.folder} --prompt "..." --out video.mp4'
-        return result, f"done; now: {next_one}"
+        if run.config.weights == "random":
+            return result, "done; random weights have nothing to show"
+        return result, f'now: w2svd.py sample --run {run.folder} --prompt "..." --out video.mp4'
 
     def sample(self, tensors, info, out, seed, prompt="", prompts="", videos_per_prompt=1,
                lora_scale=1.0, compare=False):  # fmt: skip
@@ -467,16 +512,25 @@ class Task:
         if (out.suffix != ".mp4") != bool(prompts) or prompt and videos_per_prompt > 1:
             raise Refused("--out must be one .mp4 for --prompt, or a folder for --prompts.")
         texts, config = read_lines(prompts) if prompts else [prompt], self.config
+        refuse_random(config)
+        if not texts or out.is_dir() != bool(prompts and out.exists()):
+            raise Refused(f"{prompts or out} is empty or of the wrong kind.")
+        if not -100 < lora_scale < 100 or info["kind"] == "full" and lora_scale != 1:
+            raise Refused("--lora-scale must lie in (-100, 100); a full generator has none.")
         reader = hunyuan_pipeline(config, ("transformer", "vae"))
         jobs = {text: encode_text(reader, text, config) for text in texts}
-        del reader  # before the transformer comes
+        del reader  # before the transformer comes; cycles hold it
+        gc.collect()
         pipe = hunyuan_pipeline(config, TEXT)
 
         def draw(mark="", **how):
             for text, k in itertools.product(jobs, range(videos_per_prompt)):
                 path = out.with_name(f"{out.stem}{mark}.mp4")
                 if prompts:
-                    path = out / f"{safe_name(text)}{mark}-{k}.mp4"
+                    name = safe_name(text)  # two prompts of one name: the later one is marked
+                    first = next(t for t in jobs if safe_name(t) == name)
+                    name = name if first == text else f"{name}-{digest(text)}"
+                    path = out / f"{name}{mark}-{k}.mp4"
                 video = run_pipeline(pipe, config, jobs[text], seed + k, **how)
                 write_video(path, (video * 255).round().astype("uint8"), config.fps)
 
@@ -486,7 +540,7 @@ class Task:
             draw("-28-steps", num_inference_steps=28)
         load_generator(pipe, tensors, info, lora_scale)
         draw(sigmas=info["sigmas"][:-1])
-        return f"{len(jobs) * videos_per_prompt} videos in {out}"
+        return f"wrote {out}" if prompt else f"{len(jobs) * videos_per_prompt} videos in {out}"
 
 
 # ---- videos and LoRA files out -------------------------------------------------------------------
@@ -502,6 +556,12 @@ def run_pipeline(pipe, config, cond, seed, output_type="np", **how):
         num_frames=config.frames, guidance_scale=config.embedded_guidance,
         generator=torch.Generator().manual_seed(seed), output_type=output_type, **how,
     ).frames[0]  # fmt: skip
+
+
+def refuse_random(config):
+    """Sampling and exporting want a model that has learnt something."""
+    if config.weights == "random":
+        raise Refused(f"{config.out} was made with --weights random, to measure: nothing to show.")
 
 
 def load_generator(pipe, tensors, info, scale=1.0):
@@ -563,6 +623,7 @@ def export(run, format, out):
         raise Refused(f"Only runs of --model hunyuan are exported, not of {config.model}.")
     if info["kind"] == "full" and format != "merged":
         raise Refused("A generator trained in full is no LoRA: use --format merged.")
+    refuse_random(config)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"{out} is in use: name a new folder as --out.")
     make_folder(out)
@@ -585,14 +646,14 @@ def export(run, format, out):
         path = out / "pytorch_lora_weights.safetensors"
         write_safetensors(path, tensors, info, lora_adapter_metadata=adapter)
     (out / "README.md").write_text(card(run, config, info, format))
-    print(f"{format} in {out}")
+    print(f"wrote {out}, for {format}")
 
 
 CARD = """---
 base_model: {checkpoint}
 library_name: diffusers
 license: other
-tags: [text-to-video, lora, step-distillation, w2svd]
+tags: [text-to-video, step-distillation, w2svd]
 ---
 # A {steps}-step HunyuanVideo, distilled by W2SVD
 
@@ -605,18 +666,26 @@ model, {checkpoint}, goes for these weights too.
 | sigmas | {sigmas} (shift {shift}; give them to a scheduler of shift 1 with stochastic_sampling) |
 | embedded guidance | {embedded_guidance} |
 | alpha_weak, alpha_strong | {alpha_weak}, {alpha_strong} |
-| adapter | {kind}, rank {rank}, alpha {lora_alpha} |
+| generator | {what} |
 | trained for | {step} generator updates, seed {seed} |
-| data | {clips} clips of {data}, {frames} frames of {height} x {width} |
+| data | {trained_on} |
 | latents at the end of training | {measured} |
 
-The renoising draws from torch's global generator: seed that too.
+{use}
 
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the renoising draws from torch's global generator
     pipe(prompt, sigmas={path}, guidance_scale={embedded_guidance}, height={height},
          width={width}, num_frames={frames}, generator=torch.Generator().manual_seed(0))
 """
+USE = {
+    "diffusers": "With diffusers' HunyuanVideoPipeline of the base model:\n\n"
+                 "    pipe.load_lora_weights(\"this folder\")",
+    "comfyui": "Load it as a LoRA at strength 1 and sample on the sigmas above, with fresh noise "
+               "at each; in diffusers the format of that name does the same:",
+    "merged": "With diffusers' HunyuanVideoPipeline, this folder as its transformer:\n\n"
+              "    pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained(\"folder\")",
+}  # fmt: skip
 
 
 def card(run, config, info, format):
@@ -625,11 +694,21 @@ def card(run, config, info, format):
         measured = json.loads((Path(run) / "result.json").read_text())["student"]
     except (OSError, ValueError, KeyError):
         measured = {}
-    shown = {name: round(x, 4) for name, x in measured.items() if name.startswith(("gen", "data"))}
-    clips = len(read_index(config.data)["clips"]) if encoded_with(config.data) else "unknown many"
-    values = dataclasses.asdict(config) | info | {"format": format, "clips": clips}
-    values |= {"path": info["sigmas"][:-1], "measured": shown or "nothing"}
-    return CARD.format(**values)
+    try:
+        index = read_index(config.data)
+        size = f"clips of {config.frames} frames of {config.height} x {config.width}"
+        kind = size if index["settings"]["shape"] else "captions without clips"
+        trained_on = f"{len(index['clips'])} {kind}, from {config.data}"
+    except Refused:
+        index, trained_on = None, f"{config.data}, which was not there at the export"
+    own = ("gen", "data") if index and index["settings"]["shape"] else ("gen",)
+    shown = {name: round(x, 4) for name, x in measured.items() if name.startswith(own)}
+    adapter = f"LoRA of rank {info['rank']}, alpha {info['lora_alpha']}"
+    return CARD.format(**dataclasses.asdict(config) | info | {
+        "format": format, "trained_on": trained_on, "use": USE[format],
+        "what": adapter if info["kind"] == "lora" else "all weights", "path": info["sigmas"][:-1],
+        "measured": shown or "not measured",
+    })  # fmt: skip
 
 
 def task(config):

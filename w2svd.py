@@ -136,7 +136,7 @@ class Config:
     sample_every: int = 250  # hunyuan: iterations between sampled videos / ours
     compare: bool = False  # hunyuan: show the backbone's 28 steps beside the student's / ours
     tensorboard: bool = False  # log there too / ours
-    gpu_memory: float = 0.0  # GB to plan for; those of the GPU at hand if 0 / ours
+    gpu_memory: float = 0.0  # GiB to plan for; those of the GPU at hand if 0 / ours
     tflops: float = 790.0  # to plan with: what an H100 or H200 reaches in bf16 / ours
     out: str = ""  # run folder; the next free runs/<model>[-k] if empty / ours
     cache: str = "~/.cache/w2svd"  # where the toy keeps its trained backbones / ours
@@ -180,8 +180,7 @@ def check(config: Config, given=()) -> None:
         raise Refused("--sigma-low and --sigma-high must satisfy 0 <= low < high <= 1.")
     if not 0 <= config.ema < 1:
         raise Refused(f"--ema must lie in [0, 1), not {config.ema}; 0 is off.")
-    for name in ("gt_weight", "fake_warmup", "fake_weight_decay", "seed", "gpu_memory",
-                 "prompt_crop_start"):  # fmt: skip
+    for name in ("gt_weight", "fake_warmup", "fake_weight_decay", "seed", "gpu_memory"):
         if not 0 <= getattr(config, name) < 2**53:
             raise Refused(f"--{name.replace('_', '-')} must lie in [0, 2**53).")
     if config.gt_weight and config.generator_input == "rollout":
@@ -197,10 +196,14 @@ def check_clips(config: Config) -> None:
     if config.height < 1 or config.width < 1 or config.height % 16 or config.width % 16:
         raise Refused(f"--height and --width must be multiples of 16, not {config.height} and "
                       f"{config.width}.")  # fmt: skip
-    if config.frames < 1 or config.frames % 4 != 1:
+    if config.frames < 5 or config.frames % 4 != 1:
         raise Refused(f"--frames must be 4 k + 1, as 61 or 129, not {config.frames}.")
-    if config.prompt_template and "{}" not in config.prompt_template:
-        raise Refused("--prompt-template must contain {}, where the prompt goes.")
+    if not 0 <= config.embedded_guidance <= 100 or not 0 <= config.prompt_crop_start <= 1000:
+        raise Refused("--embedded-guidance must lie in [0, 100], --prompt-crop-start in [0, 1000].")
+    braces = re.sub(r"[^{}]", "", config.prompt_template)
+    if braces not in ("", "{}") or config.prompt_template and "{}" not in config.prompt_template:
+        raise Refused("--prompt-template must contain {} once, where the prompt goes, and no other "
+                      "brace.")  # fmt: skip
 
 
 # ---- 2. Flow matching ----------------------------------------------------------------------------
@@ -278,6 +281,8 @@ class Roles:
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
                 inject_adapter_in_model(lora, backbone.module, adapter_name=role)
         self.layers = [m for m in backbone.module.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in self.layers:  # or inputs would be made float32, for autocast to undo it
+            layer.cast_input_dtype_enabled = False
         # NOTE silent: adding the second adapter froze the first, so gradients are set after both
         backbone.module.requires_grad_(False)
         self.trained = {role: self._find(role) for role in kinds}
@@ -528,7 +533,8 @@ def health(x_gen, x0, x0_fake, x0_real, v_fake, v_real):
         "cos_fake_real": torch.cosine_similarity(
             _accurate(v_fake).flatten(1), _accurate(v_real).flatten(1)
         ).mean(),
-        "gen_mean": x_gen.mean(), "gen_std": x_gen.std(), "data_std": x0.std(),
+        "gen_mean": x_gen.mean(), "gen_std": x_gen.std(),
+        "data_mean": x0.mean(), "data_std": x0.std(),
     }  # fmt: skip
     if x0.ndim == 5:  # frames are dim 2 of (B, C, T, H, W)
         stats["gen_motion"] = x_gen.diff(dim=2).abs().mean()
@@ -599,8 +605,11 @@ class HunyuanVideo:
 def whole(path):
     """A name to write to, which becomes `path` at the end; a failure leaves neither."""
     half = path.with_name(f".{os.getpid()}.part{path.suffix}")
+    umask = os.umask(0)
+    os.umask(umask)
     try:
         yield half
+        half.chmod(0o666 & ~umask)  # safetensors would keep it from everybody else
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
@@ -608,11 +617,16 @@ def whole(path):
 
 def write_safetensors(path, tensors, info, **metadata):
     """Tensors and one JSON string under 'w2svd' in the header; whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     with whole(path) as half:
-        save_file(tensors, half, metadata={"w2svd": json.dumps(info, sort_keys=True)} | metadata)
+        metadata = {"w2svd": json.dumps(info, sort_keys=True)} | metadata
+        try:
+            save_file(tensors, half, metadata=metadata)
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_safetensors(path):
@@ -844,7 +858,7 @@ def plan(config, task):
     fake_once = 2 * once if config.fake_samples == "final" else once
     fakes, real = config.fake_updates, 1 + (config.guidance != 1)
     forwards = fakes * (1 + fake_once) + once + 1 + real
-    packages = ("torch", "peft", "safetensors", "numpy")
+    packages = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "backbone_parameters": backbone_parameters,
@@ -877,8 +891,10 @@ def resume_from(folder, state):
     path, log = last_checkpoint(folder), folder / "metrics.jsonl"
     if path:
         tensors, info = read_safetensors(path)
-        if info.get("base_sum") != state.roles.base_sum():
-            raise Refused(f"{path} is not a checkpoint of this backbone; see --cache.")
+        # close, not equal: another kind of GPU adds up in another order
+        if not math.isclose(info.get("base_sum", 0), state.roles.base_sum(), rel_tol=1e-9):
+            raise Refused(f"{path} is not a checkpoint of this backbone: --cache or --checkpoint "
+                          "holds another.")  # fmt: skip
         state.restore(tensors, info["iteration"])
     if log.exists():
         lines = log.read_text().splitlines(keepends=True)
@@ -964,12 +980,13 @@ def train(config):
                     tensorboard.add_scalar(name, value, state.iteration)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                with state.averaged() as generator:
-                    task.on_log(state.iteration, generator)
             if end or state.iteration % config.save_every == 0:
                 path = folder / f"checkpoint-{state.iteration:06}.safetensors"
                 info = {"iteration": state.iteration, "base_sum": base}
                 write_safetensors(path, state.tensors(), info)
+            if end or state.iteration % config.log_every == 0:  # pictures last: they may fail
+                with state.averaged() as generator:
+                    task.on_log(state.iteration, generator)
     if roles.base_sum() != base:
         raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
     with state.averaged() as generator:
@@ -1004,7 +1021,8 @@ def add_settings(command, names):
             how = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is Literal:
             how = {"choices": typing.get_args(kind)}
-        text = f"{meaning[field.name]} [{field.default}]".replace("%", "%%")
+        presets = [f"; {name}: {p[field.name]}" for name, p in PRESETS.items() if field.name in p]
+        text = f"{meaning[field.name]} [{field.default}{''.join(presets)}]".replace("%", "%%")
         if field.name in names:
             command.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
 
@@ -1021,12 +1039,13 @@ def parser():
     distil = command("train", "distil a backbone")
     add_settings(distil, [field.name for field in dataclasses.fields(Config)])
     read = command("encode", "videos and captions into latents and embeddings, once")
-    add_settings(read, ["model", "out", *ENCODED])
+    add_settings(read, ["model", *ENCODED])
+    read.add_argument("--out", required=True, help="folder of the encoded clips, train's --data")
     read.add_argument("--videos", help="folder: a.mp4 + a.txt, metadata.jsonl or .csv, or lists")
     read.add_argument("--prompts", help="or a file of captions, a line each: data-free training")
     draw = command("sample", "sample a finished run")
     draw.add_argument("--run", required=True, help="a run folder, as runs/toy")
-    draw.add_argument("--out", required=True, help=".png, .gif, .safetensors; hunyuan: .mp4")
+    draw.add_argument("--out", required=True, help=".png, .gif, .safetensors; or .mp4, a folder")
     draw.add_argument("--seed", type=int, default=0, help="of the noise [0]")
     draw.add_argument("--n", type=int, help="toy: number of samples [1000]")
     draw.add_argument("--prompt", help="hunyuan: what to show, in one .mp4")
@@ -1037,7 +1056,8 @@ def parser():
     give = command("export", "a finished HunyuanVideo run for other programs")
     give.add_argument("--run", required=True, help="a run folder, as runs/portrait")
     give.add_argument("--out", required=True, help="a new folder")
-    give.add_argument("--format", required=True, choices=("diffusers", "comfyui", "merged"))
+    give.add_argument("--format", required=True, choices=("diffusers", "comfyui", "merged"),
+                      help="a LoRA for diffusers or ComfyUI, a whole transformer")  # fmt: skip
     return top
 
 
@@ -1055,7 +1075,8 @@ def resolve(given):
         base = dataclasses.replace(base, **hunyuan.encoded_with(given.get("data", base.data)))
     if given.get("resume") and (Path(given["out"]) / "config.json").exists():
         base = read_run(given["out"])
-        free = ("iterations", "resume", "out", "cache", "dry_run", "gpu_memory", "tflops")
+        free = ("iterations", "resume", "out", "cache", "dry_run", "gpu_memory", "tflops",
+                "sample_every", "compare", "tensorboard", "checkpointing")  # fmt: skip
         differ = [f"--{k.replace('_', '-')} is {getattr(base, k)} there, not {v}"
                   for k, v in given.items() if k not in free and v != getattr(base, k)]  # fmt: skip
         if differ:
@@ -1119,15 +1140,19 @@ def main(argv=None):
                 hunyuan.export(**given)
             else:
                 inputs = {name: given.pop(name, "") for name in ("videos", "prompts")}
-                return hunyuan.encode(Config(**given), **inputs)
+                return hunyuan.encode(Config(**{"model": "hunyuan"} | given), **inputs)
     except Refused as error:
         print(f"w2svd: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("w2svd: out of GPU memory; look at the plan (--dry-run): --fp8-base lowers its base, "
-              "--lora-rank its trained weights and Adam, --checkpointing and a smaller --height, "
-              "--width or --frames (encode again) the rest.", file=sys.stderr)  # fmt: skip
+        print("w2svd: out of GPU memory: a smaller --height, --width or --frames (at encode) needs "
+              "less; of train's plan (--dry-run) --fp8-base lowers the base, --lora-rank trained "
+              "weights and Adam, --checkpointing the blocks.", file=sys.stderr)  # fmt: skip
         return 2
+    except KeyboardInterrupt:
+        print("w2svd: interrupted; train goes on from its last checkpoint with --resume --out, "
+              "encode where it was.", file=sys.stderr)  # fmt: skip
+        return 130
     except OSError as error:  # no space left, a folder that went away
         print(f"w2svd: {error}; what was written before is whole.", file=sys.stderr)
         return 2

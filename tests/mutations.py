@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("w2svd.py", "hunyuan.py", "toy", "tests", "pyproject.toml")
+PARTS = ("w2svd.py", "hunyuan.py", "toy", "tests", "pyproject.toml", "README.md")
 LIBRARIES = ["pytest", "torch", "peft", "einops", "scipy", "matplotlib.figure", "PIL.Image",
              "tqdm", "safetensors.torch", "diffusers.schedulers"]  # fmt: skip
 PASSED, FAILED = 0, 1  # pytest's exit codes; any other says that no test ran as it should

@@ -156,3 +156,23 @@ def test_a_non_finite_loss_stops_with_stage_step_and_sigma_and_keeps_what_was_sa
     assert not (tmp_path / "r" / "result.json").exists()
     assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 1
     assert json.loads((tmp_path / "r" / "metrics.jsonl").read_text())["step"] == 2
+
+
+def test_an_interrupt_ends_in_one_sentence_and_the_run_can_go_on(capsys, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(w2svd, "generator_step", interrupt)
+        train("r", "--iterations", 2, code=130)
+    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
+    train("r", "--resume")
+    assert (tmp_path / "r" / "result.json").exists()
+
+
+def test_files_are_readable_by_whom_the_umask_allows(tmp_path):
+    train("r", "--iterations", 1)
+    other = tmp_path / "plain.txt"
+    other.write_text("x")
+    for name in ("generator.safetensors", "result.json"):
+        assert (tmp_path / "r" / name).stat().st_mode == other.stat().st_mode

@@ -261,9 +261,10 @@ class Task:
 
         The animation of points shows the predictions after 1, 2, ... evaluations.
         """
-        if out.suffix not in (".png", ".gif", ".safetensors") or out.is_dir() or n < 1:
-            raise Refused(f"--out must be a .png, .gif or .safetensors file, not {out}, "
-                          f"and --n at least 1, not {n}.")  # fmt: skip
+        if out.suffix not in (".png", ".gif", ".safetensors") or out.is_dir():
+            raise Refused(f"--out must be a .png, .gif or .safetensors file, not {out}.")
+        if n < 1:
+            raise Refused(f"--n must be at least 1, not {n}.")
         self.load()
         generator = self.trained_generator(tensors, info)
         sigmas = torch.tensor(info["sigmas"])
