@@ -1,5 +1,6 @@
 """HunyuanVideo around the method: clips in (encode), the task of w2svd.train(), videos and LoRA
-files out (sample, export). The backbone's contract itself is HunyuanVideo in w2svd.py.
+files out (sample, export). How the model is called at all, its timestep, guidance, text and adapted
+layers, is class HunyuanVideo in w2svd.py; nothing of the method stands here.
 """
 
 import csv
@@ -99,7 +100,7 @@ def hunyuan_pipeline(config, without):
     return pipe.to(device)
 
 
-# ---- clips in ----
+# ---- clips in ------------------------------------------------------------------------------------
 
 
 def write_video(path, frames, fps):
@@ -315,7 +316,7 @@ def encoded_clips(config, shape, sizes):
     return paths
 
 
-# ---- the task ----
+# ---- the task ------------------------------------------------------------------------------------
 
 
 class Task:
@@ -430,7 +431,6 @@ class Task:
 
     def memory(self, backbone, roles, inputs):
         """Bytes by line; what a block keeps for its backward is weighed block by block."""
-        weights = {p.untyped_storage()._cdata for p in backbone.module.parameters()}
         read, saved = [], []
 
         def weigh(block, *args):
@@ -451,6 +451,7 @@ class Task:
         for parameter in itertools.chain(*trained):  # as autocast uses them
             parameter.data = parameter.data.bfloat16()
         fake = roles.copies.get("fake", backbone)
+        weights = {p.untyped_storage()._cdata for p in fake.module.parameters()}
         fake.checkpoint_with(weigh)
         roles.fake(*inputs)
         fake.module.gradient_checkpointing = False
