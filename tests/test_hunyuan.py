@@ -805,3 +805,37 @@ def test_a_folder_in_use_is_not_exported_into_and_toys_not_at_all(trained, capsy
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     flags = ("export", "--run", trained, "--format", "merged", "--out", "mine")
     assert "in use" in refused(capsys, tmp_path, *flags)
+
+
+def test_a_foreign_vae_and_a_missing_tensor_are_refused(encoded, tiny, capsys, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny, "vae")
+    config = json.loads(Path("vae/vae/config.json").read_text())
+    Path("vae/vae/config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKLWan"}))
+    Path("p.txt").write_text("a dog\n")
+    error = refused(capsys, tmp_path, "encode", "--model", "hunyuan", "--checkpoint", "vae", *SIZE,
+                    "--prompts", "p.txt", "--out", "data")  # fmt: skip
+    assert "AutoencoderKLWan" in error
+    shutil.copytree(tiny, "torn")
+    path = next(Path("torn/transformer").glob("*.safetensors"))
+    weights = load_file(path)
+    weights.pop("proj_out.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    error = refused(capsys, tmp_path, "train", "--model", "hunyuan", "--data", encoded,
+                    "--checkpoint", "torn", "--out", "r")  # fmt: skip
+    assert "--checkpoint torn" in error
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf"])
+def test_a_lora_scale_that_is_no_number_is_refused(trained, capsys, tmp_path, scale):
+    refused(capsys, tmp_path, "sample", "--run", trained, "--prompt", "a", "--out", "a.mp4",
+            "--lora-scale", scale)  # fmt: skip
+
+
+def test_prompts_of_one_name_keep_a_film_each(trained):
+    Path("p.txt").write_text("a/b\na_b\n")
+    run("sample", "--run", trained, "--prompts", "p.txt", "--out", "many")
+    assert len(list(Path("many").iterdir())) == 2

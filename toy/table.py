@@ -4,7 +4,7 @@
 
 Runs `w2svd.py train`, two processes of one thread at a time, and writes table.json (every result)
 and table.md (mean and standard deviation). A result that is there already is kept, so that the
-script goes on where it stopped. About 40 minutes on 2 CPU cores.
+script goes on where it stopped. About 20 minutes on 2 CPU cores.
 """
 
 import argparse
