@@ -35,6 +35,8 @@ def modulate(x, shift, scale):
 
 def attend(qkv, heads):
     """Softmax attention over all N tokens: fused (B, N, 3 * D) -> (B, N, D)."""
+    if qkv.shape[1] == 1:  # a point is one token, which attends to itself alone
+        return qkv.chunk(3, dim=-1)[2]
     q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=heads)
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 

@@ -135,9 +135,8 @@ def train_backbone(mixture, recipe, seed):
     return module
 
 
-def cached_backbone(mixture, config):
+def cached_backbone(mixture, recipe, config):
     """The trained backbone of this mixture and seed, from the cache or into it."""
-    recipe = RECIPES[config.data]
     parts = (mixture.weights, mixture.means, mixture.lam, mixture.rest, mixture.labels)
     exact = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
     code = "".join(Path(file).read_text() for file in (dit.__file__, __file__))
@@ -163,16 +162,16 @@ def cached_backbone(mixture, config):
 
 
 class Task:
-    """What w2svd.train() needs of a model and its data; see section 7 there."""
+    """What w2svd.train() needs of a model and its data; see section 7 there.
+
+    The backbone has learnt `learnt`, which is the mixture itself unless the data have moved since.
+    """
 
     device = "cpu"
 
-    def __init__(self, config):
-        if config.data not in RECIPES:
-            raise Refused(f"--data must be one of {', '.join(RECIPES)}, not {config.data!r}.")
-        self.config, self.recipe = config, RECIPES[config.data]
-        self.mixture = getattr(mixtures, config.data)()
-        self.shape = self.mixture.shape
+    def __init__(self, config, recipe, mixture, learnt=None):
+        self.config, self.recipe, self.mixture = config, recipe, mixture
+        self.shape, self.learnt = mixture.shape, learnt or mixture
         if config.guidance != 1 and not self.recipe.labels:
             raise Refused("--guidance needs captions to guide by; of the toys, videos has them.")
         self.backbone = Backbone(build(self.mixture, self.recipe))
@@ -180,7 +179,8 @@ class Task:
 
     def load(self):
         """The trained backbone: a minute without a cache."""
-        self.backbone.module = cached_backbone(self.mixture, self.config).requires_grad_(False)
+        module = cached_backbone(self.learnt, self.recipe, self.config)
+        self.backbone.module = module.requires_grad_(False)
 
     def costs(self, forwards, with_gradient):
         return {}  # too small to plan for
@@ -308,4 +308,6 @@ def table(values, evaluations):
 
 def task(config):
     """The toy that config.data names."""
-    return Task(config)
+    if config.data not in RECIPES:
+        raise Refused(f"--data must be one of {', '.join(RECIPES)}, not {config.data!r}.")
+    return Task(config, RECIPES[config.data], getattr(mixtures, config.data)())

@@ -1,0 +1,114 @@
+"""toy.stack against w2svd itself: a lane of a stack is a run of `w2svd.py train`.
+
+Run with `python -m pytest tests/test_stack.py`; 10 seconds.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import w2svd
+from toy import mixtures
+from toy.stack import Stack
+from toy.tasks import Recipe, Task
+from w2svd import PRESETS, Config, Roles, State, fake_step, generator_step
+
+LABELS = {"ring": 0, "videos": 2}
+
+
+def task_and(data, *lanes, **shared):
+    """A task with an untrained backbone, and the lanes' configs."""
+    base = PRESETS["toy"] | PRESETS.get(f"toy {data}", {}) | {"data": data, "batch": 8}
+    configs = [Config(**base | shared | lane) for lane in lanes]
+    patch = (4, 8, 8) if data == "videos" else (1, 1, 1)
+    recipe = Recipe(width=16, patch=patch, labels=LABELS[data], precondition=data == "videos")
+    torch.manual_seed(1)
+    task = Task(dataclasses.replace(configs[0], batch=8 * len(lanes)), recipe,
+                getattr(mixtures, data)())  # fmt: skip
+    for parameter in task.backbone.module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    task.backbone.module.requires_grad_(False)
+    return task, configs
+
+
+def shaken(lanes):
+    """Adapters away from 0, other ones for each lane."""
+    for i, lane in enumerate(lanes):
+        for role in ("generator", "fake"):
+            for parameter in lane.parameters(role):
+                rng = torch.Generator().manual_seed(i)
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=rng)
+
+
+@pytest.mark.parametrize("data", ["ring", "videos"])
+@pytest.mark.parametrize("fake", ["lora", "full"])
+def test_a_stack_of_one_lane_is_a_run_of_train(data, fake):
+    shared = {"fake": fake, "iterations": 4, "alpha_weak_schedule": "cosine"}
+    shared |= {"fake_weight_decay": 0.0} if fake == "full" else {"alpha_weak": 0.5}
+    task, (config,) = task_and(data, {}, **shared)
+    torch.manual_seed(config.seed)
+    roles = Roles(task.backbone, config.lora_rank, config.alpha_weak, 1.0, "lora", fake)
+    state = State(config, roles, "cpu")
+    batches = task.batches(state.rngs["data"])
+    for _ in range(3):
+        w2svd.iterate(config, state, batches)
+    task, (config,) = task_and(data, {}, **shared)
+    stack = Stack(task, [config])
+    for _ in range(3):
+        stack.iterate()
+    for role in ("generator", "fake"):
+        for name, x in roles.state(role).items():
+            torch.testing.assert_close(stack.states[0].roles.state(role)[name], x,
+                                       rtol=1e-4, atol=1e-5)  # fmt: skip
+    for name, x in state.ema.items():
+        torch.testing.assert_close(stack.states[0].ema[name], x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("data", ["ring", "videos"])
+def test_each_lane_evaluates_and_learns_with_its_own_weights(data):
+    task, configs = task_and(data, {"alpha_weak": 0.0}, {"alpha_weak": 0.5}, {"alpha_weak": 0.9})
+    stack = Stack(task, configs)
+    shaken(stack.roles.lanes)
+    n = task.config.batch
+    rng = torch.Generator().manual_seed(2)
+    x_in, eps, x0 = (torch.randn(n, *task.shape, generator=rng) for _ in range(3))
+    sigma_in, sigma = (torch.rand(n, generator=rng) for _ in range(2))
+    cond = torch.randint(2, (n,), generator=rng) if LABELS[data] else None
+    batch = {"x0": x0, "cond": cond}
+    for step in (fake_step, generator_step):
+        step(stack.roles, batch, x_in, sigma_in, sigma, eps)
+    one = stack.roles.one
+    for k, (config, lane) in enumerate(zip(configs, stack.roles.lanes)):
+        one.alpha_weak = config.alpha_weak
+        part = slice(8 * k, 8 * k + 8)
+        for role, step in (("fake", fake_step), ("generator", generator_step)):
+            for owner in ("generator", "fake"):
+                one.load(owner, lane.state(owner))
+            for parameter in one.parameters(role):
+                parameter.grad = None
+            own = {"x0": x0[part], "cond": None if cond is None else cond[part]}
+            step(one, own, x_in[part], sigma_in[part], sigma[part], eps[part])
+            for name, parameter in one.state(role).items():
+                got = 3 * lane.state(role)[name].grad  # the loss is the mean over three lanes
+                torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_lanes_have_their_own_rates_decay_and_gradient_scale():
+    lanes = [{}, {"generator_lr": 0.01}, {}, {"fake_weight_decay": 50.0}]
+    task, configs = task_and("ring", *lanes)
+    stack = Stack(task, configs, [1.0, 1.0, 0.0, 1.0])
+    before = [lane.parameters("generator")[1].detach().clone() for lane in stack.roles.lanes]
+    stack.iterate()
+    moved = [float((lane.parameters("generator")[1].detach() - x).norm())
+             for lane, x in zip(stack.roles.lanes, before)]  # fmt: skip
+    assert moved[1] == pytest.approx(10 * moved[0], rel=0.1)  # Adam's step, but for its epsilon
+    assert moved[2] == 0
+    fakes = [float(lane.parameters("fake")[0].detach().norm()) for lane in stack.roles.lanes]
+    assert fakes[3] < 0.95 * fakes[0]
+
+
+def test_lanes_that_differ_in_more_are_refused():
+    task, configs = task_and("ring", {}, {"steps": 1})
+    with pytest.raises(AssertionError, match="Stack.OWN"):
+        Stack(task, configs)

@@ -1,0 +1,323 @@
+"""What does weak-to-strong matching do? Every number of toy/results/README.md, on a CPU.
+
+    python -m toy.study              the core, 2 hours on 2 CPU cores; goes on where it stopped
+    python -m toy.study --quick      the same steps at a tenth of the size, in a folder of its own
+    python -m toy.study --full       with grid and the other off-data cases; the cost comes first
+
+A JOB trains the lanes of one case, kind and seed side by side (toy/stack.py) and measures each
+against the exact mixture. Results go to study.json, one job at a time; `toy.report` makes tables
+and figures of it. Learning rates are chosen on the seeds of TUNING, which no table shows.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import w2svd
+from toy import mixtures
+from toy.baselines import consistency_iterate
+from toy.metrics import Metrics
+from toy.stack import Stack
+from toy.tasks import RECIPES, SAMPLES, Task
+from w2svd import PRESETS, Config, add_noise, euler_sample, few_step_sigmas, x0_from_velocity
+
+QUICK = 12  # how many times smaller
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Data to distil on; `off` says why the real score is wrong at the generator's samples."""
+
+    data: str  # whose preset and recipe
+    rates: tuple  # the small grid of generator learning rates
+    batch: int  # of a lane
+    iterations: int
+    seeds: tuple = (0, 1, 2, 3, 4, 5, 6, 7)
+    tuning: tuple = (100, 101)  # seeds that choose the learning rates, and no table shows
+    off: str = ""
+    make: tuple = ()  # arguments of the mixture
+    training: int = 0  # iterations of the backbone; the recipe's if 0
+    moved: float = 0.0  # how far the data have moved since the backbone learnt them
+
+
+POINTS, CLIPS, TWO = (3e-4, 1e-3, 3e-3, 1e-2), (1.5e-4, 5e-4, 1.5e-3), (1e-3, 3e-3)
+CASES = {
+    "ring": Case("ring", POINTS, 64, 360),
+    "videos": Case("videos", CLIPS, 32, 120, (0, 1, 2, 3), (100,)),
+    "weak": Case("ring", TWO, 64, 360, off="a backbone of 150 training steps", training=150),
+    "grid": Case("grid", POINTS, 64, 360),
+    "narrow": Case("ring", TWO, 64, 360, off="modes of std .05", make=(8, 2**0.5, 0.05)),
+    "moved": Case("ring", TWO, 64, 360, off="data moved by half a radius", moved=0.5**0.5),
+}
+
+
+def task_of(case, config):
+    """The case as a task of w2svd."""
+    recipe = RECIPES[case.data]
+    if case.training:
+        recipe = dataclasses.replace(recipe, iterations=case.training)
+    learnt = mixture = getattr(mixtures, case.data)(*case.make)
+    if case.moved:
+        means = learnt.means + torch.tensor([case.moved, 0.0])
+        mixture = mixtures.GaussianMixture(learnt.weights, means, learnt.rest)
+    return Task(config, recipe, mixture, learnt)
+
+
+# -------------------------------------------------------------------- kinds of jobs: which lanes
+
+DMD, W2S = {"alpha_weak": 0.0}, {"alpha_weak": 0.25}
+FULL = {"fake": "full", "alpha_weak": 0.0, "fake_weight_decay": 0.0}
+PAIRED = {"generator_input": "paired", "fake_samples": "all"}
+PLAIN = {"fake_weight_decay": 0.0, "lr_schedule": "constant"}  # without the preset's cures
+
+
+def at_rates(case, *variants, fake_rates=(None,), rates=None):
+    """Every variant at every learning rate of the grid, and at every fake_rate."""
+    for variant in variants:
+        for lr in rates or case.rates:
+            for fake_lr in fake_rates:
+                yield variant | {"generator_lr": lr} | ({"fake_lr": fake_lr} if fake_lr else {})
+
+
+def sweep(case):
+    """Learning rate x alpha_weak, and the controls: is W2S more than a smaller step?
+
+    `scaled`: DMD whose gradient, or learning rate, is multiplied by 1 - alpha of a W2S lane.
+    """
+    video = case.data == "videos"
+    alphas = [{"alpha_weak": a} for a in ((0.0, 0.25, 0.5) if video else (0.0, 0.25, 0.5, 0.75))]
+    yield from at_rates(case, *alphas)
+    for lr in case.rates[1:2] if video else TWO:
+        for weak in alphas[1:]:
+            left = 1 - weak["alpha_weak"]
+            yield {**DMD, "generator_lr": lr, "scaled": ["gradient", left]}
+            yield {**DMD, "generator_lr": lr * left, "scaled": ["rate", left]}
+    if not video:
+        yield from at_rates(case, *(a | PLAIN for a in alphas), rates=TWO)
+    if not video and not case.off:
+        yield from at_rates(case, *alphas, rates=TWO[:1], fake_rates=(1e-4, 2.5e-3))
+
+
+def schedules(case):
+    """alpha_weak falling to 0 at half of the iterations."""
+    every = [{"alpha_weak": alpha, "alpha_weak_schedule": schedule}
+             for alpha in (0.25, 0.5, 0.75) for schedule in ("linear", "cosine")]  # fmt: skip
+    return at_rates(case, *every, rates=case.rates[1:2])
+
+
+def both(case):
+    return at_rates(case, DMD, W2S)
+
+
+def dmd2(case):
+    return at_rates(case, FULL, fake_rates=(2e-4, 1e-3))
+
+
+def middle(case):
+    return at_rates(case, W2S, rates=case.rates[1:2])
+
+
+def gt(weight, skip=False):
+    return PAIRED | {"gt_weight": weight, "gt_skip_noise": skip}
+
+
+KINDS = {  # what all lanes share, and the lanes
+    "backbone": ({}, lambda case: ()),
+    "dmd-4": ({}, sweep),
+    "dmd-1": ({"steps": 1}, both),
+    "dmd2-4": (FULL, dmd2),
+    "dmd2-1": (FULL | {"steps": 1}, dmd2),
+    "lcm": ({}, lambda case: at_rates(case, {})),
+    "gt-0.05": (gt(0.05), lambda case: at_rates(case, W2S)),
+    "gt-0": (PAIRED, middle),
+    "gt-0.2": (gt(0.2), middle),
+    "gt-1": (gt(1.0), middle),
+    "gt-0.05-skip": (gt(0.05, True), middle),
+    "gt-0.2-skip": (gt(0.2, True), middle),
+    "gt-1-skip": (gt(1.0, True), middle),
+    "schedule": ({}, schedules),
+    "all-exits": ({"fake_samples": "all"}, both),
+    "paired": (PAIRED, both),
+}
+TABLE = ("backbone", "dmd-4", "dmd-1", "dmd2-4", "dmd2-1", "lcm", "gt-0.05")
+OFF = ("backbone", "dmd-4")
+SWEEP = tuple(kind for kind in KINDS if kind.startswith("gt-") and kind != "gt-0.05")
+
+
+def jobs(full=False, quick=False):
+    """(case, kind, seed), the tuning seeds first, then seed by seed."""
+    core = {"ring": TABLE, "videos": TABLE + SWEEP, "weak": OFF}
+    if full:
+        core["ring"] += ("schedule", "all-exits", "paired")
+        core |= {"grid": TABLE, "narrow": OFF, "moved": ("backbone", "paired", "gt-0.05", "gt-0.2")}
+    if quick:
+        core = {"ring": TABLE}
+    tuned = [(case, kind, seed) for case, kinds in core.items() if not CASES[case].off
+             for kind in TABLE[1:] if kind in kinds for seed in CASES[case].tuning]  # fmt: skip
+    shown = [(case, kind, seed) for case, kinds in core.items() for seed in CASES[case].seeds
+             for kind in kinds]  # fmt: skip
+    every = tuned + sorted(shown, key=lambda job: job[2])
+    return [job for job in every if job[2] in (0, 1, 100)] if quick else every
+
+
+# -------------------------------------------------------------------- one job
+
+
+def config_of(case, seed, shared, lane):
+    """The preset of the case with the settings of a kind and of a lane."""
+    base = PRESETS["toy"] | PRESETS.get(f"toy {case.data}", {})
+    own = {"data": case.data, "seed": seed, "batch": case.batch, "iterations": case.iterations}
+    lane = {k: v for k, v in lane.items() if k != "scaled"}
+    return Config(**base | own | shared | lane)
+
+
+def measure_backbone(task, measure):
+    """Metrics of Euler sampling on the student's grid, and of exact samples."""
+    cond, noise = task.start(measure.n, seed=2)
+    rows = {"floor": task.mixture.sample(measure.n, torch.Generator().manual_seed(3), cond)}
+    for k in (1, 4, 28):
+        grid = few_step_sigmas(k, task.config.shift)
+        rows[str(k)] = euler_sample(task.backbone.velocity, noise, grid, cond)
+    return {name: measure(x) for name, x in rows.items()}
+
+
+@torch.no_grad()
+def probe(task, stack, k, n):
+    """Where the generator of lane k is now: is the real score wrong there, and does W2S mend it?
+
+    At its samples, noised to each sigma: the rms error of x0_real at four alphas and of the plain
+    backbone at real data; how W2S's difference x0_fake - x0_real compares with DMD's, in
+    length and angle, and both with the difference from the exact x0.
+    """
+    one, lane = stack.roles.one, stack.roles.lanes[k]
+    for role in ("generator", "fake"):
+        one.load(role, lane.state(role))
+    cond, _ = task.start(n, seed=4)
+    x_gen = task.few_step(one.generator, task.sigmas, n, seed=4)
+    rng = torch.Generator().manual_seed(6)
+    x0 = task.mixture.sample(n, rng, cond)
+    eps = torch.randn(x0.shape, generator=rng)
+
+    def x0_of(velocity, x_t, sigma):
+        return x0_from_velocity(x_t, velocity(x_t, torch.full((n,), sigma), cond), sigma)
+
+    def rms(x):
+        return x.square().mean().sqrt().item()
+
+    def cosine(a, b):
+        return torch.cosine_similarity(a.flatten(1), b.flatten(1)).mean().item()
+
+    rows = []
+    for sigma in (0.1, 0.3, 0.5, 0.7, 0.9):
+        x_t, x_data = add_noise(x_gen, eps, sigma), add_noise(x0, eps, sigma)
+        exact, fake = x0_of(task.mixture.velocity, x_t, sigma), x0_of(one.fake, x_t, sigma)
+        at_data = x0_of(one.real, x_data, sigma) - x0_of(task.mixture.velocity, x_data, sigma)
+        row = {"sigma": sigma, "error_at_data": rms(at_data), "alphas": []}
+        dmd = fake - x0_of(one.real, x_t, sigma)
+        for alpha in (0.0, 0.25, 0.5, 0.75):
+            one.alpha_weak = alpha
+            real = x0_of(one.real, x_t, sigma)
+            row["alphas"].append({
+                "alpha": alpha, "error": rms(real - exact), "length": rms(fake - real) / rms(dmd),
+                "cos_dmd": cosine(fake - real, dmd), "cos_exact": cosine(fake - real, fake - exact),
+            })  # fmt: skip
+        one.alpha_weak = 0.0
+        rows.append(row)
+    return rows
+
+
+def is_probed(lane, case):
+    """DMD and W2S at a middle rate, all else as in the preset."""
+    middle = case.rates[1] if len(case.rates) > 2 else case.rates[0]
+    return lane in ({**DMD, "generator_lr": middle}, {**W2S, "generator_lr": middle})
+
+
+def run(name, kind, seed, small=1):
+    """Train and measure the lanes of a job; a dict for study.json. small: divides all sizes."""
+    torch.set_num_threads(1)
+    started, case = time.process_time(), CASES[name]
+    case = dataclasses.replace(case, iterations=case.iterations // small)
+    shared, lanes = KINDS[kind][0], list(KINDS[kind][1](case))
+    if seed in case.tuning:  # rates are chosen among the methods, not among their controls
+        lanes = [lane for lane in lanes if "scaled" not in lane and "lr_schedule" not in lane]
+    configs = [config_of(case, seed, shared, lane) for lane in lanes or [{}]]
+    batch = case.batch * max(1, len(lanes))
+    task = task_of(case, dataclasses.replace(configs[0], batch=batch))
+    task.load()
+    measure = Metrics(task.mixture, SAMPLES[case.data] // small)
+    result = {"commit": w2svd.commit(), "lanes": []}
+    if kind == "backbone":
+        result["methods"] = measure_backbone(task, measure)
+    else:
+        stack = Stack(task, configs, [gradient_scale(lane) for lane in lanes])
+        probes = train(task, stack, case, kind, lanes)
+        for k, lane in enumerate(lanes):
+            stack.roles.one.load("generator", stack.states[k].ema)
+            metrics = {}
+            for steps in (1, 4) if kind == "lcm" else (configs[0].steps,):
+                grid = few_step_sigmas(steps, configs[0].shift)
+                samples = task.few_step(stack.roles.one.generator, grid, measure.n, seed=2)
+                metrics[str(steps)] = measure(samples)
+            result["lanes"].append({**lane, "metrics": metrics} | probes.get(k, {}))
+    return result | {"core_seconds": time.process_time() - started}
+
+
+def gradient_scale(lane):
+    what, factor = lane.get("scaled", ("", 1.0))
+    return factor if what == "gradient" else 1.0
+
+
+def train(task, stack, case, kind, lanes):
+    """All iterations; the probes {lane number: {"early": ..., "late": ...}} of a sweep."""
+    probed = [k for k, lane in enumerate(lanes) if kind == "dmd-4" and is_probed(lane, case)]
+    probes = {k: {} for k in probed}
+    at = {case.iterations // 12: "early", case.iterations: "late"}
+    for i in range(1, case.iterations + 1):
+        consistency_iterate(stack) if kind == "lcm" else stack.iterate()
+        for k in probed if i in at else ():
+            probes[k][at[i]] = probe(task, stack, k, 4096 if case.data != "videos" else 512)
+    return probes
+
+
+# -------------------------------------------------------------------- all jobs
+
+
+def quiet():
+    """Workers draw no bars of their own."""
+    os.environ["TQDM_DISABLE"] = "1"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a tenth of the size, two seeds")
+    parser.add_argument("--full", action="store_true", help="grid and all off-data cases too")
+    parser.add_argument("--out", type=Path, default=None, help="[toy/results; runs/study if quick]")
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    options = parser.parse_args()
+    out = options.out or Path("runs/study" if options.quick else "toy/results")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "study.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    todo = [job for job in jobs(options.full, options.quick) if job[0] in options.only]
+    left = [(c, k, s) for c, k, s in todo if str(s) not in results.get(c, {}).get(k, {})]
+    with ProcessPoolExecutor(2, get_context("spawn"), quiet) as pool:
+        futures = {pool.submit(run, *job, QUICK if options.quick else 1): job for job in left}
+        with tqdm(total=len(left), unit="job") as bar:
+            for done in as_completed(futures):
+                case, kind, seed = futures[done]
+                results.setdefault(case, {}).setdefault(kind, {})[str(seed)] = done.result()
+                w2svd.write_json(path, results)
+                bar.set_postfix_str(f"{case} {kind} seed {seed}")
+                bar.update()
+
+
+if __name__ == "__main__":
+    main()
