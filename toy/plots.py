@@ -207,6 +207,87 @@ def _paste(page, pictures, corners):
     return page
 
 
+# ------------------------------------------------------------------------------ the study's charts
+
+LINES = [(INK, "o", "-"), (DOT, "s", "--"), ("#2f6f9f", "^", "-."), ("#7a7a7a", "D", ":")]
+
+
+def heatmaps(path, panels, ylabel):
+    """PNG of panels (title, xlabel, columns, rows, shares in [0, 1], texts); the last two 2-D."""
+    figure = Figure((1.3 + 3.3 * len(panels), 4.0), dpi=130)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, xlabel, columns, rows, shares, texts) in zip(axes, panels):
+        ax.imshow(shares, cmap="Oranges", vmin=0, vmax=1.25, aspect="auto", origin="lower")
+        for i, row in enumerate(texts):
+            for j, text in enumerate(row):
+                ax.text(j, i, text, ha="center", va="center", fontsize=11, color=INK)
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_yticks(range(len(rows)), rows)
+        _label(ax, title, xlabel, ylabel if ax is axes[0] else "")
+    _save(path, figure)
+
+
+def forest(path, panels, xlabel):
+    """PNG of panels (title, rows), rows (name, mean, low, high): intervals beside a line at 0."""
+    figure = Figure((1.8 + 4.3 * len(panels), 1.3 + 0.3 * max(len(r) for _, r in panels)), dpi=130)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, rows) in zip(axes, panels):
+        ax.axvline(0, color="#999999", linewidth=1)
+        for i, (_, mean, low, high) in enumerate(rows):
+            sure = low > 0 or high < 0
+            ax.plot([low, high], [i, i], color=INK, linewidth=1.5)
+            ax.plot(mean, i, "o", color=INK, markerfacecolor=DOT if sure else "white", markersize=7)
+        ax.set_yticks(range(len(rows)), [row[0] for row in rows])
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        _label(ax, title, xlabel, "")
+    _save(path, figure)
+
+
+def curves(path, panels, xlabel, ylabels):
+    """PNG of panels (title, lines), lines (name, x, mean, low, high), in one row."""
+    figure = Figure((0.6 + 3.6 * len(panels), 3.7), dpi=130)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, lines), ylabel in zip(axes, panels, ylabels):
+        for (name, x, mean, low, high), (colour, marker, style) in zip(lines, LINES):
+            ax.plot(x, mean, style, marker=marker, color=colour, label=name, markersize=5)
+            ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.legend(fontsize=9, frameon=False)
+        _label(ax, title, xlabel, ylabel)
+    _save(path, figure)
+
+
+def trade(path, panels, xlabel, ylabel):
+    """PNG of panels (title, series), series (name, points), points (text, x, y), with x and y
+    (mean, low, high): intervals on both axes, the points of a series joined in their order."""
+    figure = Figure((0.8 + 5.0 * len(panels), 4.4), dpi=130)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, series) in zip(axes, panels):
+        for (name, points), (colour, marker, style) in zip(series, LINES):
+            x, y = ([point[k][0] for point in points] for k in (1, 2))
+            ax.plot(x, y, style, marker=marker, color=colour, label=name, markersize=6)
+            for text, across, up in points:
+                ax.plot(across[1:], [up[0]] * 2, color=colour, linewidth=1)
+                ax.plot([across[0]] * 2, up[1:], color=colour, linewidth=1)
+                ax.annotate(text, (across[0], up[0]), (6, 5), textcoords="offset points",
+                            fontsize=9)
+        ax.legend(fontsize=9, frameon=False)
+        _label(ax, title, xlabel, ylabel)
+    _save(path, figure)
+
+
+def _label(ax, title, xlabel, ylabel):
+    ax.set_title(title, fontsize=11, color=INK)
+    ax.set_xlabel(xlabel, fontsize=11)
+    ax.set_ylabel(ylabel, fontsize=11)
+    ax.tick_params(labelsize=9, length=3, color="#999999", labelcolor=INK)
+    ax.spines[:].set_color("#999999")
+
+
+def _save(path, figure):
+    figure.tight_layout()
+    _write_png(path, _pixels(figure))
+
+
 # --------------------------------------------------------------------------------------- files
 
 

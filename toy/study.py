@@ -1,7 +1,7 @@
 """What does weak-to-strong matching do? Every number of toy/results/README.md, on a CPU.
 
     python -m toy.study              the core, 2 hours on 2 CPU cores; goes on where it stopped
-    python -m toy.study --quick      the same steps at a tenth of the size, in a folder of its own
+    python -m toy.study --quick      the ring's at a twelfth of the size, in runs/study; 2 minutes
     python -m toy.study --full       with grid and the other off-data cases; the cost comes first
 
 A JOB trains the lanes of one case, kind and seed side by side (toy/stack.py) and measures each
@@ -76,6 +76,8 @@ def task_of(case, config):
 DMD, W2S = {"alpha_weak": 0.0}, {"alpha_weak": 0.25}
 FULL = {"fake": "full", "alpha_weak": 0.0, "fake_weight_decay": 0.0}
 PAIRED = {"generator_input": "paired", "fake_samples": "all"}
+LCM = {"ema": 0.95}  # of the target too; peer: LCM. At the toy's .98 it learnt half as fast
+LONG = 8  # lcm-long: updates for as many evaluations as DMD's, an LCM update costing an eighth
 PLAIN = {"fake_weight_decay": 0.0, "lr_schedule": "constant"}  # without the preset's cures
 
 
@@ -113,6 +115,11 @@ def schedules(case):
     return at_rates(case, *every, rates=case.rates[1:2])
 
 
+def lagging(case):
+    """All alphas at two rates, for settings in which the fake follows less well."""
+    return at_rates(case, *({"alpha_weak": a} for a in (0.0, 0.25, 0.5, 0.75)), rates=TWO)
+
+
 def both(case):
     return at_rates(case, DMD, W2S)
 
@@ -135,7 +142,8 @@ KINDS = {  # what all lanes share, and the lanes
     "dmd-1": ({"steps": 1}, both),
     "dmd2-4": (FULL, dmd2),
     "dmd2-1": (FULL | {"steps": 1}, dmd2),
-    "lcm": ({}, lambda case: at_rates(case, {})),
+    "lcm": (LCM, lambda case: at_rates(case, {})),
+    "lcm-long": (LCM, lambda case: at_rates(case, {})),
     "gt-0.05": (gt(0.05), lambda case: at_rates(case, W2S)),
     "gt-0": (PAIRED, middle),
     "gt-0.2": (gt(0.2), middle),
@@ -143,25 +151,29 @@ KINDS = {  # what all lanes share, and the lanes
     "gt-0.05-skip": (gt(0.05, True), middle),
     "gt-0.2-skip": (gt(0.2, True), middle),
     "gt-1-skip": (gt(1.0, True), middle),
+    "ratio-1": ({"fake_updates": 1}, lagging),
+    "rank-4": ({"lora_rank": 4}, lagging),
     "schedule": ({}, schedules),
     "all-exits": ({"fake_samples": "all"}, both),
     "paired": (PAIRED, both),
 }
 TABLE = ("backbone", "dmd-4", "dmd-1", "dmd2-4", "dmd2-1", "lcm", "gt-0.05")
 OFF = ("backbone", "dmd-4")
+TUNED = TABLE[1:] + ("lcm-long",)
 SWEEP = tuple(kind for kind in KINDS if kind.startswith("gt-") and kind != "gt-0.05")
 
 
 def jobs(full=False, quick=False):
     """(case, kind, seed), the tuning seeds first, then seed by seed."""
-    core = {"ring": TABLE, "videos": TABLE + SWEEP, "weak": OFF}
+    core = {"ring": TABLE + ("lcm-long", "ratio-1"), "videos": TABLE + SWEEP, "weak": OFF}
     if full:
-        core["ring"] += ("schedule", "all-exits", "paired")
+        core["ring"] += ("rank-4", "schedule", "all-exits", "paired")
+        core["videos"] += ("lcm-long",)
         core |= {"grid": TABLE, "narrow": OFF, "moved": ("backbone", "paired", "gt-0.05", "gt-0.2")}
     if quick:
         core = {"ring": TABLE}
     tuned = [(case, kind, seed) for case, kinds in core.items() if not CASES[case].off
-             for kind in TABLE[1:] if kind in kinds for seed in CASES[case].tuning]  # fmt: skip
+             for kind in TUNED if kind in kinds for seed in CASES[case].tuning]  # fmt: skip
     shown = [(case, kind, seed) for case, kinds in core.items() for seed in CASES[case].seeds
              for kind in kinds]  # fmt: skip
     every = tuned + sorted(shown, key=lambda job: job[2])
@@ -244,7 +256,8 @@ def run(name, kind, seed, small=1):
     """Train and measure the lanes of a job; a dict for study.json. small: divides all sizes."""
     torch.set_num_threads(1)
     started, case = time.process_time(), CASES[name]
-    case = dataclasses.replace(case, iterations=case.iterations // small)
+    iterations = case.iterations * (LONG if kind == "lcm-long" else 1) // small
+    case = dataclasses.replace(case, iterations=iterations)
     shared, lanes = KINDS[kind][0], list(KINDS[kind][1](case))
     if seed in case.tuning:  # rates are chosen among the methods, not among their controls
         lanes = [lane for lane in lanes if "scaled" not in lane and "lr_schedule" not in lane]
@@ -262,7 +275,7 @@ def run(name, kind, seed, small=1):
         for k, lane in enumerate(lanes):
             stack.roles.one.load("generator", stack.states[k].ema)
             metrics = {}
-            for steps in (1, 4) if kind == "lcm" else (configs[0].steps,):
+            for steps in (1, 4) if "lcm" in kind else (configs[0].steps,):
                 grid = few_step_sigmas(steps, configs[0].shift)
                 samples = task.few_step(stack.roles.one.generator, grid, measure.n, seed=2)
                 metrics[str(steps)] = measure(samples)
@@ -281,7 +294,7 @@ def train(task, stack, case, kind, lanes):
     probes = {k: {} for k in probed}
     at = {case.iterations // 12: "early", case.iterations: "late"}
     for i in range(1, case.iterations + 1):
-        consistency_iterate(stack) if kind == "lcm" else stack.iterate()
+        consistency_iterate(stack) if "lcm" in kind else stack.iterate()
         for k in probed if i in at else ():
             probes[k][at[i]] = probe(task, stack, k, 4096 if case.data != "videos" else 512)
     return probes
@@ -290,33 +303,45 @@ def train(task, stack, case, kind, lanes):
 # -------------------------------------------------------------------- all jobs
 
 
-def quiet():
-    """Workers draw no bars of their own."""
-    os.environ["TQDM_DISABLE"] = "1"
+SECONDS = {"ring": 8, "grid": 8, "videos": 32}  # of one core, for a lane; measured
+
+
+def todo(results, wanted):
+    """The jobs without a result, and about how many core-minutes they take."""
+    left = [(c, k, s) for c, k, s in wanted if str(s) not in results.get(c, {}).get(k, {})]
+    seconds = sum(SECONDS[CASES[c].data] * len(list(KINDS[k][1](CASES[c]))) for c, k, _ in left)
+    return left, seconds / 60
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the size, two seeds")
+    parser.add_argument("--quick", action="store_true", help="a twelfth of the size, two seeds")
     parser.add_argument("--full", action="store_true", help="grid and all off-data cases too")
-    parser.add_argument("--out", type=Path, default=None, help="[toy/results; runs/study if quick]")
-    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--out", type=Path, help="[toy/results; runs/study if --quick]")
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), help="cases")
     options = parser.parse_args()
     out = options.out or Path("runs/study" if options.quick else "toy/results")
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "study.json"
+    path, small = out / "study.json", QUICK if options.quick else 1
     results = json.loads(path.read_text()) if path.exists() else {}
-    todo = [job for job in jobs(options.full, options.quick) if job[0] in options.only]
-    left = [(c, k, s) for c, k, s in todo if str(s) not in results.get(c, {}).get(k, {})]
-    with ProcessPoolExecutor(2, get_context("spawn"), quiet) as pool:
-        futures = {pool.submit(run, *job, QUICK if options.quick else 1): job for job in left}
-        with tqdm(total=len(left), unit="job") as bar:
-            for done in as_completed(futures):
-                case, kind, seed = futures[done]
-                results.setdefault(case, {}).setdefault(kind, {})[str(seed)] = done.result()
-                w2svd.write_json(path, results)
-                bar.set_postfix_str(f"{case} {kind} seed {seed}")
-                bar.update()
+    wanted = [job for job in jobs(options.full, options.quick) if job[0] in options.only]
+    left, minutes = todo(results, wanted)
+    print(f"{len(left)} of {len(wanted)} jobs to do: about {minutes / small:.0f} core-minutes, "
+          f"{minutes / small / 2:.0f} minutes on 2 cores")  # fmt: skip
+    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # the workers', not this process's
+    bar = tqdm(total=len(left), unit="job")
+    with bar, ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        futures = {pool.submit(run, *job, small): job for job in left}
+        for done in as_completed(futures):
+            case, kind, seed = futures[done]
+            results.setdefault(case, {}).setdefault(kind, {})[str(seed)] = done.result()
+            w2svd.write_json(path, results)
+            bar.set_postfix_str(f"{case} {kind} seed {seed}")
+            bar.update()
+    from toy import report  # it reads the cases from here
+
+    report.write(out)
+    print(f"{out}: study.json, tables.md, phase.png, controls.png, scores.png, gt.png")
 
 
 if __name__ == "__main__":

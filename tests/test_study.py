@@ -1,0 +1,202 @@
+"""The study's machinery on invented results, where every answer is known, and its stored results.
+
+Run with `python -m pytest tests/test_study.py`; half a minute.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from toy import report, study, tasks
+from toy.baselines import consistency_loss
+from toy.tasks import Recipe
+from w2svd import few_step_sigmas
+
+ROOT = Path(__file__).resolve().parent.parent
+METRICS = {*report.COLUMNS["2d"], *report.COLUMNS["videos"]}
+
+
+def invented(case, kind, seed, rng):
+    """A job's result whose metrics say which lane they are of."""
+    if kind == "backbone":
+        rows = {row: {m: rng.random() for m in METRICS} for row in ("1", "4", "28", "floor")}
+        return {"methods": rows, "lanes": [], "core_seconds": 60.0}
+    lanes = []
+    for lane in study.KINDS[kind][1](study.CASES[case]):
+        if seed in study.CASES[case].tuning and ("scaled" in lane or "lr_schedule" in lane):
+            continue
+        steps = ("1", "4") if "lcm" in kind else (kind[-1] if kind.startswith("dmd") else "4",)
+        values = {m: lane.get("alpha_weak", 0) + 0.01 * rng.random() for m in METRICS}
+        values |= {"coverage": 1.0, "weight_tv": 0.2 if lane.get("alpha_weak") == 0.75 else 0.0}
+        lane = {**lane, "metrics": {s: dict(values) for s in steps}}
+        if kind == "dmd-4" and study.is_probed(settings(lane), study.CASES[case]):
+            numbers = {"error": 1.0, "length": 1.0, "cos_dmd": 1.0, "cos_exact": 1.0}
+            alphas = [{"alpha": a, **numbers} for a in (0.0, 0.25, 0.5, 0.75)]
+            probes = [{"sigma": s, "error_at_data": 0.5, "alphas": alphas} for s in (0.1, 0.9)]
+            lane |= {"early": probes, "late": probes}
+        lanes.append(lane)
+    return {"lanes": lanes, "core_seconds": 60.0}
+
+
+def settings(lane):
+    return report.settings_of(lane)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a study.json of invented results, for all jobs of the core."""
+    path, rng = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
+    results = {}
+    for case, kind, seed in study.jobs():
+        job = invented(case, kind, seed, rng)
+        results.setdefault(case, {}).setdefault(kind, {})[str(seed)] = job
+    (path / "study.json").write_text(json.dumps(results))
+    return path
+
+
+def test_tuning_seeds_are_shown_nowhere_and_shown_seeds_are_enough():
+    for name, case in study.CASES.items():
+        assert not set(case.tuning) & set(case.seeds)
+        assert len(case.seeds) >= (4 if name == "videos" else 8)
+    assert len(set(study.jobs(full=True))) == len(study.jobs(full=True))
+
+
+def test_what_is_done_is_not_done_again():
+    every = study.jobs(quick=True)
+    case, kind, seed = every[3]
+    left, minutes = study.todo({case: {kind: {str(seed): {}}}}, every)
+    assert set(every) - set(left) == {every[3]} and minutes > 0
+
+
+@pytest.mark.parametrize("name", study.CASES)
+def test_the_controls_scale_what_they_say(name):
+    for lane in study.sweep(study.CASES[name]):
+        if "scaled" not in lane:
+            continue
+        what, left = lane["scaled"]
+        assert lane["alpha_weak"] == 0
+        assert study.gradient_scale(lane) == (left if what == "gradient" else 1)
+        full = lane["generator_lr"] / (1 if what == "gradient" else left)
+        twin = {"alpha_weak": 1 - left, "generator_lr": pytest.approx(full)}
+        assert any(x == twin for x in study.sweep(study.CASES[name]))
+
+
+def test_an_interval_is_that_of_the_mean():
+    values = np.random.default_rng(1).normal(3.0, 1.0, 400)
+    mean, low, high = report.interval(values)
+    assert mean == values.mean() and low < mean < high
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
+    assert report.interval([2.0, 2.0]) == (2.0, 2.0, 2.0)
+    assert report.interval(values) == (mean, low, high)
+
+
+def test_rates_are_chosen_on_the_tuning_seeds_alone(folder):
+    results = json.loads((folder / "study.json").read_text())
+    for seed, jobs in results["ring"]["dmd-4"].items():
+        for lane in jobs["lanes"]:
+            good = 1e-3 if int(seed) >= 100 else 3e-3
+            lane["metrics"]["4"]["sliced_w2"] = abs(np.log(lane["generator_lr"] / good))
+    (folder / "chosen.json").write_text(json.dumps(results))
+    chosen = report.Study(folder / "chosen.json").chosen("ring", "dmd-4", study.W2S, 4)
+    assert chosen["generator_lr"] == 1e-3 and chosen["alpha_weak"] == 0.25
+
+
+def test_tables_and_figures_are_made_of_the_results(folder):
+    report.write(folder)
+    for name in ("phase", "controls", "scores", "gt"):
+        assert (folder / f"{name}.png").stat().st_size > 10_000
+    text = (folder / "tables.md").read_text()
+    row = next(x for x in text.splitlines() if x.startswith("| W2SVD - DMD, LoRA fake | 4 |"))
+    assert float(row.split("|")[3].split()[0]) == pytest.approx(0.25, abs=0.01)
+    _, _, rates, alphas, shares, _ = next(report.phase_panels(report.Study(folder / "study.json"),
+                                                              "ring"))  # fmt: skip
+    assert rates == ["0.0003", "0.001", "0.003", "0.01"]
+    assert [set(row) for row in shares] == [{0.0}, {0.0}, {0.0}, {1.0}] and alphas[3] == "0.75"
+
+
+def test_a_difference_is_paired():
+    a, b = {0: 1.0, 1: 5.0, 2: 9.0}, {0: 0.5, 1: 4.5, 3: 0.0}
+    assert report.differences(a, b) == [0.5, 0.5]
+
+
+def test_the_exact_consistency_function_has_no_consistency_loss():
+    """Data N(0, s^2): the flow takes x_t to x_t s / sqrt((1 - sigma)^2 s^2 + sigma^2)."""
+    s = 0.5
+
+    def variance(sigma):
+        return ((1 - sigma) ** 2 * s**2 + sigma**2)[:, None]
+
+    def flow(x, sigma, cond):
+        return (sigma[:, None] - (1 - sigma)[:, None] * s**2) / variance(sigma) * x
+
+    def consistent(x, sigma, cond):
+        x0 = x * s / variance(sigma).sqrt()
+        return (x - x0) / sigma[:, None].clamp(min=1e-6)
+
+    rng = torch.Generator().manual_seed(0)
+    x0, eps = s * torch.randn(4096, 2, generator=rng), torch.randn(4096, 2, generator=rng)
+    grid = few_step_sigmas(400, 5.0)
+    k = torch.randint(400, (4096,), generator=rng)
+    args = (x0, None, grid[k], grid[k + 1], eps)
+    exact = consistency_loss(flow, consistent, consistent, *args)
+    assert exact < consistency_loss(flow, flow, flow, *args) / 100
+    assert exact < consistency_loss(flow, consistent, lambda x, *_: 0 * x, *args) / 100
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A backbone of seconds, few samples, and a cache of its own."""
+    monkeypatch.setitem(tasks.RECIPES, "ring", Recipe(width=8, batch=64, iterations=20))
+    monkeypatch.setattr(study, "RECIPES", tasks.RECIPES)
+    monkeypatch.setattr(study, "SAMPLES", {"ring": 3000})
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["dmd-4", "lcm", "dmd2-1", "gt-0.05"])
+def test_a_job_trains_and_measures_all_of_its_lanes(tiny, kind):
+    done = study.run("ring", kind, 0, small=90)
+    case = study.CASES["ring"]
+    assert [settings(lane) for lane in done["lanes"]] == list(study.KINDS[kind][1](case))
+    steps = {"lcm": {"1", "4"}, "dmd2-1": {"1"}}.get(kind, {"4"})
+    for lane in done["lanes"]:
+        assert set(lane["metrics"]) == steps
+        assert all(np.isfinite(list(m.values())).all() for m in lane["metrics"].values())
+    probes = [lane["late"] for lane in done["lanes"] if "late" in lane]
+    assert len(probes) == (2 if kind == "dmd-4" else 0)
+    for row in (row for probe in probes for row in probe):
+        plain = row["alphas"][0]
+        assert plain["length"] == pytest.approx(1)
+        assert plain["cos_dmd"] == pytest.approx(1, abs=0.05)  # 0 where the fake has not moved
+        assert all(a["error"] > 0 for a in row["alphas"])
+    json.dumps(done)
+
+
+def test_off_data_cases_are_off(tiny):
+    config = study.config_of(study.CASES["moved"], 0, {}, {})
+    moved = study.task_of(study.CASES["moved"], config)
+    shift = moved.mixture.mean() - moved.learnt.mean()
+    torch.testing.assert_close(shift.float(), torch.tensor([0.5**0.5, 0.0]))
+    narrow = study.task_of(study.CASES["narrow"], config)
+    assert narrow.mixture.rest.sqrt().unique().item() == pytest.approx(0.05)
+    assert study.task_of(study.CASES["weak"], config).recipe.iterations == 150
+
+
+STORED = ROOT / "toy/results/study.json"
+
+
+@pytest.mark.parametrize("readme", ["toy/results/README.md", "README.md"])
+def test_every_row_of_the_readmes_tables_is_made_from_the_stored_results(readme):
+    made = "\n".join(report.sections(report.Study(STORED)).values()).splitlines()
+    text = (ROOT / readme).read_text()
+    rows = [x for x in text.splitlines() if re.match(r"\|.*\[[-+]?\d*\.\d+, [-+]?\d*\.\d+\]", x)]
+    assert rows and not set(rows) - set(made)
+
+
+def test_the_stored_tables_are_those_of_the_stored_results():
+    made = report.sections(report.Study(STORED))
+    stored = (STORED.parent / "tables.md").read_text()
+    assert all(text in stored for text in made.values())

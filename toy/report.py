@@ -1,0 +1,367 @@
+"""Tables and figures of the study: `python -m toy.report` reads study.json and writes tables.md and
+the PNG files beside it.
+
+Every number is a mean over seeds with a 95 % interval (percentile bootstrap, 10,000 resamples);
+every claim that one method beats another is a mean of paired differences over the same seeds,
+which share the backbone, the data and the order of exits. Learning rates are the best of the grid
+on the tuning seeds.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from toy import plots
+from toy.study import CASES, DMD, TWO, W2S
+from w2svd import PRESETS
+
+COLLAPSE_TV = 0.1  # weight_tv beyond this, or a mode without samples, is a collapse
+METRIC = {"2d": "sliced_w2", "videos": "clip_frechet"}  # chooses the rates; lower is better
+COLUMNS = {
+    "2d": ("sliced_w2", "precision", "coverage", "weight_tv"),
+    "videos": ("clip_frechet", "frame_frechet", "dynamic_degree", "motion_smoothness"),
+}
+METHODS = [  # name, evaluations, kind of job, what its lanes have
+    ("LCM", 1, "lcm", {}),
+    ("LCM, 8 times the updates", 1, "lcm-long", {}),
+    ("DMD2, full fake", 1, "dmd2-1", {}),
+    ("DMD, LoRA fake", 1, "dmd-1", DMD),
+    ("W2SVD", 1, "dmd-1", W2S),
+    ("LCM", 4, "lcm", {}),
+    ("LCM, 8 times the updates", 4, "lcm-long", {}),
+    ("DMD2, full fake", 4, "dmd2-4", {}),
+    ("DMD, LoRA fake", 4, "dmd-4", DMD),
+    ("W2SVD", 4, "dmd-4", W2S),
+    ("W2SVD, GT loss .05", 4, "gt-0.05", W2S),
+]
+PLACES = {"sliced_w2": 3, "clip_frechet": 1, "frame_frechet": 2}
+
+
+def interval(values):
+    """(mean, low, high): 95 % percentile bootstrap of the mean over seeds."""
+    values = np.asarray(values, float)
+    draws = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
+    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
+def written(values, places=3, sign=""):
+    """'mean [low, high]'."""
+    mean, low, high = (f"{x:{sign}.{places}f}" for x in interval(values))
+    return f"{mean} [{low}, {high}]"
+
+
+def side(case):
+    return "videos" if CASES[case].data == "videos" else "2d"
+
+
+class Study:
+    """The content of study.json, read by case, kind of job, seed and lane."""
+
+    def __init__(self, path):
+        self.results = json.loads(Path(path).read_text())
+
+    def seeds(self, case, kind):
+        done = self.results.get(case, {}).get(kind, {})
+        return [seed for seed in CASES[case].seeds if str(seed) in done]
+
+    def settings(self, case, kind="dmd-4"):
+        """What the lanes of a job are, each as its settings."""
+        seed = self.seeds(case, kind)[0]
+        return [settings_of(lane) for lane in self.results[case][kind][str(seed)]["lanes"]]
+
+    def lane(self, case, kind, seed, settings):
+        """The lane with exactly these settings."""
+        for lane in self.results[case][kind][str(seed)]["lanes"]:
+            if settings_of(lane) == settings:
+                return lane
+        raise KeyError(f"{case} {kind} {seed}: no lane {settings}")
+
+    def values(self, case, kind, settings, metric, steps=4):
+        """{seed: metric} of a lane."""
+        return {seed: self.lane(case, kind, seed, settings)["metrics"][str(steps)][metric]
+                for seed in self.seeds(case, kind)}  # fmt: skip
+
+    def chosen(self, case, kind, having, steps):
+        """The settings that are best on the tuning seeds, among lanes with `having`."""
+        found, metric = {}, METRIC[side(case)]
+        for seed in CASES[case].tuning:
+            for lane in self.results[case][kind].get(str(seed), {"lanes": ()})["lanes"]:
+                if having.items() <= lane.items():
+                    key = json.dumps(settings_of(lane))
+                    found.setdefault(key, []).append(lane["metrics"][str(steps)][metric])
+        return json.loads(min(found, key=lambda key: np.mean(found[key])))
+
+    def method(self, case, name, nfe, metric):
+        """{seed: metric} of a row of the table, at its best rate."""
+        _, steps, kind, having = next(m for m in METHODS if m[:2] == (name, nfe))
+        return self.values(case, kind, self.chosen(case, kind, having, steps), metric, steps)
+
+    def backbone(self, case, row, metric):
+        done = self.results[case]["backbone"]
+        return {s: done[str(s)]["methods"][row][metric] for s in self.seeds(case, "backbone")}
+
+
+def settings_of(lane):
+    return {k: v for k, v in lane.items() if k not in ("metrics", "early", "late")}
+
+
+def differences(a, b):
+    """a - b over the seeds that both have."""
+    return [a[seed] - b[seed] for seed in a if seed in b]
+
+
+def markdown(head, rows):
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
+
+
+# -------------------------------------------------------------------- the tables
+
+
+def table(study, case):
+    """The paper's table."""
+    columns, rows = COLUMNS[side(case)], []
+
+    def row(name, nfe, values, rate=""):
+        cells = [written(list(values(c).values()), PLACES.get(c, 3)) for c in columns]
+        rows.append([name, nfe, rate, *cells])
+
+    for nfe in (1, 4, 28):
+        row("Euler", nfe, lambda c, k=nfe: study.backbone(case, str(k), c))
+        for name, steps, kind, having in METHODS:
+            if steps == nfe and study.seeds(case, kind):
+                best = study.chosen(case, kind, having, steps)
+                rate = f"{best['generator_lr']:g}"
+                if "fake_lr" in best:
+                    rate += f", {best['fake_lr']:g}"
+                row(name, nfe, lambda c, n=name, k=nfe: study.method(case, n, k, c), rate)
+    row("exact samples", "", lambda c: study.backbone(case, "floor", c))
+    return markdown(["method", "NFE", "rate (fake's)", *columns], rows)
+
+
+def claims(study, case):
+    """W2SVD minus each other method, paired."""
+    columns, rows = COLUMNS[side(case)], []
+    for nfe in (1, 4):
+        ours = {c: study.method(case, "W2SVD", nfe, c) for c in columns}
+        for name, steps, kind, _ in METHODS:
+            if steps == nfe and name != "W2SVD" and study.seeds(case, kind):
+                theirs = {c: study.method(case, name, nfe, c) for c in columns}
+                cells = [written(differences(ours[c], theirs[c]), PLACES.get(c, 3), "+")
+                         for c in columns]  # fmt: skip
+                rows.append([f"W2SVD - {name}", nfe, *cells])
+    return markdown(["paired difference", "NFE", *columns], rows)
+
+
+def collapsed(metrics):
+    return metrics["coverage"] < 1 or metrics["weight_tv"] > COLLAPSE_TV
+
+
+def phase_panels(study, case):
+    """Heat maps of the collapse rate: alpha_weak against a learning rate."""
+    lanes = study.settings(case)
+    preset = [x for x in lanes if set(x) == {"alpha_weak", "generator_lr"}]
+    plain = [x for x in lanes if "lr_schedule" in x]
+    fakes = [x for x in lanes if "fake_lr" in x]
+    fakes += [x for x in preset if fakes and x["generator_lr"] == TWO[0]]
+    yield phase(study, case, f"{case}, preset", preset, "generator_lr")
+    yield phase(study, case, f"{case}, constant rates, no decay", plain, "generator_lr")
+    if fakes:
+        yield phase(study, case, f"{case}, preset, generator_lr {TWO[0]:g}", fakes, "fake_lr")
+
+
+def phase(study, case, title, lanes, axis):
+    default = {"generator_lr": None, "fake_lr": PRESETS["toy"]["fake_lr"]}[axis]
+
+    def place(x):
+        return x["alpha_weak"], x.get(axis, default)
+
+    alphas, rates = (sorted({place(x)[k] for x in lanes}) for k in (0, 1))
+    shares, texts = ([[None] * len(rates) for _ in alphas] for _ in range(2))
+    for x in lanes:
+        i, j = alphas.index(place(x)[0]), rates.index(place(x)[1])
+        runs = [study.lane(case, "dmd-4", seed, x)["metrics"]["4"]
+                for seed in study.seeds(case, "dmd-4")]  # fmt: skip
+        bad = sum(map(collapsed, runs))
+        shares[i][j] = bad / len(runs)
+        texts[i][j] = f"{bad}/{len(runs)}\n{np.mean([r['sliced_w2'] for r in runs]):.3f}"
+    return title, axis, [f"{r:g}" for r in rates], [f"{a:g}" for a in alphas], shares, texts
+
+
+def control_rows(study, case, metric):
+    """(name, W2S - control, paired, by seed), for each alpha and rate."""
+    for scaled in (x for x in study.settings(case) if "scaled" in x):
+        what, left = scaled["scaled"]
+        lr = scaled["generator_lr"] / (left if what == "rate" else 1)
+        lr = min(CASES[case].rates, key=lambda rate: abs(rate - lr))
+        ours = study.values(case, "dmd-4", {"alpha_weak": 1 - left, "generator_lr": lr}, metric)
+        plain = study.values(case, "dmd-4", {**DMD, "generator_lr": lr}, metric)
+        theirs = study.values(case, "dmd-4", scaled, metric)
+        yield 1 - left, lr, what, differences(ours, theirs), differences(ours, plain)
+
+
+def controls(study, case):
+    """W2S against DMD, and against DMD with a smaller gradient or a smaller rate."""
+    metrics = {"2d": ("sliced_w2", "weight_tv"), "videos": ("clip_frechet", "dynamic_degree")}
+    metrics, cells = metrics[side(case)], {}
+    for metric in metrics:
+        for alpha, lr, what, scaled, plain in control_rows(study, case, metric):
+            places = PLACES.get(metric, 3)
+            cells.setdefault((lr, alpha), {})[metric, what] = written(scaled, places, "+")
+            cells[lr, alpha][metric, "plain"] = written(plain, places, "+")
+    order = [(m, w) for m in metrics for w in ("plain", "gradient", "rate")]
+    names = {"plain": "DMD", "gradient": "gradient scaled", "rate": "rate scaled"}
+    rows = [[f"{lr:g}", f"{alpha:g}", *(cell[key] for key in order)]
+            for (lr, alpha), cell in sorted(cells.items())]  # fmt: skip
+    return markdown(["rate", "alpha_weak", *(f"{m}: against {names[w]}" for m, w in order)], rows)
+
+
+def probed(study, case, when, key, alpha, lane_alpha=0.25):
+    """(sigmas, [one list over seeds for each sigma]) of a number of the probes."""
+    rates = CASES[case].rates
+    settings = {"alpha_weak": lane_alpha, "generator_lr": rates[1] if len(rates) > 2 else rates[0]}
+    runs = [study.lane(case, "dmd-4", seed, settings)[when] for seed in study.seeds(case, "dmd-4")]
+    sigmas = [row["sigma"] for row in runs[0]]
+    if key == "error_at_data":
+        return sigmas, [[run[i][key] for run in runs] for i in range(len(sigmas))]
+    return sigmas, [[next(a for a in run[i]["alphas"] if a["alpha"] == alpha)[key] for run in runs]
+                    for i in range(len(sigmas))]  # fmt: skip
+
+
+def scores(study, case):
+    """Is the real score wrong where the generator is, and does the weak shift mend it?"""
+    rows = []
+    for when in ("early", "late"):
+        for alpha in (0.0, 0.25, 0.5, 0.75):
+            def mean(key, when=when, alpha=alpha):
+                return list(np.mean(probed(study, case, when, key, alpha)[1], axis=0))
+
+            away = differences(dict(enumerate(mean("error"))),
+                               dict(enumerate(probed_backbone(study, case, when))))  # fmt: skip
+            rows.append([when, f"{alpha:g}", written(mean("error")), written(away, 3, "+"),
+                         written(mean("length")), written(mean("cos_dmd")),
+                         written(mean("cos_exact"))])  # fmt: skip
+        data = list(np.mean(probed(study, case, when, "error_at_data", 0)[1], axis=0))
+        rows.append([when, "backbone at real data", written(data), "", "", "", ""])
+    return markdown(["when", "alpha_weak", "error of x0_real", "minus the backbone's",
+                     "length / DMD's", "cos with DMD's", "cos with the exact"], rows)  # fmt: skip
+
+
+def probed_backbone(study, case, when):
+    return list(np.mean(probed(study, case, when, "error", 0.0)[1], axis=0))
+
+
+GT = [("0", "gt-0"), (".05", "gt-0.05"), (".2", "gt-0.2"), ("1", "gt-1"),
+      (".05, not at sigma 1", "gt-0.05-skip"), (".2, not at sigma 1", "gt-0.2-skip"),
+      ("1, not at sigma 1", "gt-1-skip")]  # fmt: skip
+
+
+def gt_values(study, case, kind, metric):
+    return study.values(case, kind, {**W2S, "generator_lr": CASES[case].rates[1]}, metric)
+
+
+def gt_table(study, case="videos"):
+    """The GT loss: picture quality against motion."""
+    rows = []
+    for name, kind in GT:
+        values = {c: gt_values(study, case, kind, c) for c in COLUMNS["videos"]}
+        base = gt_values(study, case, "gt-0", "dynamic_degree")
+        shift = differences(values["dynamic_degree"], base)
+        cells = [written(list(v.values()), PLACES.get(c, 3)) for c, v in values.items()]
+        rows.append([name, *cells, written(shift, 3, "+") if kind != "gt-0" else ""])
+    return markdown(["GT weight", *COLUMNS["videos"], "dynamic_degree against 0"], rows)
+
+
+def costs(study):
+    """Core-minutes of each case and kind, all seeds."""
+    rows = []
+    for case, kinds in study.results.items():
+        for kind, seeds in kinds.items():
+            minutes = sum(run["core_seconds"] for run in seeds.values()) / 60
+            lanes = sum(len(run["lanes"]) for run in seeds.values())
+            rows.append([case, kind, len(seeds), lanes, f"{minutes:.1f}"])
+    rows.append(["all", "", "", sum(row[3] for row in rows),
+                 f"{sum(float(row[4]) for row in rows):.0f}"])  # fmt: skip
+    return markdown(["case", "kind", "seeds", "runs", "core-minutes"], rows)
+
+
+# -------------------------------------------------------------------- files
+
+
+def figures(study, out):
+    """phase.png, controls.png, scores.png, gt.png: what study.json has data for."""
+    cases = [case for case in study.results if study.seeds(case, "dmd-4")]
+    points = [case for case in cases if side(case) == "2d"]
+    panels = [panel for case in points for panel in phase_panels(study, case)]
+    plots.heatmaps(out / "phase.png", panels, "alpha_weak")
+    groups = []
+    for case in cases:
+        metric = METRIC[side(case)]
+        rows = [(f"{alpha:g}, rate {lr:g}, against {what}", *interval(scaled))
+                for alpha, lr, what, scaled, _ in control_rows(study, case, metric)]  # fmt: skip
+        groups.append((f"{case}: {metric}, W2S - scaled DMD", rows))
+    plots.forest(out / "controls.png", groups, "below 0: W2S is better")
+    plots.curves(out / "scores.png", *score_panels(study, cases))
+    if study.seeds("videos", "gt-1-skip"):
+        plots.trade(out / "gt.png", [("videos, paired input", gt_series(study))],
+                    "dynamic degree (the data's is 1)", "frame Fréchet (lower is better)")
+
+
+def score_panels(study, cases):
+    panels, labels = [], []
+    for case in cases:
+        lines = [("backbone at real data", "error_at_data", 0.0)]
+        lines += [(f"alpha_weak {a:g}", "error", a) for a in (0.0, 0.25, 0.75)]
+        drawn = []
+        for name, key, alpha in lines:
+            sigmas, values = probed(study, case, "late", key, alpha)
+            drawn.append((name, sigmas, *np.transpose([interval(v) for v in values])))
+        panels.append((f"{case}, end of training", drawn))
+        labels.append("" if labels else "rms error of x0_real at generator's samples")
+    return panels, "sigma", labels
+
+
+def gt_series(study, case="videos"):
+    def point(name, kind):
+        x, y = (gt_values(study, case, kind, m) for m in ("dynamic_degree", "frame_frechet"))
+        return name, interval(list(x.values())), interval(list(y.values()))
+
+    all_levels = [point(name, kind) for name, kind in GT if "skip" not in kind]
+    skipped = [point(name.split(",")[0], kind) for name, kind in GT if "skip" in kind]
+    return [("at all levels", all_levels), ("not at sigma 1", [all_levels[0], *skipped])]
+
+
+def sections(study):
+    """{title: table} of everything that study.json has."""
+    parts = {}
+    for case in study.results:
+        if study.seeds(case, "lcm"):
+            parts[f"{case}: methods"] = table(study, case)
+            parts[f"{case}: paired differences"] = claims(study, case)
+        if study.seeds(case, "dmd-4"):
+            parts[f"{case}: W2S minus DMD and its controls"] = controls(study, case)
+            parts[f"{case}: the real score at the generator's samples"] = scores(study, case)
+    if study.seeds("videos", "gt-1-skip"):
+        parts["videos: the GT loss"] = gt_table(study)
+    return parts | {"cost": costs(study)}
+
+
+def write(folder):
+    """tables.md and the figures of a folder with a study.json."""
+    study = Study(folder / "study.json")
+    parts = [f"## {title}\n\n{text}\n" for title, text in sections(study).items()]
+    (folder / "tables.md").write_text("\n".join(parts))
+    figures(study, folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("toy/results"))
+    write(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()
