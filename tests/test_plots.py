@@ -87,3 +87,35 @@ def test_one_map_colours_every_clip_the_same():
     looks = plots._rgb(7 * plots.DIRECTIONS[:2].reshape(2, 4, 1, 1, 1))
     yellow, blue = looks[:, 0, 0, 0].astype(int)
     assert yellow[0] > yellow[2] + 100 and blue[2] > blue[0] + 100
+
+
+def charts():
+    rows = [("alpha .25, rate 1e-3", 0.1, -0.1, 0.3), ("alpha .5, rate 1e-3", 0.2, 0.1, 0.3)]
+    line = ("backbone", [0.1, 0.5, 0.9], [1.0, 2.0, 3.0], [0.5, 1.5, 2.5], [1.5, 2.5, 3.5])
+    points = [("0", (0.9, 0.8, 1.0), (1.0, 0.9, 1.1)), ("1", (0.5, 0.4, 0.6), (0.6, 0.5, 0.7))]
+    cells = [[0.0, 1.0], [0.5, 0.25]], [["0/8", "8/8"], ["4/8", "2/8"]]
+    return [
+        (plots.heatmaps, [("ring", "rate", ["1", "2"], ["0", ".5"], *cells)], "alpha", "note"),
+        (plots.forest, [("ring", rows), ("weak", rows)], "difference"),
+        (plots.curves, [("ring", [line])], "sigma", ["error"]),
+        (plots.trade, [("videos", [("at all levels", points)])], "motion", "quality"),
+    ]
+
+
+@pytest.mark.parametrize("chart", charts(), ids=lambda chart: chart[0].__name__)
+def test_charts_are_drawn_and_show_their_numbers(tmp_path, chart):
+    draw, panels, *labels = chart
+    picture = drawn(tmp_path, draw, "a.png", panels, *labels)
+    assert picture.min() < 80 and picture.shape[1] > 300
+    title, content, *rest = panels[0]
+    changed = [(title + "?", content, *rest), *panels[1:]]
+    assert (drawn(tmp_path, draw, "a.png", changed, *labels) != picture).any()
+
+
+def test_an_interval_that_holds_0_is_drawn_hollow(tmp_path):
+    def dots(low):
+        picture = drawn(tmp_path, plots.forest, "a.png", [("x", [("a", 1.0, low, 2.0)])], "d")
+        orange = (picture[..., 0] > 150) & (picture[..., 1] < 80) & (picture[..., 2] < 40)
+        return int(orange.sum())
+
+    assert dots(-1.0) == 0 < dots(0.5)

@@ -212,19 +212,20 @@ def _paste(page, pictures, corners):
 LINES = [(INK, "o", "-"), (DOT, "s", "--"), ("#2f6f9f", "^", "-."), ("#7a7a7a", "D", ":")]
 
 
-def heatmaps(path, panels, ylabel):
+def heatmaps(path, panels, ylabel, note, columns=4):
     """PNG of panels (title, xlabel, columns, rows, shares in [0, 1], texts); the last two 2-D."""
-    figure = Figure((1.3 + 3.3 * len(panels), 4.0), dpi=130)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, xlabel, columns, rows, shares, texts) in zip(axes, panels):
-        ax.imshow(shares, cmap="Oranges", vmin=0, vmax=1.25, aspect="auto", origin="lower")
-        for i, row in enumerate(texts):
-            for j, text in enumerate(row):
-                ax.text(j, i, text, ha="center", va="center", fontsize=11, color=INK)
-        ax.set_xticks(range(len(columns)), columns)
-        ax.set_yticks(range(len(rows)), rows)
-        _label(ax, title, xlabel, ylabel if ax is axes[0] else "")
-    _save(path, figure)
+    rows = -(-len(panels) // columns)
+    figure = Figure((0.6 + 3.3 * min(columns, len(panels)), 3.6 * rows + 0.3), dpi=130)
+    for k, (title, xlabel, across, up, shares, texts) in enumerate(panels):
+        ax = figure.add_subplot(rows, min(columns, len(panels)), k + 1)
+        ax.imshow(shares, cmap="Oranges", vmin=0, vmax=1.6, aspect="auto", origin="lower")
+        for i, j in np.ndindex(len(up), len(across)):
+            ax.text(j, i, texts[i][j], ha="center", va="center", fontsize=11, color=INK)
+        ax.set_xticks(range(len(across)), across)
+        ax.set_yticks(range(len(up)), up)
+        _label(ax, title, xlabel, ylabel if k % columns == 0 else "")
+    figure.text(0.01, 0.01, note, fontsize=9, color=INK)
+    _save(path, figure, bottom=0.1 / rows)
 
 
 def forest(path, panels, xlabel):
@@ -283,8 +284,8 @@ def _label(ax, title, xlabel, ylabel):
     ax.spines[:].set_color("#999999")
 
 
-def _save(path, figure):
-    figure.tight_layout()
+def _save(path, figure, bottom=0.0):
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     _write_png(path, _pixels(figure))
 
 

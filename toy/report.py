@@ -19,6 +19,8 @@ from w2svd import PRESETS
 
 COLLAPSE_TV = 0.1  # weight_tv beyond this, or a mode without samples, is a collapse
 METRIC = {"2d": "sliced_w2", "videos": "clip_frechet"}  # chooses the rates; lower is better
+NOTE = (f"In a cell: runs that collapsed (a mode lost, or weight_tv above {COLLAPSE_TV:g}) of all "
+        "runs; below, their mean sliced_w2.")  # fmt: skip
 COLUMNS = {
     "2d": ("sliced_w2", "precision", "coverage", "weight_tv"),
     "videos": ("clip_frechet", "frame_frechet", "dynamic_degree", "motion_smoothness"),
@@ -160,6 +162,21 @@ def collapsed(metrics):
     return metrics["coverage"] < 1 or metrics["weight_tv"] > COLLAPSE_TV
 
 
+def exact_table(study, case):
+    """How much of a miss is the real score's: DMD with the mixture's own score in its place."""
+    metric, rows = METRIC[side(case)], []
+    for exact in study.settings(case, "exact"):
+        ideal = study.values(case, "exact", exact, metric)
+        dmd = study.values(case, "dmd-4", exact, metric)
+        w2s = study.values(case, "dmd-4", {**exact, **W2S}, metric)
+        cells = [list(ideal.values()), list(dmd.values()), list(w2s.values())]
+        rows.append([f"{exact['generator_lr']:g}", *(written(x) for x in cells),
+                     written(differences(dmd, ideal), 3, "+"),
+                     written(differences(w2s, ideal), 3, "+")])  # fmt: skip
+    return markdown(["rate", f"{metric}: exact real score", "DMD", "W2S .25", "DMD - exact",
+                     "W2S .25 - exact"], rows)  # fmt: skip
+
+
 def phase_panels(study, case):
     """Heat maps of the collapse rate: alpha_weak against a learning rate."""
     lanes = study.settings(case)
@@ -171,9 +188,13 @@ def phase_panels(study, case):
     yield phase(study, case, f"{case}, constant rates, no decay", plain, "generator_lr")
     if fakes:
         yield phase(study, case, f"{case}, preset, generator_lr {TWO[0]:g}", fakes, "fake_lr")
+    for kind, title in (("ratio-1", "one fake update, not five"), ("rank-4", "rank 4, not 16")):
+        if study.seeds(case, kind):
+            lanes = study.settings(case, kind)
+            yield phase(study, case, f"{case}, {title}", lanes, "generator_lr", kind)
 
 
-def phase(study, case, title, lanes, axis):
+def phase(study, case, title, lanes, axis, kind="dmd-4"):
     default = {"generator_lr": None, "fake_lr": PRESETS["toy"]["fake_lr"]}[axis]
 
     def place(x):
@@ -183,8 +204,8 @@ def phase(study, case, title, lanes, axis):
     shares, texts = ([[None] * len(rates) for _ in alphas] for _ in range(2))
     for x in lanes:
         i, j = alphas.index(place(x)[0]), rates.index(place(x)[1])
-        runs = [study.lane(case, "dmd-4", seed, x)["metrics"]["4"]
-                for seed in study.seeds(case, "dmd-4")]  # fmt: skip
+        runs = [study.lane(case, kind, seed, x)["metrics"]["4"]
+                for seed in study.seeds(case, kind)]  # fmt: skip
         bad = sum(map(collapsed, runs))
         shares[i][j] = bad / len(runs)
         texts[i][j] = f"{bad}/{len(runs)}\n{np.mean([r['sliced_w2'] for r in runs]):.3f}"
@@ -296,14 +317,14 @@ def figures(study, out):
     cases = [case for case in study.results if study.seeds(case, "dmd-4")]
     points = [case for case in cases if side(case) == "2d"]
     panels = [panel for case in points for panel in phase_panels(study, case)]
-    plots.heatmaps(out / "phase.png", panels, "alpha_weak")
+    plots.heatmaps(out / "phase.png", panels, "alpha_weak", NOTE)
     groups = []
     for case in cases:
         metric = METRIC[side(case)]
-        rows = [(f"{alpha:g}, rate {lr:g}, against {what}", *interval(scaled))
+        rows = [(f"W2S {alpha:g} at {lr:g}, {what}", *interval(scaled))
                 for alpha, lr, what, scaled, _ in control_rows(study, case, metric)]  # fmt: skip
-        groups.append((f"{case}: {metric}, W2S - scaled DMD", rows))
-    plots.forest(out / "controls.png", groups, "below 0: W2S is better")
+        groups.append((f"{case}: {metric}", rows))
+    plots.forest(out / "controls.png", groups, "W2S - scaled DMD; below 0: W2S is better")
     plots.curves(out / "scores.png", *score_panels(study, cases))
     if study.seeds("videos", "gt-1-skip"):
         plots.trade(out / "gt.png", [("videos, paired input", gt_series(study))],
@@ -344,6 +365,8 @@ def sections(study):
         if study.seeds(case, "dmd-4"):
             parts[f"{case}: W2S minus DMD and its controls"] = controls(study, case)
             parts[f"{case}: the real score at the generator's samples"] = scores(study, case)
+        if study.seeds(case, "exact"):
+            parts[f"{case}: with the exact real score"] = exact_table(study, case)
     if study.seeds("videos", "gt-1-skip"):
         parts["videos: the GT loss"] = gt_table(study)
     return parts | {"cost": costs(study)}

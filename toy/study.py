@@ -151,6 +151,7 @@ KINDS = {  # what all lanes share, and the lanes
     "gt-0.05-skip": (gt(0.05, True), middle),
     "gt-0.2-skip": (gt(0.2, True), middle),
     "gt-1-skip": (gt(1.0, True), middle),
+    "exact": ({}, lambda case: at_rates(case, DMD)),  # its real DiT is the mixture itself
     "ratio-1": ({"fake_updates": 1}, lagging),
     "rank-4": ({"lora_rank": 4}, lagging),
     "schedule": ({}, schedules),
@@ -158,14 +159,14 @@ KINDS = {  # what all lanes share, and the lanes
     "paired": (PAIRED, both),
 }
 TABLE = ("backbone", "dmd-4", "dmd-1", "dmd2-4", "dmd2-1", "lcm", "gt-0.05")
-OFF = ("backbone", "dmd-4")
+OFF = ("backbone", "dmd-4", "exact")
 TUNED = TABLE[1:] + ("lcm-long",)
 SWEEP = tuple(kind for kind in KINDS if kind.startswith("gt-") and kind != "gt-0.05")
 
 
 def jobs(full=False, quick=False):
     """(case, kind, seed), the tuning seeds first, then seed by seed."""
-    core = {"ring": TABLE + ("lcm-long", "ratio-1"), "videos": TABLE + SWEEP, "weak": OFF}
+    core = {"ring": TABLE + ("lcm-long", "ratio-1", "exact"), "videos": TABLE + SWEEP, "weak": OFF}
     if full:
         core["ring"] += ("rank-4", "schedule", "all-exits", "paired")
         core["videos"] += ("lcm-long",)
@@ -271,6 +272,8 @@ def run(name, kind, seed, small=1):
         result["methods"] = measure_backbone(task, measure)
     else:
         stack = Stack(task, configs, [gradient_scale(lane) for lane in lanes])
+        if kind == "exact":
+            stack.roles.real = task.mixture.velocity
         probes = train(task, stack, case, kind, lanes)
         for k, lane in enumerate(lanes):
             stack.roles.one.load("generator", stack.states[k].ema)
