@@ -1,6 +1,6 @@
 """HunyuanVideo around the method: clips in (encode), the task of w2svd.train(), videos and LoRA
 files out (sample, export). How the model is called at all, its timestep, guidance, text and adapted
-layers, is class HunyuanVideo in w2svd.py; nothing of the method stands here.
+layers, is class HunyuanVideo below; nothing of the method stands here.
 """
 
 import csv
@@ -23,15 +23,13 @@ from w2svd import (
     ENCODED,
     HUNYUAN,
     Config,
-    HunyuanVideo,
     Refused,
     Roles,
     check,
     euler_sample,
     few_step_sample,
     few_step_sigmas,
-    header,
-    make_folder,
+    hold,
     read_generator,
     read_run,
     read_safetensors,
@@ -39,6 +37,45 @@ from w2svd import (
     write_json,
     write_safetensors,
 )
+
+
+class HunyuanVideo:
+    """diffusers' HunyuanVideoTransformer3DModel behind the contract of Roles."""
+
+    # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
+    ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+
+    def __init__(self, config, module, dtype):
+        self.module, self.dtype, self.guidance = module, dtype, config.embedded_guidance
+        layers = f"{self.ATTENTION}|{self.MLP}" if config.lora_targets == "all" else self.ATTENTION
+        self.lora_targets = rf"(single_)?transformer_blocks\.\d+\.({layers})"
+        self.blocks = [*module.transformer_blocks, *module.single_transformer_blocks]
+        for block in self.blocks:  # text comes trimmed: no mask, which would rule out flash
+            block.register_forward_pre_hook(lambda _, args: (*args[:3], None, *args[4:]))
+
+    def checkpoint_with(self, function):
+        self.module.gradient_checkpointing = True
+        self.module._gradient_checkpointing_func = function
+
+    def velocity(self, x_t, sigma, cond):
+        """x_t: latents (B, C, T, H, W); cond: prompt_embeds (B, L, D), trimmed; pooled (B, P)."""
+        text = cond["prompt_embeds"].to(self.dtype)
+        guidance = torch.full((len(x_t),), self.guidance, dtype=self.dtype, device=x_t.device)
+        device = x_t.device.type.replace("meta", "cpu")  # the meta device knows no autocast
+        # NOTE silent: without autocast the float32 adapters would compute in float32
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            v = self.module(
+                hidden_states=x_t.to(self.dtype),
+                timestep=1000 * sigma.float(),  # NOTE silent: bf16 would make 956 of 954.5
+                encoder_hidden_states=text,
+                encoder_attention_mask=torch.ones(text.shape[:2], device=x_t.device),
+                pooled_projections=cond["pooled"].to(self.dtype),
+                guidance=guidance * 1000,  # 6016 in bf16, as in the stock pipeline
+                return_dict=False,
+            )[0]
+        return v.to(x_t.dtype)
+
 
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -123,6 +160,27 @@ def safe_name(text):
     name = re.sub(r"[/\\\x00-\x1f\x7f]", "_", text)
     short = name.encode()[:171].decode(errors="ignore")
     return name if len(name.encode()) <= 180 else f"{short}-{digest(text)}"
+
+
+def header(path):
+    """The JSON of a safetensors file's header; None if the file is not whole or not ours."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})["w2svd"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def make_folder(folder):
+    """Make a folder and see that files can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".part").touch()
+        (folder / ".part").unlink()
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
 
 
 def read_lines(path):
@@ -231,14 +289,29 @@ def add_clip(out, path, info, config, pipe):
     return name
 
 
-def encode(config, videos="", prompts=""):
-    """Clips with captions, or captions alone, into config.out; 1 if any was skipped, or else 0."""
+def add_clips(found, out, folder, settings, config, pipe):
+    """Encode all; the names of the files, and the clips that cannot be used with the reasons."""
     from tqdm import tqdm
 
+    clips, skipped = [], {}
+    with tqdm(found, desc="encode", unit="clip") as bar:
+        for path, caption in bar:
+            try:
+                info = describe(path, caption, folder, settings)
+                clips.append(add_clip(out, path, info, config, pipe))
+            except Refused as reason:
+                skipped[str(path or caption)] = str(reason)
+            bar.set_postfix_str(f"{len(skipped)} skipped")
+    return clips, skipped
+
+
+def encode(config, videos="", prompts=""):
+    """Clips with captions, or captions alone, into config.out; 1 if any was skipped, or else 0."""
     if bool(videos) == bool(prompts) or not config.out or config.model != "hunyuan":
         raise Refused("encode needs --out and either --videos, a folder, or --prompts, a file, for "
                       "--model hunyuan; the toy encodes nothing.")  # fmt: skip
     check(config)
+    check_clips(config)
     out, folder = Path(config.out), Path(videos)
 
     @functools.cache
@@ -252,20 +325,12 @@ def encode(config, videos="", prompts=""):
     settings = {name: getattr(config, name) for name in ENCODED}
     settings["scaling"] = scaling
     settings["shape"] = latent_shape(config, channels) if videos else None
-    make_folder(out)
-    clips, skipped = [], {}
-    with tqdm(found, desc="encode", unit="clip") as bar:
-        for path, caption in bar:
-            try:
-                info = describe(path, caption, folder, settings)
-                clips.append(add_clip(out, path, info, config, pipe))
-            except Refused as reason:
-                skipped[str(path or caption)] = str(reason)
-            bar.set_postfix_str(f"{len(skipped)} skipped")
-    report = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
-    if not clips:
-        raise Refused(f"Nothing in {videos or prompts} can be used:{report or ' it is empty'}.")
-    write_json(out / "index.json", {"settings": settings, "clips": clips, "skipped": skipped})
+    with hold(out):
+        clips, skipped = add_clips(found, out, folder, settings, config, pipe)
+        report = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
+        if not clips:
+            raise Refused(f"Nothing in {videos or prompts} can be used:{report or ' it is empty'}.")
+        write_json(out / "index.json", {"settings": settings, "clips": clips, "skipped": skipped})
     print(f"{len(clips)} clips in {out}, {len(skipped)} skipped{report}")
     return 1 if skipped else 0
 
@@ -712,6 +777,22 @@ def card(run, config, info, format):
     })  # fmt: skip
 
 
+def check_clips(config):
+    """Refuse sizes and templates that HunyuanVideo cannot take."""
+    if config.height < 1 or config.width < 1 or config.height % 16 or config.width % 16:
+        raise Refused(f"--height and --width must be multiples of 16, not {config.height} and "
+                      f"{config.width}.")  # fmt: skip
+    if config.frames < 5 or config.frames % 4 != 1:
+        raise Refused(f"--frames must be 4 k + 1, as 61 or 129, not {config.frames}.")
+    if not 0 <= config.embedded_guidance <= 100 or not 0 <= config.prompt_crop_start <= 1000:
+        raise Refused("--embedded-guidance must lie in [0, 100], --prompt-crop-start in [0, 1000].")
+    braces = re.sub(r"[^{}]", "", config.prompt_template)
+    if braces not in ("", "{}") or config.prompt_template and "{}" not in config.prompt_template:
+        raise Refused("--prompt-template must contain {} once, where the prompt goes, and no other "
+                      "brace.")  # fmt: skip
+
+
 def task(config):
     """HunyuanVideo with the data that config.data names."""
+    check_clips(config)
     return Task(config)

@@ -51,14 +51,18 @@ the paper's table; on the toy the input is a rollout, the fake learns final samp
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
 import dataclasses
+import hashlib
 import importlib.metadata
 import inspect
 import json
 import math
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -132,7 +136,10 @@ class Config:
     compile: bool = False  # compile every block / peer
     seed: int = 0  # the same seed gives the same bits on the same machine / ours
     log_every: int = 50  # iterations between lines of metrics.jsonl / ours
-    save_every: int = 250  # iterations between checkpoints; all are kept / peer
+    save_every: int = 250  # iterations between checkpoints / peer
+    keep: int = 3  # the newest checkpoints stay / ours
+    keep_every: int = 250  # and those at its multiples, as later is not always better / peer
+    max_skipped: int = 10  # updates left out for a value that is not finite; then it stops / ours
     sample_every: int = 250  # hunyuan: iterations between sampled videos / ours
     compare: bool = False  # hunyuan: show the backbone's 28 steps beside the student's / ours
     tensorboard: bool = False  # log there too / ours
@@ -164,11 +171,11 @@ def check(config: Config, given=()) -> None:
     """Refuse settings that contradict each other, with the reason; `given` flags came by name."""
     for name in ("steps", "iterations", "fake_updates", "batch", "lora_rank", "log_every",
                  "save_every", "sample_every", "shift", "sigma_shift", "alpha_strong", "tflops",
-                 "generator_lr", "fake_lr", "max_grad_norm", "accumulate", "fps"):  # fmt: skip
+                 "generator_lr", "fake_lr", "max_grad_norm", "accumulate", "fps", "keep",
+                 "keep_every"):  # fmt: skip
         value = getattr(config, name)
         if not 0 < value < math.inf:
             raise Refused(f"--{name.replace('_', '-')} must be above 0, not {value}.")
-    check_clips(config)
     if not 0 <= config.alpha_weak <= config.alpha_strong < math.inf:
         raise Refused(f"--alpha-weak must lie in [0, alpha_strong = {config.alpha_strong}], "
                       f"not {config.alpha_weak}.")  # fmt: skip
@@ -180,7 +187,8 @@ def check(config: Config, given=()) -> None:
         raise Refused("--sigma-low and --sigma-high must satisfy 0 <= low < high <= 1.")
     if not 0 <= config.ema < 1:
         raise Refused(f"--ema must lie in [0, 1), not {config.ema}; 0 is off.")
-    for name in ("gt_weight", "fake_warmup", "fake_weight_decay", "seed", "gpu_memory"):
+    for name in ("gt_weight", "fake_warmup", "fake_weight_decay", "seed", "gpu_memory",
+                 "max_skipped"):  # fmt: skip
         if not 0 <= getattr(config, name) < 2**53:
             raise Refused(f"--{name.replace('_', '-')} must lie in [0, 2**53).")
     if config.gt_weight and config.generator_input == "rollout":
@@ -189,21 +197,6 @@ def check(config: Config, given=()) -> None:
     if config.gt_weight and config.steps == 1:
         raise Refused("--gt-weight needs more than one step: a one-step generator reads "
                       "pure noise, which pairs with no ground truth.")  # fmt: skip
-
-
-def check_clips(config: Config) -> None:
-    """Refuse sizes and templates that HunyuanVideo cannot take."""
-    if config.height < 1 or config.width < 1 or config.height % 16 or config.width % 16:
-        raise Refused(f"--height and --width must be multiples of 16, not {config.height} and "
-                      f"{config.width}.")  # fmt: skip
-    if config.frames < 5 or config.frames % 4 != 1:
-        raise Refused(f"--frames must be 4 k + 1, as 61 or 129, not {config.frames}.")
-    if not 0 <= config.embedded_guidance <= 100 or not 0 <= config.prompt_crop_start <= 1000:
-        raise Refused("--embedded-guidance must lie in [0, 100], --prompt-crop-start in [0, 1000].")
-    braces = re.sub(r"[^{}]", "", config.prompt_template)
-    if braces not in ("", "{}") or config.prompt_template and "{}" not in config.prompt_template:
-        raise Refused("--prompt-template must contain {} once, where the prompt goes, and no other "
-                      "brace.")  # fmt: skip
 
 
 # ---- 2. Flow matching ----------------------------------------------------------------------------
@@ -560,45 +553,14 @@ def load_task(config):
     return toy.task(config)
 
 
-class HunyuanVideo:
-    """diffusers' HunyuanVideoTransformer3DModel behind the contract of Roles."""
-
-    # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
-    ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-    MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
-
-    def __init__(self, config, module, dtype):
-        self.module, self.dtype, self.guidance = module, dtype, config.embedded_guidance
-        layers = f"{self.ATTENTION}|{self.MLP}" if config.lora_targets == "all" else self.ATTENTION
-        self.lora_targets = rf"(single_)?transformer_blocks\.\d+\.({layers})"
-        self.blocks = [*module.transformer_blocks, *module.single_transformer_blocks]
-        for block in self.blocks:  # text comes trimmed: no mask, which would rule out flash
-            block.register_forward_pre_hook(lambda _, args: (*args[:3], None, *args[4:]))
-
-    def checkpoint_with(self, function):
-        self.module.gradient_checkpointing = True
-        self.module._gradient_checkpointing_func = function
-
-    def velocity(self, x_t, sigma, cond):
-        """x_t: latents (B, C, T, H, W); cond: prompt_embeds (B, L, D), trimmed; pooled (B, P)."""
-        text = cond["prompt_embeds"].to(self.dtype)
-        guidance = torch.full((len(x_t),), self.guidance, dtype=self.dtype, device=x_t.device)
-        device = x_t.device.type.replace("meta", "cpu")  # the meta device knows no autocast
-        # NOTE silent: without autocast the float32 adapters would compute in float32
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-            v = self.module(
-                hidden_states=x_t.to(self.dtype),
-                timestep=1000 * sigma.float(),  # NOTE silent: bf16 would make 956 of 954.5
-                encoder_hidden_states=text,
-                encoder_attention_mask=torch.ones(text.shape[:2], device=x_t.device),
-                pooled_projections=cond["pooled"].to(self.dtype),
-                guidance=guidance * 1000,  # 6016 in bf16, as in the stock pipeline
-                return_dict=False,
-            )[0]
-        return v.to(x_t.dtype)
-
-
 # ---- 8. Files: safetensors and JSON --------------------------------------------------------------
+
+
+def flush(path):
+    """See that a file or a folder is on the disk, also if the power fails."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 @contextmanager
@@ -610,7 +572,9 @@ def whole(path):
     try:
         yield half
         half.chmod(0o666 & ~umask)  # safetensors would keep it from everybody else
+        flush(half)  # before the new name, or the name might reach the disk without the content
         os.replace(half, path)
+        flush(path.parent)
     finally:
         half.unlink(missing_ok=True)
 
@@ -637,23 +601,17 @@ def read_safetensors(path):
         with safe_open(path, "pt") as file:
             info = json.loads((file.metadata() or {})["w2svd"])
             return {name: file.get_tensor(name) for name in file.keys()}, info
-    except FileNotFoundError as error:
-        raise Refused(f"{path} does not exist.") from error
     except KeyError as error:
         raise Refused(f"{path} was not written by w2svd: its header has no 'w2svd'.") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise Refused(f"{path} is not a whole safetensors file ({error}).") from error
+        what = "is not a whole safetensors file" if path.exists() else "does not exist"
+        raise Refused(f"{path} {what} ({error}).") from error
 
 
-def header(path):
-    """The JSON of a safetensors file's header; None if the file is not whole or not ours."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["w2svd"])
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
+def checksum(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path, content):
@@ -661,14 +619,28 @@ def write_json(path, content):
         half.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def make_folder(folder):
-    """Make the run folder and see that files can be written into it."""
+@contextmanager
+def hold(folder):
+    """Make the folder and keep other processes out; the lock dies with its owner."""
+    import fcntl  # not on Windows
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".part").touch()
         (folder / ".part").unlink()
     except OSError as error:
         raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for half in folder.glob(".*.part*"):
+            half.unlink()  # of a process that was killed
+        yield
+    except BlockingIOError as error:
+        raise Refused(f"Another process is at work in {folder}; wait for it, or name another "
+                      "--out.") from error  # fmt: skip
+    finally:
+        os.close(lock)
 
 
 # ---- 9. train() ----------------------------------------------------------------------------------
@@ -676,8 +648,7 @@ def make_folder(folder):
 
 def lr_factor(config, iteration):
     """Of both learning rates: 1, or falling linearly to .05 at the end."""
-    falling = 1 - 0.95 * iteration / config.iterations
-    return falling if config.lr_schedule == "linear" else 1.0
+    return 1 - 0.95 * iteration / config.iterations if config.lr_schedule == "linear" else 1.0
 
 
 def alpha_weak_at(config, iteration):
@@ -692,7 +663,7 @@ class State:
     """All that changes in training: the roles, their optimizers, the EMA, the random streams."""
 
     def __init__(self, config, roles, device):
-        self.roles, self.iteration = roles, 0
+        self.roles, self.iteration, self.skipped = roles, 0, 0
         decay = {"generator": 0.0, "fake": config.fake_weight_decay}
         self.optimizers = {  # author-code: betas. No momentum, as the gradients' target moves
             role: torch.optim.AdamW(roles.parameters(role), betas=(0.0, 0.999),
@@ -701,9 +672,8 @@ class State:
         }  # fmt: skip
         self.ema = {n: p.detach().clone() for n, p in roles.state("generator").items()}
         names = ("data", "input", "exit", "level", "noise")
-        self.rngs = {name: torch.Generator(device) for name in names}
-        for stream, rng in enumerate(self.rngs.values()):
-            rng.manual_seed(config.seed * 1000 + stream)
+        self.rngs = {name: torch.Generator(device).manual_seed(config.seed * 1000 + stream)
+                     for stream, name in enumerate(names)}  # fmt: skip
 
     def update(self, role, lr, max_grad_norm, accumulated=1):
         """One optimizer step of the role on the mean of the gradients added up; their norm."""
@@ -716,6 +686,17 @@ class State:
         self.optimizers[role].step()
         self.optimizers[role].zero_grad()
         return norm
+
+    def skip(self, error, most):
+        """Leave an update out, up to so many times, for a value that is not finite."""
+        self.skipped += 1
+        sentence = f"iteration {self.iteration + 1}: {error}"
+        if self.skipped > most:
+            raise Refused(f"Stopped in {sentence}, after {most} updates left out for the like; "
+                          "start again in another --out with lower rates.") from error
+        print(f"w2svd: {sentence}; this update is left out.", file=sys.stderr)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
 
     @torch.no_grad()
     def update_ema(self, decay):
@@ -742,12 +723,12 @@ class State:
                 flat |= {f"optimizer/{role}/{i}/{slot}": x for slot, x in slots.items()}
         return flat
 
-    def restore(self, flat, iteration):
-        """The inverse of tensors()."""
+    def restore(self, flat, info):
+        """The inverse of tensors(), and the counts."""
         def under(prefix):
             return {n[len(prefix):]: x for n, x in flat.items() if n.startswith(prefix)}
 
-        self.iteration = iteration
+        self.iteration, self.skipped = info["iteration"], info["skipped"]
         self.ema = {name: x.to(self.ema[name].device) for name, x in under("ema/").items()}
         for name, rng in self.rngs.items():
             rng.set_state(flat[f"rng/{name}"])
@@ -760,54 +741,63 @@ class State:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
 
 
+def draw(config, state, data, final):
+    """batch, x_in, sigma_in, sigma, eps: what fake_step and generator_step read."""
+    batch, rngs = next(data), state.rngs
+    x0, device = batch["x0"], rngs["noise"].device
+    sigmas = few_step_sigmas(config.steps, config.shift).to(device)
+    x_in, sigma_in = generator_input(
+        state.roles, x0, batch["cond"], sigmas, config.generator_input, rngs, final
+    )
+    low, high, shift = config.sigma_low, config.sigma_high, config.sigma_shift
+    sigma = sample_sigma(len(x0), low, high, shift, rngs["level"])
+    eps = torch.randn(x0.shape, generator=rngs["noise"], device=device, dtype=x0.dtype)
+    return batch, x_in, sigma_in, sigma, eps
+
+
 def iterate(config, state, data):
     """One iteration: the fake's updates, then one of the generator. Returns detached numbers."""
-    roles, rngs = state.roles, state.rngs
-    sigmas = few_step_sigmas(config.steps, config.shift).to(rngs["noise"].device)
+    roles = state.roles
 
-    def draw(final=False):
-        batch = next(data)
-        x0 = batch["x0"]
-        x_in, sigma_in = generator_input(
-            roles, x0, batch["cond"], sigmas, config.generator_input, rngs, final
-        )
-        low, high, shift = config.sigma_low, config.sigma_high, config.sigma_shift
-        sigma = sample_sigma(len(x0), low, high, shift, rngs["level"])
-        eps = torch.randn(x0.shape, generator=rngs["noise"], device=x0.device, dtype=x0.dtype)
-        return batch, x_in, sigma_in, sigma, eps
+    def backward(step, final, weights):
+        batch, x_in, sigma_in, *noise = draw(config, state, data, final)
+        try:
+            require_finite("the data", batch["x0"], sigma_in)
+            return step(roles, batch, x_in, sigma_in, *noise, *weights)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}{batch.get('name', '')}") from error
 
     def update(role, step, lr, final, *weights):
-        every = [step(roles, *draw(final), *weights) for _ in range(config.accumulate)]
-        norm = state.update(role, lr, config.max_grad_norm, config.accumulate)
-        return {name: sum(s[name] for s in every) / len(every) for name in every[0]}, norm
+        try:
+            every = [backward(step, final, weights) for _ in range(config.accumulate)]
+            norm = state.update(role, lr, config.max_grad_norm, config.accumulate)
+        except FloatingPointError as error:
+            state.skip(error, config.max_skipped)
+            return {}
+        stats = {name: sum(s[name] for s in every) / len(every) for name in every[0]}
+        return {**stats, "grad_norm" if role == "generator" else "fake_grad_norm": norm}
 
     roles.alpha_weak = alpha_weak_at(config, state.iteration)
     slower = lr_factor(config, state.iteration)
     warmup = config.fake_warmup if state.iteration == 0 else 0
     for _ in range(warmup + config.fake_updates):
         final = config.fake_samples == "final"
-        fake, fake_norm = update("fake", fake_step, config.fake_lr * slower, final)
+        fake = update("fake", fake_step, config.fake_lr * slower, final)
     weights = config.gt_weight, config.gt_skip_noise, config.guidance
-    stats, norm = update("generator", generator_step, config.generator_lr * slower, False, *weights)
+    stats = update("generator", generator_step, config.generator_lr * slower, False, *weights)
     state.update_ema(config.ema)
     state.iteration += 1
-    norms = {"fake_grad_norm": fake_norm, "grad_norm": norm}
-    return {**fake, **stats, **norms, "alpha_weak": roles.alpha_weak}
-
-
-def peak_rss_mb():
-    """The most memory that this process has held so far, in MB."""
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin"
-                                                                 else 2**10)  # fmt: skip
+    return {**fake, **stats, "alpha_weak": roles.alpha_weak}
 
 
 def memory_mb(device):
     """Peak memory in MB so far: of the process on a CPU, of torch's allocations on a GPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return peak_rss_mb()
+    import resource  # not on Windows
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def read_run(folder):
@@ -826,25 +816,16 @@ def choose_folder(config):
     folder, k = Path(config.out or f"runs/{config.model}"), 2
     while not config.out and folder.exists():
         folder, k = Path(f"runs/{config.model}-{k}"), k + 1
-    try:
-        in_use = folder.exists() and any(folder.iterdir())
-    except OSError as error:
-        raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
-    if in_use and not config.resume:
-        raise Refused(f"{folder} is in use: name another --out, or go on in it with --resume.")
-    if in_use:
+    if any(folder.glob("[!.]*")):
+        if not config.resume:
+            raise Refused(f"{folder} is in use: name another --out, or go on in it with --resume.")
         read_run(folder)
     return dataclasses.replace(config, out=str(folder))
 
 
 def commit():
-    """The git commit of this file, for config.json."""
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                             capture_output=True, check=False)  # fmt: skip
-    except OSError:
-        return "git is not installed"
-    return git.stdout.strip() or "not in a git repository"
+    """The git commit of this file, for config.json; or git's word on why there is none."""
+    return subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD")
 
 
 def plan(config, task):
@@ -859,7 +840,6 @@ def plan(config, task):
     fakes, real = config.fake_updates, 1 + (config.guidance != 1)
     forwards = fakes * (1 + fake_once) + once + 1 + real
     packages = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "backbone_parameters": backbone_parameters,
         "generator_parameters": sum(p.numel() for p in roles.parameters("generator")),
@@ -870,9 +850,10 @@ def plan(config, task):
         "forwards_with_gradient_per_iteration": fakes + 1,
         "fake_updates_in_all": config.fake_warmup + fakes * config.iterations,
         **task.costs(forwards, fakes + 1),
-        "versions": {"python": sys.version.split()[0], **versions},
+        "versions": {"python": sys.version.split()[0],
+                     **{name: importlib.metadata.version(name) for name in packages}},
         "commit": commit(),
-    }
+    }  # fmt: skip
 
 
 def show(title, items):
@@ -881,35 +862,62 @@ def show(title, items):
         print(f"  {name:40} {value}" if name != title else title)
 
 
-def last_checkpoint(folder):
-    found = sorted(folder.glob("checkpoint-*.safetensors"))
-    return found[-1] if found else None
+class Checkpoints:
+    """The checkpoints of a run folder; checkpoints.json lists the whole ones, the newest last."""
+
+    def __init__(self, folder):
+        self.folder, self.list = folder, folder / "checkpoints.json"
+        self.every = json.loads(self.list.read_text()) if self.list.exists() else []
+
+    def save(self, state, base_sum, log, config):
+        """Write one, then list it with its checksum, then delete what need not stay."""
+        os.fsync(log.fileno())
+        name = f"checkpoint-{state.iteration:06}.safetensors"
+        info = {"iteration": state.iteration, "base_sum": base_sum, "skipped": state.skipped}
+        write_safetensors(self.folder / name, state.tensors(), info)
+        entry = {"file": name, "iteration": state.iteration, "sha256": checksum(self.folder / name),
+                 "metrics_bytes": log.tell()}  # fmt: skip
+        every = [x for x in self.every if x["iteration"] < state.iteration] + [entry]
+        self.every = [x for x in every[: -config.keep] if x["iteration"] % config.keep_every == 0]
+        self.every += every[-config.keep :]
+        write_json(self.list, self.every)
+        for entry in (x for x in every if x not in self.every):
+            (self.folder / entry["file"]).unlink(missing_ok=True)
+
+    def restore(self, state):
+        """Put the newest whole one into `state`; the length of metrics.jsonl then, in bytes."""
+        for entry in reversed(self.every):
+            path = self.folder / entry["file"]
+            if not path.exists() or checksum(path) != entry["sha256"]:
+                print(f"{path} is damaged or gone; the one before it is used.", file=sys.stderr)
+                continue
+            tensors, info = read_safetensors(path)
+            # close, not equal: another kind of GPU adds up in another order
+            if not math.isclose(info["base_sum"], state.roles.base_sum(), rel_tol=1e-9):
+                raise Refused(f"{path} is not a checkpoint of this backbone: --cache or "
+                              "--checkpoint holds another.")  # fmt: skip
+            state.restore(tensors, info)
+            return entry["metrics_bytes"]
+        return 0
 
 
-def resume_from(folder, state):
-    """Restore the newest checkpoint of the folder, and cut metrics.jsonl back to it."""
-    path, log = last_checkpoint(folder), folder / "metrics.jsonl"
-    if path:
-        tensors, info = read_safetensors(path)
-        # close, not equal: another kind of GPU adds up in another order
-        if not math.isclose(info.get("base_sum", 0), state.roles.base_sum(), rel_tol=1e-9):
-            raise Refused(f"{path} is not a checkpoint of this backbone: --cache or --checkpoint "
-                          "holds another.")  # fmt: skip
-        state.restore(tensors, info["iteration"])
-    if log.exists():
-        lines = log.read_text().splitlines(keepends=True)
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= state.iteration]
-        with whole(log) as half:
-            half.write_text("".join(kept))
+@contextmanager
+def signals():
+    """A list that holds SIGTERM or SIGINT once it came; the second one ends the process at once."""
+    came = []
+
+    def note(number, _):
+        os._exit(128 + number) if came else came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-@dataclass
-class Run:
-    """What a task gets to finish with: generator is the trained few-step velocity."""
-
-    folder: Path
-    config: Config
-    generator: typing.Callable
+Run = collections.namedtuple("Run", "folder config generator")  # for finish(); a velocity
 
 
 def generator_info(config, roles, iteration):
@@ -923,19 +931,47 @@ def generator_info(config, roles, iteration):
     }  # fmt: skip
 
 
-def board(folder, step):
-    """A tensorboard writer that goes on after `step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise Refused("--tensorboard needs its package: pip install tensorboard.") from error
-    return SummaryWriter(folder, purge_step=step + 1)
+def warnings_of(line, least_gap):
+    """Which health numbers left their range, and what to change: sentences."""
+    if line.get("relative_gap", 0) > max(4 * least_gap, 0.2):
+        yield ("the relative gap has grown fourfold: the fake lags; raise --fake-lr or "
+               "--fake-updates, or lower --generator-lr")  # fmt: skip
+    if line.get("gen_std", 0) > 1.5 * line.get("data_std", math.inf) > 0:
+        yield ("the samples' std is over 1.5 times the data's, as burnt colours have it; lower "
+               "--generator-lr, or use an earlier checkpoint")  # fmt: skip
+    if line.get("gen_motion", 0) < line.get("data_motion", 0) / 3:
+        yield ("the samples move less than a third of the data; lower --gt-weight, or raise "
+               "--sigma-shift")  # fmt: skip
+
+
+class Log:
+    """metrics.jsonl, `size` bytes of which stay, and what is said about its numbers on the way."""
+
+    def __init__(self, folder, size, tensorboard, iteration):
+        self.file, self.board = open(folder / "metrics.jsonl", "ab"), None
+        self.file.truncate(size)
+        self.file.seek(0, os.SEEK_END)
+        self.said, self.least_gap = set(), math.inf
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise Refused("--tensorboard needs: pip install tensorboard.") from error
+            self.board = SummaryWriter(folder, purge_step=iteration + 1)
+
+    def __call__(self, line):
+        self.least_gap = min(self.least_gap, line.get("relative_gap", math.inf))
+        for warning in set(warnings_of(line, self.least_gap)) - self.said:
+            print(f"\nw2svd: iteration {line['step']}: {warning}.", file=sys.stderr)
+            self.said.add(warning)
+        for name, value in line.items() if self.board else ():
+            self.board.add_scalar(name, value, line["step"])
+        self.file.write(f"{json.dumps(line)}\n".encode())
+        self.file.flush()
 
 
 def train(config):
     """Distil: the whole run, from the backbone to result.json. Returns the run's folder."""
-    from tqdm import tqdm
-
     started = time.perf_counter()
     config = choose_folder(config)
     task, folder = load_task(config), Path(config.out)
@@ -944,62 +980,60 @@ def train(config):
     show("plan", numbers)
     if config.dry_run:
         return None
-    make_folder(folder)
-    task.load()
-    torch.manual_seed(config.seed)
-    roles = Roles(task.backbone, config.lora_rank, config.alpha_weak, config.alpha_strong,
-                  config.generator, config.fake)  # fmt: skip
-    if config.checkpointing:
-        roles.use_checkpointing()
-    task.prepare()
-    state = State(config, roles, task.device)
-    if config.resume:
-        resume_from(folder, state)
-    write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
-    data, base = task.batches(state.rngs["data"]), roles.base_sum()
-    tensorboard = board(folder, state.iteration) if config.tensorboard else None
-    bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
-    with bar, open(folder / "metrics.jsonl", "a") as log:
-        while state.iteration < config.iterations:
-            tick = time.perf_counter()
-            try:
-                stats = iterate(config, state, data)
-            except FloatingPointError as error:
-                raise Refused(f"Stopped in iteration {state.iteration + 1}: {error}; start again "
-                              "in another --out with lower learning rates.") from error  # fmt: skip
-            seconds, memory = time.perf_counter() - tick, memory_mb(task.device)
-            end = state.iteration == config.iterations
-            bar.set_postfix_str(f"fake loss {float(stats['fake_loss']):.3f}, gap "
-                                f"{float(stats['relative_gap']):.3f}, {seconds * 1e3:.0f} ms, "
-                                f"{memory:.0f} MB", refresh=False)  # fmt: skip
-            bar.update()
-            if end or state.iteration % config.log_every == 0:
-                line = {"step": state.iteration, **{k: float(x) for k, x in stats.items()}}
-                line |= {"seconds": seconds, "memory_mb": memory}
-                for name, value in line.items() if tensorboard else ():
-                    tensorboard.add_scalar(name, value, state.iteration)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-            if end or state.iteration % config.save_every == 0:
-                path = folder / f"checkpoint-{state.iteration:06}.safetensors"
-                info = {"iteration": state.iteration, "base_sum": base}
-                write_safetensors(path, state.tensors(), info)
-            if end or state.iteration % config.log_every == 0:  # pictures last: they may fail
-                with state.averaged() as generator:
-                    task.on_log(state.iteration, generator)
-    if roles.base_sum() != base:
-        raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
-    with state.averaged() as generator:
-        info = generator_info(config, roles, state.iteration)
-        prefix = "transformer." if config.generator == "lora" else ""  # diffusers' names
-        tensors = {prefix + name: x for name, x in roles.state("generator").items()}
-        write_safetensors(folder / "generator.safetensors", tensors, info)
-        result, table = task.finish(Run(folder, config, generator))
-    result |= {"seconds": time.perf_counter() - started, "peak_rss_mb": peak_rss_mb(),
-               "seed": config.seed}  # fmt: skip
-    write_json(folder / "result.json", result)
+    with hold(folder):
+        task.load()
+        torch.manual_seed(config.seed)
+        roles = Roles(task.backbone, config.lora_rank, config.alpha_weak, config.alpha_strong,
+                      config.generator, config.fake)  # fmt: skip
+        if config.checkpointing:
+            roles.use_checkpointing()
+        task.prepare()
+        state = State(config, roles, task.device)
+        write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
+        with signals() as came:
+            distil(config, task, state, folder, came)
+        with state.averaged() as generator:
+            info = generator_info(config, roles, state.iteration)
+            prefix = "transformer." if config.generator == "lora" else ""  # diffusers' names
+            tensors = {prefix + name: x for name, x in roles.state("generator").items()}
+            write_safetensors(folder / "generator.safetensors", tensors, info)
+            result, table = task.finish(Run(folder, config, generator))
+        result |= {"seconds": time.perf_counter() - started, "peak_rss_mb": memory_mb("cpu"),
+                   "skipped": state.skipped, "seed": config.seed}  # fmt: skip
+        write_json(folder / "result.json", result)
     print(table)
     return folder
+
+
+def distil(config, task, state, folder, came):
+    """All iterations that are left, with their bar, log lines, checkpoints and pictures."""
+    from tqdm import tqdm
+
+    checkpoints = Checkpoints(folder)
+    size = checkpoints.restore(state) if config.resume else 0  # later lines come again
+    log = Log(folder, size, config.tensorboard, state.iteration)
+    data, base = task.batches(state.rngs["data"]), state.roles.base_sum()
+    start, end = state.iteration, config.iterations
+    bar = tqdm(range(start, end), initial=start, total=end, desc="distil", unit="it")
+    for _ in bar:
+        tick = time.perf_counter()
+        stats = {name: float(x) for name, x in iterate(config, state, data).items()}
+        cost = {"seconds": time.perf_counter() - tick, "memory_mb": memory_mb(task.device)}
+        shown = {k: x for k, x in stats.items() if k in ("fake_loss", "relative_gap")}
+        shown |= {"ms": round(cost["seconds"] * 1e3), "MB": round(cost["memory_mb"])}
+        bar.set_postfix(shown, refresh=False)
+        logs = state.iteration == end or state.iteration % config.log_every == 0
+        if logs:
+            log({"step": state.iteration, **stats, **cost})
+        if state.iteration == end or came or state.iteration % config.save_every == 0:
+            checkpoints.save(state, base, log.file, config)
+        if logs:  # pictures last: they may fail
+            with state.averaged() as generator:
+                task.on_log(state.iteration, generator)
+        if came:
+            raise KeyboardInterrupt(came[0])
+    if state.roles.base_sum() != base:
+        raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------
@@ -1149,10 +1183,10 @@ def main(argv=None):
               "less; of train's plan (--dry-run) --fp8-base lowers the base, --lora-rank trained "
               "weights and Adam, --checkpointing the blocks.", file=sys.stderr)  # fmt: skip
         return 2
-    except KeyboardInterrupt:
-        print("w2svd: interrupted; train goes on from its last checkpoint with --resume --out, "
-              "encode where it was.", file=sys.stderr)  # fmt: skip
-        return 130
+    except KeyboardInterrupt as stop:
+        print("w2svd: stopped; train goes on from its last checkpoint with --resume --out, encode "
+              "where it was.", file=sys.stderr)  # fmt: skip
+        return 128 + (stop.args or [signal.SIGINT])[0]
     except OSError as error:  # no space left, a folder that went away
         print(f"w2svd: {error}; what was written before is whole.", file=sys.stderr)
         return 2

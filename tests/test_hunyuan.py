@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hunyuan
 import w2svd
-from w2svd import Config, HunyuanVideo, Roles, fake_step, few_step_sample, generator_step
+from hunyuan import HunyuanVideo
+from w2svd import Config, Roles, fake_step, few_step_sample, generator_step
 
 PLAIN = ["--prompt-template", "{}", "--prompt-crop-start", 0]
 SIZE = ["--height", 32, "--width", 48, "--frames", 9, "--fps", 12]

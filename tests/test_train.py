@@ -57,7 +57,8 @@ def test_a_run_leaves_every_file_that_the_readme_names(tmp_path, capsys):
                      "samples.png", "training.gif", "checkpoint-000004.safetensors"}  # fmt: skip
     assert not [n for n in names if ".part" in n]
     result = json.loads((folder / "result.json").read_text())
-    assert result.keys() == {"student", "euler", "floor", "seconds", "peak_rss_mb", "seed"}
+    assert result.keys() == {"student", "euler", "floor", "seconds", "peak_rss_mb", "skipped",
+                             "seed"}  # fmt: skip
     assert result["euler"].keys() == {"1", "4", "28"} and result["student"]["steps"] == 4
     _, info = w2svd.read_safetensors(folder / "generator.safetensors")
     assert info["rank"] == info["lora_alpha"] == 4 and info["kind"] == "lora"

@@ -8,6 +8,7 @@ on the tuning seeds.
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -134,12 +135,12 @@ def table(study, case):
     for nfe in (1, 4, 28):
         row("Euler", nfe, lambda c, k=nfe: study.backbone(case, str(k), c))
         for name, steps, kind, having in METHODS:
-            if steps == nfe and study.seeds(case, kind):
-                best = study.chosen(case, kind, having, steps)
-                rate = f"{best['generator_lr']:g}"
-                if "fake_lr" in best:
-                    rate += f", {best['fake_lr']:g}"
-                row(name, nfe, lambda c, n=name, k=nfe: study.method(case, n, k, c), rate)
+            if steps != nfe or not study.seeds(case, kind):
+                continue
+            best = study.chosen(case, kind, having, steps)
+            rates = [f"{best[key]:g}" for key in ("generator_lr", "fake_lr") if key in best]
+            values = functools.partial(study.method, case, name, nfe)
+            row(name, nfe, values, ", ".join(rates))
     row("exact samples", "", lambda c: study.backbone(case, "floor", c))
     return markdown(["method", "NFE", "rate (fake's)", *columns], rows)
 

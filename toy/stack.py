@@ -133,6 +133,9 @@ class Stack:
             norms.append(state.update(role, lr, config.max_grad_norm))
         return torch.stack(norms).mean()
 
+    def skip(self, error, _):
+        raise error  # a lane that breaks would stop all
+
     def update_ema(self, _):
         for config, state in zip(self.configs, self.states):
             state.update_ema(config.ema)
