@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import re
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -100,7 +101,10 @@ def latent_space(config):
         found = VAE.load_config(config.checkpoint, subfolder="vae")
         if found.get("_class_name") != VAE.__name__:
             raise ValueError(f"its VAE is a {found.get('_class_name')}")
-        return found["latent_channels"], found["scaling_factor"]
+        channels, scaling = found["latent_channels"], found["scaling_factor"]
+        if not 0 < channels <= 1024 or not 0 < scaling < math.inf:
+            raise ValueError(f"its VAE has {channels} channels, scaled by {scaling}")
+        return channels, scaling
 
 
 @contextmanager
@@ -114,13 +118,13 @@ def reading(checkpoint):
         library.utils.logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError,
-            RuntimeError) as error:  # fmt: skip
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+            AssertionError, RuntimeError) as error:  # fmt: skip
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = (str(error).strip().splitlines() or ["?"])[0].rstrip(".")
-        raise Refused(f"--checkpoint {checkpoint} is no folder, nor a hub id within reach, with a "
-                      f"HunyuanVideo in diffusers' format: {reason}.") from error  # fmt: skip
+        reason = shown((str(error).strip().splitlines() or ["?"])[0].rstrip("."))
+        raise Refused(f"--checkpoint {shown(checkpoint)} is no folder, nor a hub id within reach, "
+                      f"with a HunyuanVideo in diffusers' format: {reason}.") from error
 
 
 def hunyuan_pipeline(config, without):
@@ -130,7 +134,7 @@ def hunyuan_pipeline(config, without):
     device, dtype = hardware()
     with reading(config.checkpoint):
         pipe = HunyuanVideoPipeline.from_pretrained(
-            config.checkpoint, dtype=dtype, **dict.fromkeys(without))  # fmt: skip
+            config.checkpoint, dtype=dtype, use_safetensors=True, **dict.fromkeys(without))
     if pipe.vae:
         pipe.vae.enable_tiling()
     pipe.set_progress_bar_config(disable=True)
@@ -152,41 +156,64 @@ def write_video(path, frames, fps):
 
 
 def digest(text):
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    # names of files need not be UTF-8: Python then gives their bytes as surrogates
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+
+
+def shown(text):
+    """Text in one line of a terminal: control characters escaped; a long one cut and marked."""
+    text = text if len(text) <= 200 else f"{text[:200]}... ({digest(text)})"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def safe_name(text):
     """A file name out of any text: no slash, no control character, at most 180 bytes."""
-    name = re.sub(r"[/\\\x00-\x1f\x7f]", "_", text)
+    name = re.sub(r"[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]", "_", text)
     short = name.encode()[:171].decode(errors="ignore")
     return name if len(name.encode()) <= 180 else f"{short}-{digest(text)}"
 
 
 def header(path):
-    """The JSON of a safetensors file's header; None if the file is not whole or not ours."""
+    """A safetensors file's own JSON and {tensor: (type, shape)}; two None if it is not ours."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(path, "rb") if path.is_file() else io.BytesIO() as file:
+            size = int.from_bytes(file.read(8), "little")
+        if not 0 < size <= 2**24:  # safetensors would take 2 GiB of memory for the 100 MB it allows
+            return None, None
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["w2svd"])
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
+            info = json.loads((file.metadata() or {})["w2svd"])
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return info, {n: (x.get_dtype(), x.get_shape()) for n, x in slices.items()}
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
+        return None, None
 
 
 def make_folder(folder):
     """Make a folder and see that files can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".part").touch()
-        (folder / ".part").unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
+
+
+def read_text(path, most=2**26):
+    """Text of a regular file of bounded size: a device may be endless, a pipe may never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file")
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"{path} has more than {most} bytes")
+    return content.decode("utf-8-sig")  # Excel begins a file with a mark
 
 
 def read_lines(path):
     """The lines of a text file that are not empty."""
     try:
-        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        return [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise Refused(f"{path} cannot be read as text ({error}).") from error
 
@@ -194,7 +221,9 @@ def read_lines(path):
 def find_clips(folder):
     """[(path, caption)] of a folder in one of the usual conventions; captions may be empty."""
     def text(name):
-        return (folder / name).read_text(encoding="utf-8-sig")  # Excel begins a file with a mark
+        if not is_inside(folder / name, folder):
+            raise OSError(f"{name} is no file of the folder")
+        return read_text(folder / name)
 
     try:
         if (folder / "metadata.jsonl").exists():
@@ -208,10 +237,11 @@ def find_clips(folder):
             films = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
             rows = [{"file_name": p.name, "text": caption_beside(p)} for p in films]
         return [(folder / row["file_name"].strip(), (row["text"] or "").strip()) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise Refused(f"--videos {folder} cannot be read ({error}): it needs a.mp4 with a.txt, "
-                      "metadata.jsonl or .csv with file_name and text, or videos.txt with "
-                      "prompt.txt.") from error  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error,
+            RecursionError) as error:  # fmt: skip
+        raise Refused(f"--videos {folder} cannot be read ({shown(str(error))}): it needs a.mp4 "
+                      "with a.txt, metadata.jsonl or .csv with file_name and text, or videos.txt "
+                      "with prompt.txt.") from error  # fmt: skip
 
 
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi")
@@ -219,21 +249,37 @@ SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi")
 
 def caption_beside(path):
     """The text of a.txt for a.mp4; empty where there is none that can be read."""
+    text = path.with_suffix(".txt")
     try:
-        return path.with_suffix(".txt").read_text(encoding="utf-8-sig")
+        return read_text(text) if is_inside(text, path.parent) else ""
     except (OSError, ValueError):
         return ""
+
+
+def is_inside(path, folder):
+    """Whether it is a regular file of the folder, also where its links end."""
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
+# No playlist, which would read other files or a network, and no end of computing: ffmpeg guesses
+# the format from the content, whatever the name says
+FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif"
+GUARD = ["-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-timelimit", "600"]
 
 
 def read_clip(path, config):
     """The first frames of a video, resampled, resized, cropped: (1, 3, T, H, W) in [-1, 1]."""
     import imageio.v3 as iio
 
-    size = f"{config.width}:{config.height}"
-    fit = f"fps={config.fps},scale={size}:force_original_aspect_ratio=increase,crop={size}"
+    w, h = config.width, config.height
+    # cropped before it is scaled: a picture of 8000 x 2 would be scaled to 192,000 x 48
+    fit = (f"fps={config.fps},crop=max(1\\,min(iw\\,ih*{w}/{h})):max(1\\,min(ih\\,iw*{h}/{w})),"
+           f"scale={w}:{h}")  # fmt: skip
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it tells every change of size
     try:
-        video = iio.imiter(path, plugin="FFMPEG", output_params=["-vf", fit])
+        # the whole path, or a name like 'concat:a' would be read as a protocol
+        video = iio.imiter(path.resolve(), plugin="FFMPEG", input_params=[*GUARD],
+                           output_params=["-vf", fit])  # fmt: skip
         frames = [torch.from_numpy(x) for x in itertools.islice(video, config.frames)]
     except (OSError, RuntimeError, ValueError, IndexError) as error:
         raise Refused("it cannot be decoded") from error
@@ -245,6 +291,8 @@ def read_clip(path, config):
 @torch.no_grad()
 def encode_text(pipe, caption, config):
     """prompt_embeds (1, L, D), trimmed to the L tokens that count, and pooled (1, P)."""
+    if len(caption) > 2**17 or re.search("[\ud800-\udfff]", caption):
+        raise Refused(f"the text {shown(caption)} is no Unicode or has over {2**17} characters.")
     own = {"template": config.prompt_template, "crop_start": config.prompt_crop_start}
     how = {"prompt_template": own} if config.prompt_template else {}
     embeds, pooled, mask = pipe.encode_prompt(caption, **how)
@@ -264,7 +312,15 @@ def encode_clip(pipe, path, info, config):
         video = video.to(pipe.device, pipe.vae.dtype)
         latents = pipe.vae.encode(video).latent_dist.mode()
         tensors["latents"] = latents.float() * info["scaling"]
-    return {name: x[0] for name, x in tensors.items()}
+    tensors = {name: x[0] for name, x in tensors.items()}
+    if path and list(tensors["latents"].shape) != info["shape"]:
+        raise Refused(f"its latents are {list(tensors['latents'].shape)}, not {info['shape']}")
+    if not all(x.isfinite().all() for x in tensors.values()):
+        raise Refused("its latents or its text are not finite")
+    return tensors
+
+
+LARGEST = 2**34  # bytes of a film; all of them are read, for the checksum
 
 
 def describe(path, caption, folder, settings):
@@ -273,40 +329,48 @@ def describe(path, caption, folder, settings):
         raise Refused("it has no caption")
     if not path:
         return settings | {"caption": caption, "source": caption}
-    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
-        raise Refused("there is no such file in the folder")
-    source = str(path.resolve().relative_to(folder.resolve()))
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        if not is_inside(path, folder):
+            raise Refused("there is no such file in the folder")
+        if path.stat().st_size > LARGEST:
+            raise Refused(f"it has more than {LARGEST >> 30} GiB: cut it into clips")
+        source = str(path.resolve().relative_to(folder.resolve()))
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # a name of 5000 letters, a file of somebody else
+        raise Refused(f"it cannot be read ({error.strerror})") from error
     return settings | {"caption": caption, "source": source, "sha256": sha256}
 
 
-def add_clip(out, path, info, config, pipe):
-    """Encode one clip unless that was done, with the same settings; returns its file's name."""
+def add_clip(out, path, info, config, pipe, clips):
+    """Encode one clip unless that was done, with the same settings; its file joins `clips`."""
     name = f"{safe_name(info['source'])}-{digest(info['source'])}.safetensors"
-    if header(out / name) != info:
+    if name in clips:
+        raise Refused("it is listed twice")
+    if header(out / name)[0] != info:
         write_safetensors(out / name, encode_clip(pipe, path, info, config), info)
-    return name
+    clips[name] = info
 
 
 def add_clips(found, out, folder, settings, config, pipe):
     """Encode all; the names of the files, and the clips that cannot be used with the reasons."""
     from tqdm import tqdm
 
-    clips, skipped = [], {}
+    clips, skipped = {}, {}
     with tqdm(found, desc="encode", unit="clip") as bar:
         for path, caption in bar:
             try:
                 info = describe(path, caption, folder, settings)
-                clips.append(add_clip(out, path, info, config, pipe))
+                add_clip(out, path, info, config, pipe, clips)
             except Refused as reason:
-                skipped[str(path or caption)] = str(reason)
+                skipped[f"{len(skipped) + 1}. {shown(str(path or caption))}"] = str(reason)
             bar.set_postfix_str(f"{len(skipped)} skipped")
-    return clips, skipped
+    return list(clips), skipped
 
 
-def encode(config, videos="", prompts=""):
-    """Clips with captions, or captions alone, into config.out; 1 if any was skipped, or else 0."""
+def encode(videos="", prompts="", **settings):
+    """Clips with captions, or captions alone, into --out; 1 if any was skipped, or else 0."""
+    config = Config(**{"model": "hunyuan"} | settings)
     if bool(videos) == bool(prompts) or not config.out or config.model != "hunyuan":
         raise Refused("encode needs --out and either --videos, a folder, or --prompts, a file, for "
                       "--model hunyuan; the toy encodes nothing.")  # fmt: skip
@@ -345,15 +409,16 @@ def encoded_with(folder):
 def read_index(folder):
     """What encode left in its folder: settings, clips, skipped."""
     try:
-        index = json.loads((Path(folder) / "index.json").read_text())
-        settings = index["settings"]
+        index = json.loads(read_text(Path(folder) / "index.json"))
+        settings, clips = index["settings"], index["clips"]
         same = all(type(settings[name]) is type(getattr(Config, name)) for name in ENCODED)
-        if same and {"scaling", "shape"} <= settings.keys() and index["clips"]:
+        named = isinstance(clips, list) and all(isinstance(name, str) for name in clips)
+        if same and named and {"scaling", "shape"} <= settings.keys() and clips:
             return index
     except OSError as error:
         raise Refused(f"--data {folder} holds no encoded clips: run encode --out {folder} first, "
                       "or name a folder that it wrote.") from error  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # as a file that lacks something
     raise Refused(f"{folder}/index.json is damaged: run encode again; it keeps what is done.")
 
@@ -368,17 +433,29 @@ def encoded_clips(config, shape, sizes):
     wanted = {"shape": index["settings"]["shape"] and shape, "scaling": scaling}
     paths = [folder / Path(name).name for name in index["clips"]]
     for path in paths:
-        info = header(path)
-        if info is None:
+        info, tensors = header(path)
+        if not isinstance(info, dict) or not fits_a_clip(tensors, info.get("shape")):
             raise Refused(f"{path} is not a whole clip: run encode again; it keeps what is done.")
         differ = {name: info.get(name) for name in wanted if info.get(name) != wanted[name]}
         if differ:
-            raise Refused(f"{path} was encoded with {differ}, this run has {wanted}: encode for "
-                          "it, or leave --height, --width and --frames to the data.")  # fmt: skip
-    text = [read_safetensors(paths[0])[0][name].shape[-1] for name in ("prompt_embeds", "pooled")]
-    if text != [sizes.text_embed_dim, sizes.pooled_projection_dim]:
-        raise Refused(f"{folder} was encoded for another model: its text is {text} numbers wide.")
+            raise Refused(f"{path} was encoded with {shown(str(differ))}, this run has {wanted}: "
+                          "encode for it, or leave --height, --width and --frames to the data.")
+        text = [tensors[name][1][-1] for name in ("prompt_embeds", "pooled")]
+        if text != [sizes.text_embed_dim, sizes.pooled_projection_dim]:
+            raise Refused(f"{path} was encoded for another model: its text is {text} numbers wide.")
     return paths
+
+
+def fits_a_clip(tensors, shape):
+    """Whether these are a clip's tensors by type and shape; `shape` is its latents', or None."""
+    tensors = dict(tensors)
+    latents = tensors.pop("latents", ("F32", None))
+    if latents != ("F32", shape) or set(tensors) != {"prompt_embeds", "pooled"}:
+        return False
+    (kind, text), (pooled_kind, pooled) = tensors["prompt_embeds"], tensors["pooled"]
+    # 256 tokens are HunyuanVideo's most
+    return ({kind, pooled_kind} <= {"F32", "BF16", "F16"} and len(pooled) == 1
+            and len(text) == 2 and 0 < text[0] <= 1024)  # fmt: skip
 
 
 # ---- the task ------------------------------------------------------------------------------------
@@ -398,6 +475,16 @@ class Task:
         self.config, (self.device, self.dtype) = config, hardware()
         self.backbone = HunyuanVideo(config, self.empty(), torch.bfloat16)
         self.shape = latent_shape(config, self.backbone.module.config.in_channels)
+        with reading(config.checkpoint), torch.no_grad():  # do the config's sizes go together?
+            self.backbone.velocity(*self.nothing())
+
+    def nothing(self):
+        """Inputs of a velocity on the meta device, which has shapes and no numbers."""
+        sizes = self.backbone.module.config
+        with torch.device("meta"):
+            cond = {"prompt_embeds": torch.empty(1, 256, sizes.text_embed_dim),
+                    "pooled": torch.empty(1, sizes.pooled_projection_dim)}  # fmt: skip
+            return torch.empty(1, *self.shape), torch.empty(1), cond
 
     def empty(self):
         """The transformer without weights, on the meta device, in bf16."""
@@ -410,7 +497,10 @@ class Task:
         if found.get("_class_name") != Model.__name__ or found.get("image_condition_type"):
             raise Refused(f"--checkpoint {self.config.checkpoint} is not a text-to-video "
                           "HunyuanVideo: its transformer's config says otherwise.")  # fmt: skip
-        with torch.device("meta"):
+        with reading(self.config.checkpoint), torch.device("meta"):
+            sizes = [x for x in found.values() if isinstance(x, int)]
+            if max(sizes, default=0) > 2**16:
+                raise ValueError(f"its transformer's config has a size of {max(sizes)}")
             return Model.from_config(found).bfloat16()
 
     def load(self):
@@ -435,7 +525,8 @@ class Task:
             self.clips = encoded_clips(config, self.shape, sizes)
             with reading(config.checkpoint):
                 module = Model.from_pretrained(
-                    config.checkpoint, subfolder="transformer", dtype=self.dtype)  # fmt: skip
+                    config.checkpoint, subfolder="transformer", dtype=self.dtype,
+                    use_safetensors=True)  # fmt: skip
         with reading(config.checkpoint):
             module = module.to(self.device, self.dtype).requires_grad_(False)
         self.backbone = HunyuanVideo(config, module, self.dtype)
@@ -452,10 +543,11 @@ class Task:
     def read(self, i):
         """Clip i as a batch of one; x0 is 0 where there is a caption alone."""
         random = self.config.weights == "random"
+        name = "noise" if random else str(self.clips[i])  # for an error to say
         tensors = self.noise if random else read_safetensors(self.clips[i])[0]
         cond = {name: x[None].to(self.device) for name, x in tensors.items()}
         x0 = cond.pop("latents", torch.zeros(1, *self.shape, device=self.device))
-        return {"x0": x0, "cond": cond}
+        return {"x0": x0, "cond": cond, "name": name}
 
     def batches(self, rng):
         while True:
@@ -470,9 +562,7 @@ class Task:
         sizes = backbone.module.config
         with torch.device("meta"):
             roles = Roles(backbone, config.lora_rank, 0.25, 1, config.generator, config.fake)
-            cond = {"prompt_embeds": torch.empty(1, 256, sizes.text_embed_dim),
-                    "pooled": torch.empty(1, sizes.pooled_projection_dim)}  # fmt: skip
-            inputs = torch.empty(1, *self.shape), torch.empty(1), cond
+        inputs = self.nothing()
         memory = self.memory(backbone, roles, inputs)
         with FlopCounterMode(display=False) as plain, torch.no_grad():
             roles.fake(*inputs)
@@ -558,6 +648,8 @@ class Task:
             views.append(self.decode(plain))
         folder = Path(config.out) / "samples"
         folder.mkdir(exist_ok=True)
+        if folder.is_symlink():
+            raise Refused(f"{folder} leads out of the run's folder; remove the link.")
         write_video(folder / f"{step:06}.mp4", views[0], config.fps)
         beside = torch.cat([torch.from_numpy(view) for view in views], dim=2).numpy()
         write_video(folder / f"{step:06}.gif", beside[::2], config.fps / 2)
@@ -569,6 +661,19 @@ class Task:
         if run.config.weights == "random":
             return result, "done; random weights have nothing to show"
         return result, f'now: w2svd.py sample --run {run.folder} --prompt "..." --out video.mp4'
+
+    def check_generator(self, tensors):
+        """Refuse weights that are not finite or not of this model; before anything is written."""
+        config = self.config
+        with torch.device("meta"):
+            twin = HunyuanVideo(config, self.empty(), torch.bfloat16)
+            state = Roles(twin, config.lora_rank, 0.25, 1, config.generator).state("generator")
+        prefix = "transformer." if config.generator == "lora" else ""
+        wanted = {prefix + name: x.shape for name, x in state.items()}
+        whole = all(x.dtype == torch.float32 and x.isfinite().all() for x in tensors.values())
+        if not whole or {name: x.shape for name, x in tensors.items()} != wanted:
+            raise Refused(f"The generator of {config.out} is damaged or of another model: its "
+                          "tensors differ in names or shapes, or are not finite float32.")
 
     def sample(self, tensors, info, out, seed, prompt="", prompts="", videos_per_prompt=1,
                lora_scale=1.0, compare=False):  # fmt: skip
@@ -583,6 +688,7 @@ class Task:
             raise Refused(f"{prompts or out} is empty or of the wrong kind.")
         if not -100 < lora_scale < 100 or info["kind"] == "full" and lora_scale != 1:
             raise Refused("--lora-scale must lie in (-100, 100); a full generator has none.")
+        self.check_generator(tensors)
         reader = hunyuan_pipeline(config, ("transformer", "vae"))
         jobs = {text: encode_text(reader, text, config) for text in texts}
         del reader  # before the transformer comes; cycles hold it
@@ -692,8 +798,9 @@ def export(run, format, out):
     refuse_random(config)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"{out} is in use: name a new folder as --out.")
+    run_task = task(config)
+    run_task.check_generator(tensors)
     make_folder(out)
-    task = Task(config)
     if format == "merged":
         pipe = hunyuan_pipeline(config, (*TEXT, "vae"))
         load_generator(pipe, tensors, info)
@@ -702,17 +809,18 @@ def export(run, format, out):
             pipe.unload_lora_weights()
         pipe.transformer.save_pretrained(out)
     elif format == "comfyui":
-        sizes = task.backbone.module.config
+        sizes = run_task.backbone.module.config
         mlp = int(sizes.num_attention_heads * sizes.attention_head_dim * sizes.mlp_ratio)
         write_safetensors(out / "w2svd_comfyui.safetensors", to_comfyui(tensors, mlp), info)
     else:
         lora = {"r": info["rank"], "lora_alpha": info["lora_alpha"],
-                "target_modules": task.backbone.lora_targets}  # fmt: skip
+                "target_modules": run_task.backbone.lora_targets}  # fmt: skip
         adapter = json.dumps({f"transformer.{name}": value for name, value in lora.items()})
         path = out / "pytorch_lora_weights.safetensors"
         write_safetensors(path, tensors, info, lora_adapter_metadata=adapter)
-    (out / "README.md").write_text(card(run, config, info, format))
+    (out / "README.md").write_text(card(run, config, info, format), errors="backslashreplace")
     print(f"wrote {out}, for {format}")
+    return 0
 
 
 CARD = """---
@@ -757,10 +865,6 @@ USE = {
 def card(run, config, info, format):
     """The model card: base, licence, grid, how to sample, which data, what was measured."""
     try:
-        measured = json.loads((Path(run) / "result.json").read_text())["student"]
-    except (OSError, ValueError, KeyError):
-        measured = {}
-    try:
         index = read_index(config.data)
         size = f"clips of {config.frames} frames of {config.height} x {config.width}"
         kind = size if index["settings"]["shape"] else "captions without clips"
@@ -768,12 +872,16 @@ def card(run, config, info, format):
     except Refused:
         index, trained_on = None, f"{config.data}, which was not there at the export"
     own = ("gen", "data") if index and index["settings"]["shape"] else ("gen",)
-    shown = {name: round(x, 4) for name, x in measured.items() if name.startswith(own)}
+    try:
+        student = json.loads(read_text(Path(run) / "result.json"))["student"]
+        measured = {name: round(x, 4) for name, x in student.items() if name.startswith(own)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        measured = {}
     adapter = f"LoRA of rank {info['rank']}, alpha {info['lora_alpha']}"
     return CARD.format(**dataclasses.asdict(config) | info | {
         "format": format, "trained_on": trained_on, "use": USE[format],
         "what": adapter if info["kind"] == "lora" else "all weights", "path": info["sigmas"][:-1],
-        "measured": shown or "not measured",
+        "measured": measured or "not measured",
     })  # fmt: skip
 
 
@@ -784,6 +892,9 @@ def check_clips(config):
                       f"{config.width}.")  # fmt: skip
     if config.frames < 5 or config.frames % 4 != 1:
         raise Refused(f"--frames must be 4 k + 1, as 61 or 129, not {config.frames}.")
+    if config.frames * config.height * config.width > 2**28:
+        raise Refused(f"{config.frames} frames of {config.height} x {config.width} are too many: "
+                      "two times 129 of 720 x 1280 are about the most.")  # fmt: skip
     if not 0 <= config.embedded_guidance <= 100 or not 0 <= config.prompt_crop_start <= 1000:
         raise Refused("--embedded-guidance must lie in [0, 100], --prompt-crop-start in [0, 1000].")
     braces = re.sub(r"[^{}]", "", config.prompt_template)

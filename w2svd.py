@@ -31,7 +31,6 @@ Notation and conventions (B batch, C channels, T frames, H, W; any (B, ...) will
 Commands
     python w2svd.py train --model toy                       a tiny DiT, checked by an exact answer
     python w2svd.py sample --run runs/toy --n 1000 --out samples.png
-    python w2svd.py train --help                            every setting with meaning and source
     python w2svd.py encode --model hunyuan --videos my_clips/ --out data/    once: latents and text
     python w2svd.py train  --model hunyuan --data data/ --out runs/portrait  one 80 GB GPU
     python w2svd.py sample --run runs/portrait --prompt "a woman talks" --out talk.mp4
@@ -51,10 +50,10 @@ the paper's table; on the toy the input is a rollout, the fake learns final samp
 from __future__ import annotations
 
 import argparse
-import collections
 import copy
 import dataclasses
 import hashlib
+import importlib
 import importlib.metadata
 import inspect
 import json
@@ -71,6 +70,7 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -137,7 +137,7 @@ class Config:
     seed: int = 0  # the same seed gives the same bits on the same machine / ours
     log_every: int = 50  # iterations between lines of metrics.jsonl / ours
     save_every: int = 250  # iterations between checkpoints / peer
-    keep: int = 3  # the newest checkpoints stay / ours
+    keep: int = 3  # the newest checkpoints stay, 2 at least / ours
     keep_every: int = 250  # and those at its multiples, as later is not always better / peer
     max_skipped: int = 10  # updates left out for a value that is not finite; then it stops / ours
     sample_every: int = 250  # hunyuan: iterations between sampled videos / ours
@@ -167,36 +167,36 @@ PRESETS = {
 }  # fmt: skip
 
 
-def check(config: Config, given=()) -> None:
+def check(c: Config, given=()) -> None:
     """Refuse settings that contradict each other, with the reason; `given` flags came by name."""
-    for name in ("steps", "iterations", "fake_updates", "batch", "lora_rank", "log_every",
-                 "save_every", "sample_every", "shift", "sigma_shift", "alpha_strong", "tflops",
-                 "generator_lr", "fake_lr", "max_grad_norm", "accumulate", "fps", "keep",
-                 "keep_every"):  # fmt: skip
-        value = getattr(config, name)
-        if not 0 < value < math.inf:
-            raise Refused(f"--{name.replace('_', '-')} must be above 0, not {value}.")
-    if not 0 <= config.alpha_weak <= config.alpha_strong < math.inf:
-        raise Refused(f"--alpha-weak must lie in [0, alpha_strong = {config.alpha_strong}], "
-                      f"not {config.alpha_weak}.")  # fmt: skip
     of_adapters = {"alpha_weak", "alpha_weak_schedule", "alpha_strong", "fake_weight_decay"}
-    if config.fake == "full" and of_adapters & set(given):
-        raise Refused("--fake full has no adapter to weigh or to decay: its real DiT is the plain "
-                      "backbone; leave alphas and --fake-weight-decay out, or use --fake lora.")
-    if not 0 <= config.sigma_low < config.sigma_high <= 1:
-        raise Refused("--sigma-low and --sigma-high must satisfy 0 <= low < high <= 1.")
-    if not 0 <= config.ema < 1:
-        raise Refused(f"--ema must lie in [0, 1), not {config.ema}; 0 is off.")
-    for name in ("gt_weight", "fake_warmup", "fake_weight_decay", "seed", "gpu_memory",
-                 "max_skipped"):  # fmt: skip
-        if not 0 <= getattr(config, name) < 2**53:
-            raise Refused(f"--{name.replace('_', '-')} must lie in [0, 2**53).")
-    if config.gt_weight and config.generator_input == "rollout":
-        raise Refused("--gt-weight needs --generator-input paired: a rollout starts from noise, "
-                      "so no ground truth belongs to its sample.")  # fmt: skip
-    if config.gt_weight and config.steps == 1:
-        raise Refused("--gt-weight needs more than one step: a one-step generator reads "
-                      "pure noise, which pairs with no ground truth.")  # fmt: skip
+    rules = [
+        (0 <= c.alpha_weak <= c.alpha_strong,
+         f"--alpha-weak must lie in [0, alpha_strong = {c.alpha_strong}], not {c.alpha_weak}"),
+        (c.fake == "lora" or not of_adapters & set(given),
+         "--fake full has no adapter to weigh or to decay: its real DiT is the plain backbone; "
+         "leave alphas and --fake-weight-decay out, or use --fake lora"),
+        (0 <= c.sigma_low < c.sigma_high <= 1,
+         "--sigma-low and --sigma-high must satisfy 0 <= low < high <= 1"),
+        (c.keep > 1, "--keep must be at least 2: one stays whole while another is written"),
+        (c.ema < 1, f"--ema must lie in [0, 1), not {c.ema}; 0 is off"),
+        (not c.gt_weight or c.generator_input == "paired",
+         "--gt-weight needs --generator-input paired: a rollout starts from noise, so no ground "
+         "truth belongs to its sample"),
+        (not c.gt_weight or c.steps > 1,
+         "--gt-weight needs more than one step: a one-step generator reads pure noise, which "
+         "pairs with no ground truth"),
+    ]  # fmt: skip
+    for holds, sentence in rules:
+        if not holds:
+            raise Refused(f"{sentence}.")
+    may_be_0 = ("sigma_low", "ema", "guidance", "prompt_crop_start", "alpha_weak", "max_skipped")
+    for name, value in dataclasses.asdict(c).items():
+        most = {"steps": 1000, "batch": 2**16, "lora_rank": 4096, "iterations": 999_999}
+        most, zero = most.get(name, 2**53), name in may_be_0 or not getattr(Config, name)
+        if type(value) in (int, float) and not (0 <= value <= most and (value or zero)):
+            raise Refused(f"--{name.replace('_', '-')} must be {'at least' if zero else 'above'} 0 "
+                          f"and at most {most}, not {value}.")  # fmt: skip
 
 
 # ---- 2. Flow matching ----------------------------------------------------------------------------
@@ -503,6 +503,8 @@ def generator_step(roles, batch, x_in, sigma_in, sigma, eps, gt_weight=0.0, gt_s
             v_fake, v_real = roles.fake(x_t, sigma, cond), roles.real(x_t, sigma, cond)
             if guidance != 1:
                 v_real = guided(v_real, roles.real(x_t, sigma, None), guidance)
+            require_finite("the fake's velocity", v_fake, sigma)
+            require_finite("the real DiT's velocity", v_real, sigma)
             x0_fake = x0_from_velocity(x_t, v_fake, sigma)
             x0_real = x0_from_velocity(x_t, v_real, sigma)
             g = dmd_gradient(x_gen, x0_real, x0_fake)
@@ -518,11 +520,8 @@ def generator_step(roles, batch, x_in, sigma_in, sigma, eps, gt_weight=0.0, gt_s
 
 def health(x_gen, x0, x0_fake, x0_real, v_fake, v_real):
     """What losses do not tell, as detached numbers; the README has the healthy ranges."""
-    def rms(x):
-        return _accurate(x).square().mean().sqrt()
-
     stats = {
-        "relative_gap": rms(x0_fake - x0_real) / rms(x0_real),
+        "relative_gap": _accurate(x0_fake - x0_real).norm() / _accurate(x0_real).norm(),
         "cos_fake_real": torch.cosine_similarity(
             _accurate(v_fake).flatten(1), _accurate(v_real).flatten(1)
         ).mean(),
@@ -543,14 +542,8 @@ def health(x_gen, x0, x0_fake, x0_real, v_fake, v_real):
 
 
 def load_task(config):
-    """The model and data that `config` names, as a task."""
-    if config.model == "hunyuan":
-        import hunyuan
-
-        return hunyuan.task(config)
-    import toy  # the only import of the toy: everything of it lives there
-
-    return toy.task(config)
+    """The model and data that `config` names, as a task: of toy/ or of hunyuan.py."""
+    return importlib.import_module(config.model).task(config)
 
 
 # ---- 8. Files: safetensors and JSON --------------------------------------------------------------
@@ -579,14 +572,24 @@ def whole(path):
         half.unlink(missing_ok=True)
 
 
+def checksum(tensors, info):
+    """SHA-256 of names, types, shapes, bits and the header's JSON string, in hexadecimal."""
+    sha256 = hashlib.sha256(info.encode())
+    for name, x in sorted(tensors.items()):
+        sha256.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        sha256.update(x.reshape(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()
+
+
 def write_safetensors(path, tensors, info, **metadata):
-    """Tensors and one JSON string under 'w2svd' in the header; whole or not at all."""
+    """Tensors, one JSON string under 'w2svd' in the header, a checksum; whole or not at all."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    info = json.dumps(info, sort_keys=True)
+    metadata |= {"w2svd": info, "w2svd_sha256": checksum(tensors, info)}
     with whole(path) as half:
-        metadata = {"w2svd": json.dumps(info, sort_keys=True)} | metadata
         try:
             save_file(tensors, half, metadata=metadata)
         except SafetensorError as error:  # a full disk, among others
@@ -594,24 +597,21 @@ def write_safetensors(path, tensors, info, **metadata):
 
 
 def read_safetensors(path):
-    """Back: (tensors, info). A file that is missing, truncated or not ours is refused."""
+    """Back: (tensors, info). A file that is missing, damaged or not ours is refused."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            info = json.loads((file.metadata() or {})["w2svd"])
-            return {name: file.get_tensor(name) for name in file.keys()}, info
+            found = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if checksum(tensors, found["w2svd"]) != found["w2svd_sha256"]:
+            raise ValueError("its checksum differs")
+        return tensors, json.loads(found["w2svd"])
     except KeyError as error:
-        raise Refused(f"{path} was not written by w2svd: its header has no 'w2svd'.") from error
+        raise Refused(f"{path} was not written by w2svd: its header has no {error}.") from error
     except (SafetensorError, OSError, ValueError) as error:
-        what = "is not a whole safetensors file" if path.exists() else "does not exist"
+        what = "is damaged" if path.exists() else "does not exist"
         raise Refused(f"{path} {what} ({error}).") from error
-
-
-def checksum(path):
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path, content):
@@ -626,19 +626,18 @@ def hold(folder):
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".part").touch()
-        (folder / ".part").unlink()
-    except OSError as error:
-        raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
-    lock = os.open(folder, os.O_RDONLY)
-    try:
+        lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for half in folder.glob(".*.part*"):
-            half.unlink()  # of a process that was killed
-        yield
+        for half in (folder / ".0.part", *folder.glob("**/.[0-9]*.part*")):  # the first: a try
+            half.touch()
+            half.unlink()  # the others: of processes that were killed
     except BlockingIOError as error:
         raise Refused(f"Another process is at work in {folder}; wait for it, or name another "
                       "--out.") from error  # fmt: skip
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
+    try:
+        yield
     finally:
         os.close(lock)
 
@@ -664,11 +663,10 @@ class State:
 
     def __init__(self, config, roles, device):
         self.roles, self.iteration, self.skipped = roles, 0, 0
-        decay = {"generator": 0.0, "fake": config.fake_weight_decay}
         self.optimizers = {  # author-code: betas. No momentum, as the gradients' target moves
             role: torch.optim.AdamW(roles.parameters(role), betas=(0.0, 0.999),
-                                    weight_decay=decay[role], fused=True)
-            for role in decay
+                                    weight_decay=decay, fused=True)
+            for role, decay in (("generator", 0.0), ("fake", config.fake_weight_decay))
         }  # fmt: skip
         self.ema = {n: p.detach().clone() for n, p in roles.state("generator").items()}
         names = ("data", "input", "exit", "level", "noise")
@@ -687,14 +685,17 @@ class State:
         self.optimizers[role].zero_grad()
         return norm
 
-    def skip(self, error, most):
+    def skip(self, error, drawn, most):
         """Leave an update out, up to so many times, for a value that is not finite."""
         self.skipped += 1
-        sentence = f"iteration {self.iteration + 1}: {error}"
+        read = [f"{batch.get('name', 'a batch')} at sigma {sigma.min():.4f} to {sigma.max():.4f}"
+                for batch, sigma in drawn]  # fmt: skip
+        sentence = f"iteration {self.iteration + 1}: {error}; it read {', '.join(read)}"
         if self.skipped > most:
-            raise Refused(f"Stopped in {sentence}, after {most} updates left out for the like; "
-                          "start again in another --out with lower rates.") from error
-        print(f"w2svd: {sentence}; this update is left out.", file=sys.stderr)
+            raise Refused(f"Stopped in {sentence}, after {most} updates left out for the like; the "
+                          "last checkpoint is kept; start again in another --out with lower rates, "
+                          "or without that clip.") from error  # fmt: skip
+        print(f"\nw2svd: {sentence}; this update is left out.", file=sys.stderr)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
 
@@ -759,20 +760,17 @@ def iterate(config, state, data):
     """One iteration: the fake's updates, then one of the generator. Returns detached numbers."""
     roles = state.roles
 
-    def backward(step, final, weights):
-        batch, x_in, sigma_in, *noise = draw(config, state, data, final)
-        try:
-            require_finite("the data", batch["x0"], sigma_in)
-            return step(roles, batch, x_in, sigma_in, *noise, *weights)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}{batch.get('name', '')}") from error
-
     def update(role, step, lr, final, *weights):
+        drawn, every = [], []  # drawn: for an error to name
         try:
-            every = [backward(step, final, weights) for _ in range(config.accumulate)]
+            for _ in range(config.accumulate):
+                batch, x_in, sigma_in, sigma, eps = draw(config, state, data, final)
+                drawn.append((batch, sigma))
+                require_finite("the data", batch["x0"], sigma_in)
+                every.append(step(roles, batch, x_in, sigma_in, sigma, eps, *weights))
             norm = state.update(role, lr, config.max_grad_norm, config.accumulate)
         except FloatingPointError as error:
-            state.skip(error, config.max_skipped)
+            state.skip(error, drawn, config.max_skipped)
             return {}
         stats = {name: sum(s[name] for s in every) / len(every) for name in every[0]}
         return {**stats, "grad_norm" if role == "generator" else "fake_grad_norm": norm}
@@ -781,8 +779,7 @@ def iterate(config, state, data):
     slower = lr_factor(config, state.iteration)
     warmup = config.fake_warmup if state.iteration == 0 else 0
     for _ in range(warmup + config.fake_updates):
-        final = config.fake_samples == "final"
-        fake = update("fake", fake_step, config.fake_lr * slower, final)
+        fake = update("fake", fake_step, config.fake_lr * slower, config.fake_samples == "final")
     weights = config.gt_weight, config.gt_skip_noise, config.guidance
     stats = update("generator", generator_step, config.generator_lr * slower, False, *weights)
     state.update_ema(config.ema)
@@ -796,18 +793,25 @@ def memory_mb(device):
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource  # not on Windows
 
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def read_run(folder):
     """The Config that a run folder was made with; a folder that is not one is refused."""
     path = Path(folder) / "config.json"
     try:
-        return Config(**json.loads(path.read_text())["config"])
+        config = Config(**json.loads(path.read_text())["config"])
+        for name, kind in typing.get_type_hints(Config).items():
+            value = getattr(config, name)
+            choices = typing.get_args(kind) or ((float, int) if kind is float else (kind,))
+            if value not in choices and type(value) not in choices:
+                raise ValueError(f"{name} is {value!r}")
+        check(config)
+        return config
     except OSError as error:
         raise Refused(f"{folder} is not a run folder: {path.name} cannot be read in it.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Refused(f"{path} is not the config of a run of this version ({error}).") from error
 
 
@@ -830,16 +834,14 @@ def commit():
 
 def plan(config, task):
     """Numbers that follow from the config: parameters, shape, passes of each kind, their costs."""
-    module = task.backbone.module  # not loaded yet; load() brings one without these adapters
-    backbone_parameters = sum(p.numel() for p in module.parameters())
-    with torch.device("meta"):
+    backbone_parameters = sum(p.numel() for p in task.backbone.module.parameters())
+    with torch.device("meta"):  # nothing is loaded yet; load() brings one without these adapters
         roles = Roles(task.backbone, config.lora_rank, config.alpha_weak, config.alpha_strong,
                       config.generator, config.fake)  # fmt: skip
     once = (config.steps - 1) / 2 if config.generator_input == "rollout" else 0  # the mean exit
     fake_once = 2 * once if config.fake_samples == "final" else once
-    fakes, real = config.fake_updates, 1 + (config.guidance != 1)
-    forwards = fakes * (1 + fake_once) + once + 1 + real
-    packages = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
+    fakes = config.fake_updates
+    forwards = fakes * (1 + fake_once) + once + 2 + (config.guidance != 1)
     return {
         "backbone_parameters": backbone_parameters,
         "generator_parameters": sum(p.numel() for p in roles.parameters("generator")),
@@ -850,8 +852,9 @@ def plan(config, task):
         "forwards_with_gradient_per_iteration": fakes + 1,
         "fake_updates_in_all": config.fake_warmup + fakes * config.iterations,
         **task.costs(forwards, fakes + 1),
-        "versions": {"python": sys.version.split()[0],
-                     **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {"python": sys.version.split()[0]} | {
+            name: importlib.metadata.version(name) for name in
+            ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")},
         "commit": commit(),
     }  # fmt: skip
 
@@ -862,43 +865,48 @@ def show(title, items):
         print(f"  {name:40} {value}" if name != title else title)
 
 
-class Checkpoints:
-    """The checkpoints of a run folder; checkpoints.json lists the whole ones, the newest last."""
+def checkpoints(folder):
+    """The checkpoints of a run folder, the newest last; a half-written one has another name."""
+    return sorted(folder.glob(f"checkpoint-{'[0-9]' * 6}.safetensors"))
 
-    def __init__(self, folder):
-        self.folder, self.list = folder, folder / "checkpoints.json"
-        self.every = json.loads(self.list.read_text()) if self.list.exists() else []
 
-    def save(self, state, base_sum, log, config):
-        """Write one, then list it with its checksum, then delete what need not stay."""
-        os.fsync(log.fileno())
-        name = f"checkpoint-{state.iteration:06}.safetensors"
-        info = {"iteration": state.iteration, "base_sum": base_sum, "skipped": state.skipped}
-        write_safetensors(self.folder / name, state.tensors(), info)
-        entry = {"file": name, "iteration": state.iteration, "sha256": checksum(self.folder / name),
-                 "metrics_bytes": log.tell()}  # fmt: skip
-        every = [x for x in self.every if x["iteration"] < state.iteration] + [entry]
-        self.every = [x for x in every[: -config.keep] if x["iteration"] % config.keep_every == 0]
-        self.every += every[-config.keep :]
-        write_json(self.list, self.every)
-        for entry in (x for x in every if x not in self.every):
-            (self.folder / entry["file"]).unlink(missing_ok=True)
+def save_checkpoint(folder, state, base_sum, config):
+    """Delete what need not stay beside the new one, write it, point to it."""
+    flush(folder / "metrics.jsonl")
+    lines = (folder / "metrics.jsonl").read_bytes()
+    info = {"iteration": state.iteration, "base_sum": base_sum, "skipped": state.skipped,
+            "metrics_bytes": len(lines), "metrics_sha256": hashlib.sha256(lines).hexdigest(),
+            "config": dataclasses.asdict(config)}  # fmt: skip
+    path = folder / f"checkpoint-{state.iteration:06}.safetensors"
+    older = [other for other in checkpoints(folder) if other < path]
+    for other in older[: 1 - config.keep]:
+        if int(other.stem[-6:]) % config.keep_every:
+            other.unlink()
+    write_safetensors(path, state.tensors(), info)
+    write_json(folder / "newest.json", {"checkpoint": path.name})
 
-    def restore(self, state):
-        """Put the newest whole one into `state`; the length of metrics.jsonl then, in bytes."""
-        for entry in reversed(self.every):
-            path = self.folder / entry["file"]
-            if not path.exists() or checksum(path) != entry["sha256"]:
-                print(f"{path} is damaged or gone; the one before it is used.", file=sys.stderr)
-                continue
+
+def restore_checkpoint(folder, state):
+    """Put the newest whole one into `state`; the length of metrics.jsonl then, in bytes."""
+    log = folder / "metrics.jsonl"
+    lines = log.read_bytes() if log.exists() else b""
+    for path in reversed(checkpoints(folder)):
+        try:
             tensors, info = read_safetensors(path)
-            # close, not equal: another kind of GPU adds up in another order
-            if not math.isclose(info["base_sum"], state.roles.base_sum(), rel_tol=1e-9):
-                raise Refused(f"{path} is not a checkpoint of this backbone: --cache or "
-                              "--checkpoint holds another.")  # fmt: skip
-            state.restore(tensors, info)
-            return entry["metrics_bytes"]
-        return 0
+            lines = lines[: info["metrics_bytes"]]
+            if hashlib.sha256(lines).hexdigest() != info["metrics_sha256"]:
+                raise Refused(f"{log} is damaged in the part that {path.name} goes on from.")
+        except Refused as damage:
+            print(f"w2svd: {damage} The one before it, or else the beginning, is used.",
+                  file=sys.stderr)  # fmt: skip
+            continue
+        # close, not equal: another kind of GPU adds up in another order
+        if not math.isclose(info["base_sum"], state.roles.base_sum(), rel_tol=1e-9):
+            raise Refused(f"{path} is not a checkpoint of this backbone: --cache or --checkpoint "
+                          "holds another.")  # fmt: skip
+        state.restore(tensors, info)
+        return len(lines)
+    return 0
 
 
 @contextmanager
@@ -917,46 +925,43 @@ def signals():
             signal.signal(number, handler)
 
 
-Run = collections.namedtuple("Run", "folder config generator")  # for finish(); a velocity
-
-
-def generator_info(config, roles, iteration):
+def generator_info(config, base_sum, iteration):
     """The header of generator.safetensors: all that sampling needs besides the backbone."""
     names = ("model", "data", "checkpoint", "steps", "shift", "alpha_weak", "alpha_strong",
              "guidance", "embedded_guidance", "seed")  # fmt: skip
     return {name: getattr(config, name) for name in names} | {
         "kind": config.generator, "rank": config.lora_rank, "lora_alpha": config.lora_rank,
         "sigmas": few_step_sigmas(config.steps, config.shift).tolist(),
-        "step": iteration, "base_sum": roles.base_sum(),
+        "step": iteration, "base_sum": base_sum,
     }  # fmt: skip
 
 
 def warnings_of(line, least_gap):
     """Which health numbers left their range, and what to change: sentences."""
-    if line.get("relative_gap", 0) > max(4 * least_gap, 0.2):
-        yield ("the relative gap has grown fourfold: the fake lags; raise --fake-lr or "
-               "--fake-updates, or lower --generator-lr")  # fmt: skip
-    if line.get("gen_std", 0) > 1.5 * line.get("data_std", math.inf) > 0:
-        yield ("the samples' std is over 1.5 times the data's, as burnt colours have it; lower "
-               "--generator-lr, or use an earlier checkpoint")  # fmt: skip
-    if line.get("gen_motion", 0) < line.get("data_motion", 0) / 3:
-        yield ("the samples move less than a third of the data; lower --gt-weight, or raise "
-               "--sigma-shift")  # fmt: skip
+    inf, get = math.inf, line.get  # a number that was not logged is in its range
+    return [sentence for bad, sentence in [
+        (get("relative_gap", 0) > max(4 * least_gap, 0.2), "the relative gap has grown fourfold: "
+         "the fake lags; raise --fake-lr or --fake-updates, or lower --generator-lr"),
+        (get("gen_std", 0) > 1.5 * get("data_std", inf) > 0, "the samples' std is over 1.5 times "
+         "the data's, as of burnt colours; lower --generator-lr, or use an earlier checkpoint"),
+        (abs(get("gen_mean", 0) - get("data_mean", 0)) > get("data_std", inf) / 2 > 0, "the "
+         "samples' mean is half a std off the data's; lower --generator-lr"),
+        (get("gen_motion", 0) < get("data_motion", 0) / 3, "the samples move less than a third of "
+         "the data; lower --gt-weight, or raise --sigma-shift"),
+    ] if bad]  # fmt: skip
 
 
 class Log:
     """metrics.jsonl, `size` bytes of which stay, and what is said about its numbers on the way."""
 
     def __init__(self, folder, size, tensorboard, iteration):
-        self.file, self.board = open(folder / "metrics.jsonl", "ab"), None
-        self.file.truncate(size)
-        self.file.seek(0, os.SEEK_END)
-        self.said, self.least_gap = set(), math.inf
+        self.path, self.board, self.said = folder / "metrics.jsonl", None, set()
+        self.least_gap = math.inf
+        self.path.touch()
+        os.truncate(self.path, size)
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise Refused("--tensorboard needs: pip install tensorboard.") from error
+            from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(folder, purge_step=iteration + 1)
 
     def __call__(self, line):
@@ -966,8 +971,8 @@ class Log:
             self.said.add(warning)
         for name, value in line.items() if self.board else ():
             self.board.add_scalar(name, value, line["step"])
-        self.file.write(f"{json.dumps(line)}\n".encode())
-        self.file.flush()
+        with open(self.path, "a") as file:
+            file.write(f"{json.dumps(line)}\n")
 
 
 def train(config):
@@ -993,11 +998,12 @@ def train(config):
         with signals() as came:
             distil(config, task, state, folder, came)
         with state.averaged() as generator:
-            info = generator_info(config, roles, state.iteration)
+            info = generator_info(config, roles.base_sum(), state.iteration)
             prefix = "transformer." if config.generator == "lora" else ""  # diffusers' names
             tensors = {prefix + name: x for name, x in roles.state("generator").items()}
             write_safetensors(folder / "generator.safetensors", tensors, info)
-            result, table = task.finish(Run(folder, config, generator))
+            run = SimpleNamespace(folder=folder, config=config, generator=generator)
+            result, table = task.finish(run)
         result |= {"seconds": time.perf_counter() - started, "peak_rss_mb": memory_mb("cpu"),
                    "skipped": state.skipped, "seed": config.seed}  # fmt: skip
         write_json(folder / "result.json", result)
@@ -1009,27 +1015,33 @@ def distil(config, task, state, folder, came):
     """All iterations that are left, with their bar, log lines, checkpoints and pictures."""
     from tqdm import tqdm
 
-    checkpoints = Checkpoints(folder)
-    size = checkpoints.restore(state) if config.resume else 0  # later lines come again
+    size = restore_checkpoint(folder, state) if config.resume else 0  # later lines come again
     log = Log(folder, size, config.tensorboard, state.iteration)
     data, base = task.batches(state.rngs["data"]), state.roles.base_sum()
     start, end = state.iteration, config.iterations
+
+    def picture():
+        with state.averaged() as generator:
+            task.on_log(state.iteration, generator)
+
+    def due(every):
+        return state.iteration == end or state.iteration % every == 0
+
+    if size and due(config.log_every):  # it comes after that checkpoint, and may be missing
+        picture()
     bar = tqdm(range(start, end), initial=start, total=end, desc="distil", unit="it")
     for _ in bar:
         tick = time.perf_counter()
         stats = {name: float(x) for name, x in iterate(config, state, data).items()}
         cost = {"seconds": time.perf_counter() - tick, "memory_mb": memory_mb(task.device)}
-        shown = {k: x for k, x in stats.items() if k in ("fake_loss", "relative_gap")}
-        shown |= {"ms": round(cost["seconds"] * 1e3), "MB": round(cost["memory_mb"])}
-        bar.set_postfix(shown, refresh=False)
-        logs = state.iteration == end or state.iteration % config.log_every == 0
-        if logs:
+        shown = {name: stats.get(name, math.nan) for name in ("fake_loss", "relative_gap")}
+        bar.set_postfix(shown, False, ms=round(cost["seconds"] * 1e3), MB=round(cost["memory_mb"]))
+        if due(config.log_every):
             log({"step": state.iteration, **stats, **cost})
-        if state.iteration == end or came or state.iteration % config.save_every == 0:
-            checkpoints.save(state, base, log.file, config)
-        if logs:  # pictures last: they may fail
-            with state.averaged() as generator:
-                task.on_log(state.iteration, generator)
+        if due(config.save_every) or came:
+            save_checkpoint(folder, state, base, config)
+        if due(config.log_every):  # last, as it may fail
+            picture()
         if came:
             raise KeyboardInterrupt(came[0])
     if state.roles.base_sum() != base:
@@ -1097,10 +1109,8 @@ def parser():
 
 def resolve(given):
     """A whole Config: defaults, the model's preset, the given flags; or the resumed run's."""
-    if given.get("resume") and not given.get("out"):
-        raise Refused("--resume needs --out, the folder of the run to go on with.")
-    if given.get("resume") and not Path(given["out"]).is_dir():
-        raise Refused(f"--resume found no folder {given['out']}; name the run's --out.")
+    if given.get("resume") and not (given.get("out") and Path(given["out"]).is_dir()):
+        raise Refused(f"--resume found no folder {given.get('out')}; name the run's --out.")
     model, data = given.get("model", Config.model), given.get("data", Config.data)
     base = Config(**PRESETS[model] | PRESETS.get(f"{model} {data}", {}))
     if model == "hunyuan":
@@ -1118,13 +1128,11 @@ def resolve(given):
         goal = given.get("iterations", base.iterations)
         if goal < base.iterations:
             raise Refused(f"--resume can only raise --iterations; they are {base.iterations}.")
-        schedules = {base.alpha_weak_schedule, base.lr_schedule}
-        if goal > base.iterations and schedules != {"constant"}:
+        if goal > base.iterations and {base.alpha_weak_schedule, base.lr_schedule} != {"constant"}:
             raise Refused("--iterations cannot be raised here: the run has a schedule over them.")
     config = dataclasses.replace(base, **given)
-    fits = {}
-    if config.fake == "full":  # its real DiT is the plain backbone; a decay would pull weights to 0
-        fits = {"alpha_weak": 0.0, "fake_weight_decay": 0.0}
+    # a full fake's real DiT is the plain backbone, and a decay would pull all weights to 0
+    fits = {"alpha_weak": 0.0, "fake_weight_decay": 0.0} if config.fake == "full" else {}
     if config.generator_input == "paired":  # its last exit knows its ground truth: learn from all
         fits["fake_samples"] = "all"
     if not given.get("resume"):
@@ -1136,9 +1144,11 @@ def resolve(given):
 
 def read_generator(run):
     """The tensors and the header of a finished run's generator."""
-    tensors, info = read_safetensors(Path(run) / "generator.safetensors")
-    if not {"rank", "kind", "sigmas", "base_sum"} <= set(info):
-        raise Refused(f"{run}/generator.safetensors is not a generator: its header says {info}.")
+    config, (tensors, info) = read_run(run), read_safetensors(Path(run) / "generator.safetensors")
+    wanted = generator_info(config, info.get("base_sum"), info.get("step"))
+    if any(info.get(name) != wanted[name] for name in ("model", "kind", "rank", "sigmas")):
+        raise Refused(f"{run}/generator.safetensors is not a generator of this run: its header "
+                      f"says {info}.")  # fmt: skip
     return tensors, info
 
 
@@ -1160,37 +1170,28 @@ def sample(run, out, seed, **given):
 
 def main(argv=None):
     """Run a command; 0, 1 where encode skipped clips, or 2 after a sentence about what failed."""
+    status, again = 2, "train goes on with --resume --out, encode with the same command."
     try:
         given = vars(parser().parse_args(argv))
         command = given.pop("command")
-        if command == "train":
-            train(resolve(given))
-        elif command == "sample":
-            sample(**given)
-        else:
-            import hunyuan
-
-            if command == "export":
-                hunyuan.export(**given)
-            else:
-                inputs = {name: given.pop(name, "") for name in ("videos", "prompts")}
-                return hunyuan.encode(Config(**{"model": "hunyuan"} | given), **inputs)
+        if command in ("encode", "export"):
+            return getattr(importlib.import_module("hunyuan"), command)(**given)
+        train(resolve(given)) if command == "train" else sample(**given)
+        return 0
     except Refused as error:
-        print(f"w2svd: {error}", file=sys.stderr)
-        return 2
+        reason = error
     except torch.OutOfMemoryError:
-        print("w2svd: out of GPU memory: a smaller --height, --width or --frames (at encode) needs "
-              "less; of train's plan (--dry-run) --fp8-base lowers the base, --lora-rank trained "
-              "weights and Adam, --checkpointing the blocks.", file=sys.stderr)  # fmt: skip
-        return 2
-    except KeyboardInterrupt as stop:
-        print("w2svd: stopped; train goes on from its last checkpoint with --resume --out, encode "
-              "where it was.", file=sys.stderr)  # fmt: skip
-        return 128 + (stop.args or [signal.SIGINT])[0]
+        reason = ("out of GPU memory: see train's plan (--dry-run); less need --fp8-base, "
+                  "--checkpointing, a lower --lora-rank, smaller clips at encode.")  # fmt: skip
+    except ImportError as error:
+        reason = f"{error}: pip install -r requirements.txt, and tensorboard for --tensorboard."
     except OSError as error:  # no space left, a folder that went away
-        print(f"w2svd: {error}; what was written before is whole.", file=sys.stderr)
-        return 2
-    return 0
+        reason = f"{error}; what was written before is whole: once that is mended, {again}"
+    except KeyboardInterrupt as stop:
+        reason = f"stopped; {again}"
+        status = 128 + (stop.args or [signal.SIGINT])[0]
+    print(f"w2svd: {reason}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -330,18 +330,21 @@ MUTATIONS = [
         "lambda _, args: (*args[:3], None, *args[4:])",
         "lambda _, args: args",
         "test_hunyuan.py::test_no_mask_reaches_attention_in_any_role",
+        "hunyuan.py",
     ),
     one(
         "timesteps are rounded to bf16",
         "timestep=1000 * sigma.float()",
         "timestep=(1000 * sigma).to(self.dtype)",
         "test_hunyuan.py::test_guidance_and_timestep_are_the_stock_pipeline_s_in_bf16",
+        "hunyuan.py",
     ),
     one(
         "adapters compute in float32",
         "enabled=self.dtype != torch.float32",
         "enabled=False",
         "test_hunyuan.py::test_adapters_are_float32_and_compute_in_bf16_on_a_bf16_base",
+        "hunyuan.py",
     ),
     one(
         "latents are not scaled",
@@ -384,7 +387,7 @@ MUTATIONS = [
 def mutate(source, edits):
     for text, replacement in edits:
         if source.count(text) != 1:
-            raise ValueError(f"{source.count(text)} times in w2svd.py, not once: {text!r}")
+            raise ValueError(f"{source.count(text)} times, not once: {text!r}")
         source = source.replace(text, replacement)
     return source
 

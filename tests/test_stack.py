@@ -32,13 +32,16 @@ def task_and(data, *lanes, **shared):
     return task, configs
 
 
-def shaken(lanes):
+def shaken(roles):
     """Adapters away from 0, other ones for each lane."""
-    for i, lane in enumerate(lanes):
-        for role in ("generator", "fake"):
-            for parameter in lane.parameters(role):
-                rng = torch.Generator().manual_seed(i)
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=rng)
+    for role in ("generator", "fake"):
+        for parameter in roles.parameters(role):
+            rng = torch.Generator().manual_seed(3)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=rng)
+
+
+def flat(named):
+    return torch.cat([x.detach().flatten() for x in named.values()])
 
 
 @pytest.mark.parametrize("data", ["ring", "videos"])
@@ -55,21 +58,21 @@ def test_a_stack_of_one_lane_is_a_run_of_train(data, fake):
         w2svd.iterate(config, state, batches)
     task, (config,) = task_and(data, {}, **shared)
     stack = Stack(task, [config])
+    start = {role: flat(stack.roles.lane(0, role)) for role in ("generator", "fake")}
     for _ in range(3):
         stack.iterate()
-    for role in ("generator", "fake"):
-        for name, x in roles.state(role).items():
-            torch.testing.assert_close(stack.states[0].roles.state(role)[name], x,
-                                       rtol=1e-4, atol=1e-5)  # fmt: skip
-    for name, x in state.ema.items():
-        torch.testing.assert_close(stack.states[0].ema[name], x, rtol=1e-4, atol=1e-5)
+    for role in start:  # AdamW makes whole steps of gradients that are rounding: hence the norm
+        moved = flat(roles.state(role)) - start[role]
+        assert (flat(stack.roles.lane(0, role)) - start[role] - moved).norm() < 1e-3 * moved.norm()
+    ema = flat({name: x[0] for name, x in stack.ema.items()})
+    assert (ema - flat(state.ema)).norm() < 1e-3 * (flat(state.ema) - start["generator"]).norm()
 
 
 @pytest.mark.parametrize("data", ["ring", "videos"])
 def test_each_lane_evaluates_and_learns_with_its_own_weights(data):
     task, configs = task_and(data, {"alpha_weak": 0.0}, {"alpha_weak": 0.5}, {"alpha_weak": 0.9})
     stack = Stack(task, configs)
-    shaken(stack.roles.lanes)
+    shaken(stack.roles)
     n = task.config.batch
     rng = torch.Generator().manual_seed(2)
     x_in, eps, x0 = (torch.randn(n, *task.shape, generator=rng) for _ in range(3))
@@ -79,18 +82,18 @@ def test_each_lane_evaluates_and_learns_with_its_own_weights(data):
     for step in (fake_step, generator_step):
         step(stack.roles, batch, x_in, sigma_in, sigma, eps)
     one = stack.roles.one
-    for k, (config, lane) in enumerate(zip(configs, stack.roles.lanes)):
+    for k, config in enumerate(configs):
         one.alpha_weak = config.alpha_weak
         part = slice(8 * k, 8 * k + 8)
         for role, step in (("fake", fake_step), ("generator", generator_step)):
             for owner in ("generator", "fake"):
-                one.load(owner, lane.state(owner))
+                one.load(owner, stack.roles.lane(k, owner))
             for parameter in one.parameters(role):
                 parameter.grad = None
             own = {"x0": x0[part], "cond": None if cond is None else cond[part]}
             step(one, own, x_in[part], sigma_in[part], sigma[part], eps[part])
             for name, parameter in one.state(role).items():
-                got = 3 * lane.state(role)[name].grad  # the loss is the mean over three lanes
+                got = 3 * stack.roles.trained[role][name].grad[k]  # the mean over three lanes
                 torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-6)
 
 
@@ -98,13 +101,13 @@ def test_lanes_have_their_own_rates_decay_and_gradient_scale():
     lanes = [{}, {"generator_lr": 0.01}, {}, {"fake_weight_decay": 50.0}]
     task, configs = task_and("ring", *lanes)
     stack = Stack(task, configs, [1.0, 1.0, 0.0, 1.0])
-    before = [lane.parameters("generator")[1].detach().clone() for lane in stack.roles.lanes]
+    before = stack.roles.parameters("generator")[1].detach().clone()
     stack.iterate()
-    moved = [float((lane.parameters("generator")[1].detach() - x).norm())
-             for lane, x in zip(stack.roles.lanes, before)]  # fmt: skip
+    after = stack.roles.parameters("generator")[1].detach()
+    moved = [float(x.norm()) for x in after - before]
     assert moved[1] == pytest.approx(10 * moved[0], rel=0.1)  # Adam's step, but for its epsilon
     assert moved[2] == 0
-    fakes = [float(lane.parameters("fake")[0].detach().norm()) for lane in stack.roles.lanes]
+    fakes = [float(x.norm()) for x in stack.roles.parameters("fake")[0].detach()]
     assert fakes[3] < 0.95 * fakes[0]
 
 

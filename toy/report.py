@@ -20,8 +20,10 @@ from w2svd import PRESETS
 
 COLLAPSE_TV = 0.1  # weight_tv beyond this, or a mode without samples, is a collapse
 METRIC = {"2d": "sliced_w2", "videos": "clip_frechet"}  # chooses the rates; lower is better
-NOTE = (f"In a cell: runs that collapsed (a mode lost, or weight_tv above {COLLAPSE_TV:g}) of all "
-        "runs; below, their mean sliced_w2.")  # fmt: skip
+FROZEN = 0.5  # a dynamic_degree below this is a collapse too
+NOTE = (f"In a cell: runs that collapsed of all runs (ring: a mode lost, or weight_tv above "
+        f"{COLLAPSE_TV:g}; videos: clip_frechet above that of 4 Euler steps,\nor dynamic_degree "
+        f"below {FROZEN:g}); below, the mean sliced_w2 or clip_frechet of all runs.")  # fmt: skip
 COLUMNS = {
     "2d": ("sliced_w2", "precision", "coverage", "weight_tv"),
     "videos": ("clip_frechet", "frame_frechet", "dynamic_degree", "motion_smoothness"),
@@ -159,8 +161,11 @@ def claims(study, case):
     return markdown(["paired difference", "NFE", *columns], rows)
 
 
-def collapsed(metrics):
-    return metrics["coverage"] < 1 or metrics["weight_tv"] > COLLAPSE_TV
+def collapsed(study, case, seed, metrics):
+    if side(case) == "2d":
+        return metrics["coverage"] < 1 or metrics["weight_tv"] > COLLAPSE_TV
+    euler = study.backbone(case, "4", "clip_frechet")[seed]
+    return metrics["clip_frechet"] > euler or metrics["dynamic_degree"] < FROZEN
 
 
 def exact_table(study, case):
@@ -186,7 +191,8 @@ def phase_panels(study, case):
     fakes = [x for x in lanes if "fake_lr" in x]
     fakes += [x for x in preset if fakes and x["generator_lr"] == TWO[0]]
     yield phase(study, case, f"{case}, preset", preset, "generator_lr")
-    yield phase(study, case, f"{case}, constant rates, no decay", plain, "generator_lr")
+    if plain:
+        yield phase(study, case, f"{case}, constant rates, no decay", plain, "generator_lr")
     if fakes:
         yield phase(study, case, f"{case}, preset, generator_lr {TWO[0]:g}", fakes, "fake_lr")
     for kind, title in (("ratio-1", "one fake update, not five"), ("rank-4", "rank 4, not 16")):
@@ -205,11 +211,12 @@ def phase(study, case, title, lanes, axis, kind="dmd-4"):
     shares, texts = ([[None] * len(rates) for _ in alphas] for _ in range(2))
     for x in lanes:
         i, j = alphas.index(place(x)[0]), rates.index(place(x)[1])
-        runs = [study.lane(case, kind, seed, x)["metrics"]["4"]
-                for seed in study.seeds(case, kind)]  # fmt: skip
-        bad = sum(map(collapsed, runs))
+        runs = {seed: study.lane(case, kind, seed, x)["metrics"]["4"]
+                for seed in study.seeds(case, kind)}  # fmt: skip
+        bad = sum(collapsed(study, case, seed, run) for seed, run in runs.items())
         shares[i][j] = bad / len(runs)
-        texts[i][j] = f"{bad}/{len(runs)}\n{np.mean([r['sliced_w2'] for r in runs]):.3f}"
+        mean = np.mean([run[METRIC[side(case)]] for run in runs.values()])
+        texts[i][j] = f"{bad}/{len(runs)}\n{mean:.{PLACES[METRIC[side(case)]]}f}"
     return title, axis, [f"{r:g}" for r in rates], [f"{a:g}" for a in alphas], shares, texts
 
 
@@ -316,8 +323,7 @@ def costs(study):
 def figures(study, out):
     """phase.png, controls.png, scores.png, gt.png: what study.json has data for."""
     cases = [case for case in study.results if study.seeds(case, "dmd-4")]
-    points = [case for case in cases if side(case) == "2d"]
-    panels = [panel for case in points for panel in phase_panels(study, case)]
+    panels = [panel for case in cases for panel in phase_panels(study, case)]
     plots.heatmaps(out / "phase.png", panels, "alpha_weak", NOTE)
     groups = []
     for case in cases:

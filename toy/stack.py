@@ -11,7 +11,7 @@ numbers, up to rounding; the lanes share the backbone, the order of exits and th
 """
 
 import dataclasses
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 
@@ -19,23 +19,25 @@ import w2svd
 from w2svd import Roles, State, alpha_weak_at, lr_factor
 
 
-class Lane(Roles):
-    """The trained weights of one run, a copy of those that `roles` starts with."""
-
-    def __init__(self, roles):
-        self.trained = {
-            role: {n: torch.nn.Parameter(p.detach().clone()) for n, p in named.items()}
-            for role, named in roles.trained.items()
-        }
+def along(numbers, x):
+    """One number for each lane (lanes,), shaped to multiply x (lanes, ...)."""
+    return numbers.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class StackedRoles:
-    """Roles for (lanes * B, ...): generator, real and fake, each lane with its own adapters."""
+    """Roles for (lanes * B, ...): generator, real and fake, each lane with its own adapters.
+
+    `trained` has what Roles trains, {role: {name: (lanes, ...)}}; all lanes start alike.
+    """
 
     def __init__(self, backbone, configs):
-        first = configs[0]
+        first, self.n = configs[0], len(configs)
         self.one = Roles(backbone, first.lora_rank, 0.0, 1.0, first.generator, first.fake)
-        self.lanes = [Lane(self.one) for _ in configs]
+        self.trained = {
+            role: {name: torch.nn.Parameter(torch.stack([p.detach()] * self.n))
+                   for name, p in named.items()}
+            for role, named in self.one.trained.items()
+        }  # fmt: skip
         self.strong = [c.alpha_strong for c in configs]
         self.weak = [c.alpha_weak for c in configs]
         names = {m: name for name, m in backbone.module.named_modules()}
@@ -43,13 +45,20 @@ class StackedRoles:
             layer.register_forward_hook(self._hook(names[layer]))
         self.weights = None  # of the role that is being evaluated: {name: (lanes, ...)}
 
+    def lane(self, k, role):
+        """The weights of one lane, as Roles.load() takes them."""
+        return {name: p[k] for name, p in self.trained[role].items()}
+
+    def parameters(self, role):
+        return list(self.trained[role].values())
+
     def _hook(self, name):
         def add_adapters(layer, args, out):
             if self.weights is None:
                 return out
             A, B = (self.weights[f"{name}.lora_{part}.weight"] for part in "AB")
-            x = args[0].reshape(len(A), -1, args[0].shape[-1])
-            rows = out.reshape(len(A), -1, out.shape[-1])
+            x = args[0].reshape(self.n, -1, args[0].shape[-1])
+            rows = out.reshape(self.n, -1, out.shape[-1])
             return torch.baddbmm(rows, x @ A.mT, (self.alpha * B).mT).reshape(out.shape)
 
         return add_adapters
@@ -58,9 +67,7 @@ class StackedRoles:
         owner = "fake" if role == "real" else role
         if owner in self.one.copies:
             return self._whole_models(role, x_t, sigma, cond)
-        every = [lane.state(owner) for lane in self.lanes]
-        self.alpha = torch.tensor(alphas)[:, None, None]
-        self.weights = {name: torch.stack([lane[name] for lane in every]) for name in every[0]}
+        self.alpha, self.weights = torch.tensor(alphas)[:, None, None], self.trained[owner]
         try:
             return self.one.backbone.velocity(x_t, sigma, cond)
         finally:
@@ -70,17 +77,17 @@ class StackedRoles:
         """A full fake is a model of its own for every lane; its real DiT is the plain backbone."""
         if role == "real":
             return self.backbone(x_t, sigma, cond)
-        n, module, parts = len(self.lanes), self.one.copies[role].module, []
-        conds = [None] * n if cond is None else cond.chunk(n)
-        for lane, *args in zip(self.lanes, x_t.chunk(n), sigma.chunk(n), conds):
-            parts.append(torch.func.functional_call(module, lane.state(role), tuple(args)))
+        module, parts = self.one.copies[role].module, []
+        conds = [None] * self.n if cond is None else cond.chunk(self.n)
+        for k, *args in zip(range(self.n), x_t.chunk(self.n), sigma.chunk(self.n), conds):
+            parts.append(torch.func.functional_call(module, self.lane(k, role), tuple(args)))
         return torch.cat(parts)
 
     def backbone(self, x_t, sigma, cond=None):
         return self.one.backbone.velocity(x_t, sigma, cond)
 
     def generator(self, x_t, sigma, cond=None):
-        return self._velocity("generator", x_t, sigma, cond, [1.0] * len(self.lanes))
+        return self._velocity("generator", x_t, sigma, cond, [1.0] * self.n)
 
     def real(self, x_t, sigma, cond=None):
         return self._velocity("real", x_t, sigma, cond, self.weak)
@@ -97,7 +104,8 @@ class Stack:
     """A State of several lanes: what w2svd.iterate() changes.
 
     The configs may differ in learning rates and their schedule, alphas, decay, ema and clipping;
-    `gradient_scales` multiplies each lane's generator gradient. All else must agree.
+    `gradient_scales` multiplies each lane's generator gradient. All else must agree. Its AdamW is
+    torch's for betas (0, .999), written for all lanes at once.
     """
 
     OWN = ("generator_lr", "fake_lr", "lr_schedule", "alpha_weak", "alpha_weak_schedule",
@@ -109,41 +117,63 @@ class Stack:
         assert all(s == shared[0] for s in shared), "lanes may differ in Stack.OWN alone"
         torch.manual_seed(configs[0].seed)
         self.configs, self.roles = configs, StackedRoles(task.backbone, configs)
-        self.states = [State(c, lane, "cpu") for c, lane in zip(configs, self.roles.lanes)]
-        self.scales = gradient_scales or [1.0] * len(configs)
-        self.rngs, self.iteration = self.states[0].rngs, 0
+        self.ema = {n: p.detach().clone() for n, p in self.roles.trained["generator"].items()}
+        self.squares = {role: [torch.zeros_like(p) for p in self.roles.parameters(role)]
+                        for role in self.roles.trained}  # fmt: skip
+        self.updates = {role: 0 for role in self.roles.trained}
+        self.scales = self.each(lambda c: 1.0)
+        if gradient_scales:
+            self.scales = torch.tensor(gradient_scales)
+        self.rngs, self.iteration = State(configs[0], self.roles.one, "cpu").rngs, 0
         self.config, self.data = task.config, task.batches(self.rngs["data"])
         n = len(configs) * configs[0].batch
         assert task.config.batch == n, f"the task's batch is {task.config.batch}, the lanes' {n}"
+
+    def each(self, of):
+        """of(config) of every lane, (lanes,)."""
+        return torch.tensor([of(c) for c in self.configs])
 
     def iterate(self):
         """One iteration of every lane; numbers that are means over all of them."""
         self.roles.weak = [alpha_weak_at(c, self.iteration) for c in self.configs]
         return w2svd.iterate(self.config, self, self.data)
 
+    @torch.no_grad()
     def update(self, role, *_):
-        """Each lane's own optimizer step; the losses are means over all lanes, hence the factor."""
-        norms = []
-        for config, state, scale in zip(self.configs, self.states, self.scales):
-            factor = len(self.states) * (scale if role == "generator" else 1.0)
-            for parameter in state.roles.parameters(role):
-                parameter.grad *= factor
-            lr = {"generator": config.generator_lr, "fake": config.fake_lr}[role]
-            lr = lr * lr_factor(config, self.iteration)
-            norms.append(state.update(role, lr, config.max_grad_norm))
-        return torch.stack(norms).mean()
+        """Each lane's own AdamW step; the losses are means over all lanes, hence the factor."""
+        parameters, self.updates[role] = self.roles.parameters(role), self.updates[role] + 1
+        scale = len(self.configs) * (self.scales if role == "generator" else 1.0)
+        squared = sum(p.grad.square().flatten(1).sum(1) for p in parameters)
+        norm = scale * squared.sqrt()
+        if not norm.isfinite().all():
+            raise FloatingPointError(f"the gradient of the {role} is not finite")
+        clip = scale * (self.each(lambda c: c.max_grad_norm) / (norm + 1e-6)).clamp(max=1)
+        lr = self.each(lambda c: {"generator": c.generator_lr, "fake": c.fake_lr}[role]
+                       * lr_factor(c, self.iteration))  # fmt: skip
+        decay = 1 - lr * self.each(lambda c: c.fake_weight_decay if role == "fake" else 0.0)
+        correction = (1 - 0.999 ** self.updates[role]) ** 0.5
+        for p, square in zip(parameters, self.squares[role]):
+            g = along(clip, p) * p.grad
+            square.mul_(0.999).addcmul_(g, g, value=0.001)
+            p.mul_(along(decay, p)).sub_(along(lr, p) * g / (square.sqrt() / correction + 1e-8))
+            p.grad = None
+        return norm.mean()
 
-    def skip(self, error, _):
+    def skip(self, error, *_):
         raise error  # a lane that breaks would stop all
 
+    @torch.no_grad()
     def update_ema(self, _):
-        for config, state in zip(self.configs, self.states):
-            state.update_ema(config.ema)
+        rest = 1 - self.each(lambda c: c.ema)
+        for name, p in self.roles.trained["generator"].items():
+            self.ema[name].lerp_(p, along(rest, p).expand_as(p))
 
     @contextmanager
     def averaged(self):
         """The generators with their averaged weights."""
-        with ExitStack() as every:
-            for state in self.states:
-                every.enter_context(state.averaged())
+        current = self.roles.trained["generator"]
+        self.roles.trained["generator"] = self.ema
+        try:
             yield self.roles.generator
+        finally:
+            self.roles.trained["generator"] = current

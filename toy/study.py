@@ -210,9 +210,9 @@ def probe(task, stack, k, n):
     backbone at real data; how W2S's difference x0_fake - x0_real compares with DMD's, in
     length and angle, and both with the difference from the exact x0.
     """
-    one, lane = stack.roles.one, stack.roles.lanes[k]
+    one = stack.roles.one
     for role in ("generator", "fake"):
-        one.load(role, lane.state(role))
+        one.load(role, stack.roles.lane(k, role))
     cond, _ = task.start(n, seed=4)
     x_gen = task.few_step(one.generator, task.sigmas, n, seed=4)
     rng = torch.Generator().manual_seed(6)
@@ -276,7 +276,7 @@ def run(name, kind, seed, small=1):
             stack.roles.real = task.mixture.velocity
         probes = train(task, stack, case, kind, lanes)
         for k, lane in enumerate(lanes):
-            stack.roles.one.load("generator", stack.states[k].ema)
+            stack.roles.one.load("generator", {name: x[k] for name, x in stack.ema.items()})
             metrics = {}
             for steps in (1, 4) if "lcm" in kind else (configs[0].steps,):
                 grid = few_step_sigmas(steps, configs[0].shift)
