@@ -53,7 +53,6 @@ import argparse
 import copy
 import dataclasses
 import hashlib
-import importlib
 import importlib.metadata
 import inspect
 import json
@@ -84,6 +83,7 @@ class Refused(ValueError):
 
 
 HUNYUAN = "hunyuanvideo-community/HunyuanVideo"
+CHECKPOINTS = f"checkpoint-{'[0-9]' * 6}.safetensors"  # in a run folder; sorted, the newest is last
 # what an encoded clip depends on: train takes these settings from --data
 ENCODED = ("checkpoint", "height", "width", "frames", "fps", "prompt_template", "prompt_crop_start")
 
@@ -162,8 +162,7 @@ PRESETS = {
         iterations=360, log_every=20, save_every=180,
     ),
     # on top of the toy's; a clip's motion is decided at high noise, hence the shift
-    "toy videos": dict(batch=64, iterations=250, log_every=25, sigma_shift=5.0,
-                       generator_lr=5e-4),
+    "toy videos": dict(batch=64, iterations=250, log_every=25, sigma_shift=5.0, generator_lr=5e-4),
 }  # fmt: skip
 
 
@@ -601,15 +600,18 @@ def read_safetensors(path):
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(path, "rb") as file:
+            if int.from_bytes(file.read(8), "little") > 2**24:  # reading it would take gigabytes
+                raise ValueError("its header is too long")
         with safe_open(path, "pt") as file:
             found = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if checksum(tensors, found["w2svd"]) != found["w2svd_sha256"]:
             raise ValueError("its checksum differs")
-        return tensors, json.loads(found["w2svd"])
+        return tensors, dict(json.loads(found["w2svd"]))
     except KeyError as error:
         raise Refused(f"{path} was not written by w2svd: its header has no {error}.") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         what = "is damaged" if path.exists() else "does not exist"
         raise Refused(f"{path} {what} ({error}).") from error
 
@@ -669,9 +671,8 @@ class State:
             for role, decay in (("generator", 0.0), ("fake", config.fake_weight_decay))
         }  # fmt: skip
         self.ema = {n: p.detach().clone() for n, p in roles.state("generator").items()}
-        names = ("data", "input", "exit", "level", "noise")
-        self.rngs = {name: torch.Generator(device).manual_seed(config.seed * 1000 + stream)
-                     for stream, name in enumerate(names)}  # fmt: skip
+        self.rngs = {name: torch.Generator(device).manual_seed(config.seed * 1000 + stream) for
+                     stream, name in enumerate(("data", "input", "exit", "level", "noise"))}
 
     def update(self, role, lr, max_grad_norm, accumulated=1):
         """One optimizer step of the role on the mean of the gradients added up; their norm."""
@@ -729,16 +730,16 @@ class State:
         def under(prefix):
             return {n[len(prefix):]: x for n, x in flat.items() if n.startswith(prefix)}
 
-        self.iteration, self.skipped = info["iteration"], info["skipped"]
-        self.ema = {name: x.to(self.ema[name].device) for name, x in under("ema/").items()}
+        self.iteration, self.skipped = int(info["iteration"]), int(info["skipped"])
+        self.ema = {name: flat[f"ema/{name}"].to(x).view_as(x) for name, x in self.ema.items()}
         for name, rng in self.rngs.items():
             rng.set_state(flat[f"rng/{name}"])
         for role, optimizer in self.optimizers.items():
             self.roles.load(role, under(f"{role}/"))
-            slots = {}
-            for name, x in under(f"optimizer/{role}/").items():
-                i, slot = name.split("/")
-                slots.setdefault(int(i), {})[slot] = x
+            slots, found = {}, under(f"optimizer/{role}/")
+            for i, x in enumerate(self.roles.parameters(role) if found else ()):
+                slots[i] = {k: found[f"{i}/{k}"].view_as(x) for k in ("exp_avg", "exp_avg_sq")}
+                slots[i]["step"] = found[f"{i}/step"].float().view(())
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
 
 
@@ -800,6 +801,10 @@ def memory_mb(device):
 def read_run(folder):
     """The Config that a run folder was made with; a folder that is not one is refused."""
     path = Path(folder) / "config.json"
+    for file in Path(folder).glob("*"):  # a link leads out, a pipe never ends
+        plain = not file.is_symlink() and (file.is_file() or file.is_dir())
+        if not plain or file.suffix in (".json", ".jsonl") and file.stat().st_size > 2**28:
+            raise Refused(f"{file} is a link, no regular file, or over 256 MiB; remove it.")
     try:
         config = Config(**json.loads(path.read_text())["config"])
         for name, kind in typing.get_type_hints(Config).items():
@@ -865,11 +870,6 @@ def show(title, items):
         print(f"  {name:40} {value}" if name != title else title)
 
 
-def checkpoints(folder):
-    """The checkpoints of a run folder, the newest last; a half-written one has another name."""
-    return sorted(folder.glob(f"checkpoint-{'[0-9]' * 6}.safetensors"))
-
-
 def save_checkpoint(folder, state, base_sum, config):
     """Delete what need not stay beside the new one, write it, point to it."""
     flush(folder / "metrics.jsonl")
@@ -878,7 +878,7 @@ def save_checkpoint(folder, state, base_sum, config):
             "metrics_bytes": len(lines), "metrics_sha256": hashlib.sha256(lines).hexdigest(),
             "config": dataclasses.asdict(config)}  # fmt: skip
     path = folder / f"checkpoint-{state.iteration:06}.safetensors"
-    older = [other for other in checkpoints(folder) if other < path]
+    older = sorted(other for other in folder.glob(CHECKPOINTS) if other < path)
     for other in older[: 1 - config.keep]:
         if int(other.stem[-6:]) % config.keep_every:
             other.unlink()
@@ -890,7 +890,7 @@ def restore_checkpoint(folder, state):
     """Put the newest whole one into `state`; the length of metrics.jsonl then, in bytes."""
     log = folder / "metrics.jsonl"
     lines = log.read_bytes() if log.exists() else b""
-    for path in reversed(checkpoints(folder)):
+    for path in sorted(folder.glob(CHECKPOINTS), reverse=True):
         try:
             tensors, info = read_safetensors(path)
             lines = lines[: info["metrics_bytes"]]
@@ -900,11 +900,12 @@ def restore_checkpoint(folder, state):
             print(f"w2svd: {damage} The one before it, or else the beginning, is used.",
                   file=sys.stderr)  # fmt: skip
             continue
-        # close, not equal: another kind of GPU adds up in another order
-        if not math.isclose(info["base_sum"], state.roles.base_sum(), rel_tol=1e-9):
-            raise Refused(f"{path} is not a checkpoint of this backbone: --cache or --checkpoint "
-                          "holds another.")  # fmt: skip
-        state.restore(tensors, info)
+        try:  # close, not equal: another kind of GPU adds up in another order
+            if not math.isclose(info["base_sum"], state.roles.base_sum(), rel_tol=1e-9):
+                raise ValueError("its backbone is another: see --cache or --checkpoint")
+            state.restore(tensors, info)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise Refused(f"{path} is not a checkpoint of this run ({error}).") from error
         return len(lines)
     return 0
 
@@ -955,8 +956,7 @@ class Log:
     """metrics.jsonl, `size` bytes of which stay, and what is said about its numbers on the way."""
 
     def __init__(self, folder, size, tensorboard, iteration):
-        self.path, self.board, self.said = folder / "metrics.jsonl", None, set()
-        self.least_gap = math.inf
+        self.path, self.board, self.said, self.gap = folder / "metrics.jsonl", None, set(), math.inf
         self.path.touch()
         os.truncate(self.path, size)
         if tensorboard:
@@ -965,8 +965,8 @@ class Log:
             self.board = SummaryWriter(folder, purge_step=iteration + 1)
 
     def __call__(self, line):
-        self.least_gap = min(self.least_gap, line.get("relative_gap", math.inf))
-        for warning in set(warnings_of(line, self.least_gap)) - self.said:
+        self.gap = min(self.gap, line.get("relative_gap", math.inf))  # the least so far
+        for warning in set(warnings_of(line, self.gap)) - self.said:
             print(f"\nw2svd: iteration {line['step']}: {warning}.", file=sys.stderr)
             self.said.add(warning)
         for name, value in line.items() if self.board else ():

@@ -4,7 +4,6 @@ Run with `python -m pytest tests/test_study.py`; half a minute.
 """
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +99,7 @@ def test_rates_are_chosen_on_the_tuning_seeds_alone(folder):
         for lane in jobs["lanes"]:
             good = 1e-3 if int(seed) >= 100 else 3e-3
             lane["metrics"]["4"]["sliced_w2"] = abs(np.log(lane["generator_lr"] / good))
-    (folder / "chosen.json").write_text(json.dumps(results))
-    chosen = report.Study(folder / "chosen.json").chosen("ring", "dmd-4", study.W2S, 4)
+    chosen = report.Study(results).chosen("ring", "dmd-4", study.W2S, 4)
     assert chosen["generator_lr"] == 1e-3 and chosen["alpha_weak"] == 0.25
 
 
@@ -112,10 +110,12 @@ def test_tables_and_figures_are_made_of_the_results(folder):
     text = (folder / "tables.md").read_text()
     row = next(x for x in text.splitlines() if x.startswith("| W2SVD - DMD, LoRA fake | 4 |"))
     assert float(row.split("|")[3].split()[0]) == pytest.approx(0.25, abs=0.01)
-    _, _, rates, alphas, shares, _ = next(report.phase_panels(report.Study(folder / "study.json"),
-                                                              "ring"))  # fmt: skip
+    stored = report.Study(json.loads((folder / "study.json").read_text()))
+    _, _, rates, alphas, shares, _ = report.phase(
+        stored, "ring", *next(report.maps(stored, "ring")))
     assert rates == ["0.0003", "0.001", "0.003", "0.01"]
     assert [set(row) for row in shares] == [{0.0}, {0.0}, {0.0}, {1.0}] and alphas[3] == "0.75"
+    assert "| ring, preset | 0.75 | 32 | 1.00 [1.00, 1.00] | +1.00 [+1.00, +1.00] |" in text
 
 
 def test_a_difference_is_paired():
@@ -185,18 +185,45 @@ def test_off_data_cases_are_off(tiny):
     assert study.task_of(study.CASES["weak"], config).recipe.iterations == 150
 
 
+def test_the_shown_seeds_train_what_is_shown_at_the_chosen_rates(folder):
+    results = json.loads((folder / "study.json").read_text())
+    stored = report.Study(results)
+    for kind in ("dmd-4", "ratio-1", "exact"):  # maps and controls show all rates
+        assert report.needed(results, "ring", kind, 0) is None
+    assert report.needed(results, "ring", "dmd-1", 100) is None
+    dmd, w2s = report.needed(results, "ring", "dmd-1", 0)
+    assert dmd == stored.chosen("ring", "dmd-1", study.DMD, 1) and w2s["alpha_weak"] == 0.25
+    chosen, middle = report.needed(results, "videos", "gt-0.05", 0)
+    assert middle == {**study.W2S, "generator_lr": 5e-4}
+    every = list(study.KINDS["dmd-1"][1](study.CASES["ring"]))
+    assert dmd in every and w2s in every
+
+
+def test_tables_are_put_where_a_text_names_them_whole_or_in_part():
+    parts = {"ring: methods": "| a | b |\n|---|---|\n| W2SVD | 1 |\n| DMD | 2 |"}
+    text = "before\n<!-- ring: methods / W2S -->\nold\n<!-- end -->\nafter"
+    made = report.filled(text, parts)
+    assert "| W2SVD | 1 |" in made and "| DMD | 2 |" not in made and "old" not in made
+    assert made.startswith("before\n") and made.endswith("\nafter")
+    assert report.filled(made, parts) == made
+    assert "| DMD | 2 |" in report.filled(text.replace(" / W2S", ""), parts)
+
+
 STORED = ROOT / "toy/results/study.json"
+
+
+def stored_tables():
+    return report.sections(report.Study(json.loads(STORED.read_text())))
 
 
 @pytest.mark.parametrize("readme", ["toy/results/README.md", "README.md"])
 def test_every_row_of_the_readmes_tables_is_made_from_the_stored_results(readme):
-    made = "\n".join(report.sections(report.Study(STORED)).values()).splitlines()
     text = (ROOT / readme).read_text()
-    rows = [x for x in text.splitlines() if re.match(r"\|.*\[[-+]?\d*\.\d+, [-+]?\d*\.\d+\]", x)]
-    assert rows and not set(rows) - set(made)
+    assert report.filled(text, stored_tables()) == text
+    assert text.count("<!-- end -->") > 0
 
 
 def test_the_stored_tables_are_those_of_the_stored_results():
-    made = report.sections(report.Study(STORED))
+    made = stored_tables()
     stored = (STORED.parent / "tables.md").read_text()
     assert all(text in stored for text in made.values())

@@ -10,6 +10,7 @@ on the tuning seeds.
 import argparse
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from toy import plots
 from toy.study import CASES, DMD, TWO, W2S
 from w2svd import PRESETS
 
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "toy/results"
 COLLAPSE_TV = 0.1  # weight_tv beyond this, or a mode without samples, is a collapse
 METRIC = {"2d": "sliced_w2", "videos": "clip_frechet"}  # chooses the rates; lower is better
 FROZEN = 0.5  # a dynamic_degree below this is a collapse too
@@ -41,6 +44,7 @@ METHODS = [  # name, evaluations, kind of job, what its lanes have
     ("W2SVD", 4, "dmd-4", W2S),
     ("W2SVD, GT loss .05", 4, "gt-0.05", W2S),
 ]
+GT_TUNED = "gt-0.05"
 PLACES = {"sliced_w2": 3, "clip_frechet": 1, "frame_frechet": 2}
 
 
@@ -65,8 +69,8 @@ def side(case):
 class Study:
     """The content of study.json, read by case, kind of job, seed and lane."""
 
-    def __init__(self, path):
-        self.results = json.loads(Path(path).read_text())
+    def __init__(self, results):
+        self.results = results
 
     def seeds(self, case, kind):
         done = self.results.get(case, {}).get(kind, {})
@@ -107,6 +111,17 @@ class Study:
     def backbone(self, case, row, metric):
         done = self.results[case]["backbone"]
         return {s: done[str(s)]["methods"][row][metric] for s in self.seeds(case, "backbone")}
+
+
+def needed(results, case, kind, seed):
+    """The lanes of a job that a table shows, which are those at the chosen rates; None: all."""
+    methods = [m for m in METHODS if m[2] == kind and kind != "dmd-4"]
+    if seed in CASES[case].tuning or CASES[case].off or not methods:
+        return None
+    lanes = [Study(results).chosen(case, kind, having, nfe) for _, nfe, _, having in methods]
+    if kind == GT_TUNED:  # the sweep of its weight is at one rate
+        lanes.append({**W2S, "generator_lr": CASES[case].rates[1]})
+    return lanes
 
 
 def settings_of(lane):
@@ -183,25 +198,42 @@ def exact_table(study, case):
                      "W2S .25 - exact"], rows)  # fmt: skip
 
 
-def phase_panels(study, case):
-    """Heat maps of the collapse rate: alpha_weak against a learning rate."""
+def maps(study, case):
+    """(title, lanes, axis, kind) of each map of alpha_weak against a learning rate."""
     lanes = study.settings(case)
     preset = [x for x in lanes if set(x) == {"alpha_weak", "generator_lr"}]
     plain = [x for x in lanes if "lr_schedule" in x]
     fakes = [x for x in lanes if "fake_lr" in x]
     fakes += [x for x in preset if fakes and x["generator_lr"] == TWO[0]]
-    yield phase(study, case, f"{case}, preset", preset, "generator_lr")
+    yield f"{case}, preset", preset, "generator_lr", "dmd-4"
     if plain:
-        yield phase(study, case, f"{case}, constant rates, no decay", plain, "generator_lr")
+        yield f"{case}, constant rates, no decay", plain, "generator_lr", "dmd-4"
     if fakes:
-        yield phase(study, case, f"{case}, preset, generator_lr {TWO[0]:g}", fakes, "fake_lr")
+        yield f"{case}, preset, generator_lr {TWO[0]:g}", fakes, "fake_lr", "dmd-4"
     for kind, title in (("ratio-1", "one fake update, not five"), ("rank-4", "rank 4, not 16")):
         if study.seeds(case, kind):
-            lanes = study.settings(case, kind)
-            yield phase(study, case, f"{case}, {title}", lanes, "generator_lr", kind)
+            yield f"{case}, {title}", study.settings(case, kind), "generator_lr", kind
 
 
-def phase(study, case, title, lanes, axis, kind="dmd-4"):
+def collapse_table(study, case):
+    """Share of the runs that collapsed, over all rates of a map; against alpha_weak 0, paired."""
+    rows = []
+    for title, lanes, _, kind in maps(study, case):
+        seeds, base = study.seeds(case, kind), None
+        for alpha in sorted({lane["alpha_weak"] for lane in lanes}):
+            own = [lane for lane in lanes if lane["alpha_weak"] == alpha]
+            share = {seed: np.mean([
+                collapsed(study, case, seed, study.lane(case, kind, seed, x)["metrics"]["4"])
+                for x in own]) for seed in seeds}  # fmt: skip
+            base = share if base is None else base
+            shift = written(differences(share, base), 2, "+") if alpha else ""
+            rows.append([title, f"{alpha:g}", len(own) * len(seeds),
+                         written(list(share.values()), 2), shift])  # fmt: skip
+    return markdown(["setting", "alpha_weak", "runs", "share collapsed", "against 0"], rows)
+
+
+def phase(study, case, title, lanes, axis, kind):
+    """A heat map of the collapse rate, for plots.heatmaps."""
     default = {"generator_lr": None, "fake_lr": PRESETS["toy"]["fake_lr"]}[axis]
 
     def place(x):
@@ -283,9 +315,10 @@ def probed_backbone(study, case, when):
     return list(np.mean(probed(study, case, when, "error", 0.0)[1], axis=0))
 
 
-GT = [("0", "gt-0"), (".05", "gt-0.05"), (".2", "gt-0.2"), ("1", "gt-1"),
-      (".05, not at sigma 1", "gt-0.05-skip"), (".2, not at sigma 1", "gt-0.2-skip"),
-      ("1, not at sigma 1", "gt-1-skip")]  # fmt: skip
+GT = [("0", "gt-0"), (".05", "gt-0.05"), (".2", "gt-0.2"), ("1", "gt-1"), ("5", "gt-5"),
+      ("20", "gt-20"), (".05, not at sigma 1", "gt-0.05-skip"),
+      (".2, not at sigma 1", "gt-0.2-skip"), ("1, not at sigma 1", "gt-1-skip"),
+      ("20, not at sigma 1", "gt-20-skip")]  # fmt: skip
 
 
 def gt_values(study, case, kind, metric):
@@ -323,7 +356,7 @@ def costs(study):
 def figures(study, out):
     """phase.png, controls.png, scores.png, gt.png: what study.json has data for."""
     cases = [case for case in study.results if study.seeds(case, "dmd-4")]
-    panels = [panel for case in cases for panel in phase_panels(study, case)]
+    panels = [phase(study, case, *group) for case in cases for group in maps(study, case)]
     plots.heatmaps(out / "phase.png", panels, "alpha_weak", NOTE)
     groups = []
     for case in cases:
@@ -333,7 +366,7 @@ def figures(study, out):
         groups.append((f"{case}: {metric}", rows))
     plots.forest(out / "controls.png", groups, "W2S - scaled DMD; below 0: W2S is better")
     plots.curves(out / "scores.png", *score_panels(study, cases))
-    if study.seeds("videos", "gt-1-skip"):
+    if study.seeds("videos", "gt-20-skip"):
         plots.trade(out / "gt.png", [("videos, paired input", gt_series(study))],
                     "dynamic degree (the data's is 1)", "frame Fréchet (lower is better)")
 
@@ -370,20 +403,42 @@ def sections(study):
             parts[f"{case}: methods"] = table(study, case)
             parts[f"{case}: paired differences"] = claims(study, case)
         if study.seeds(case, "dmd-4"):
+            parts[f"{case}: collapse"] = collapse_table(study, case)
             parts[f"{case}: W2S minus DMD and its controls"] = controls(study, case)
             parts[f"{case}: the real score at the generator's samples"] = scores(study, case)
         if study.seeds(case, "exact"):
             parts[f"{case}: with the exact real score"] = exact_table(study, case)
-    if study.seeds("videos", "gt-1-skip"):
+    if study.seeds("videos", "gt-20-skip"):
         parts["videos: the GT loss"] = gt_table(study)
     return parts | {"cost": costs(study)}
 
 
+PLACE = re.compile(r"(?<=<!-- )(?!end -->)([^/\n]+?)(?: / ([^\n]+?))?( -->\n).*?"
+                   r"(?=<!-- end -->)", re.S)  # fmt: skip
+
+
+def filled(text, parts):
+    """Text whose '<!-- title / rows -->' ... '<!-- end -->' hold that table, or the rows of it in
+    which the regular expression `rows` is found."""
+    def table_of(place):
+        title, rows, _ = place.groups()
+        head, rule, *lines = parts[title].splitlines()
+        lines = [line for line in lines if re.search(rows or "", line)]
+        mark = f"{title} / {rows}" if rows else title
+        return "\n".join([f"{mark} -->", "", head, rule, *lines, "", ""])
+
+    return PLACE.sub(table_of, text)
+
+
 def write(folder):
-    """tables.md and the figures of a folder with a study.json."""
-    study = Study(folder / "study.json")
-    parts = [f"## {title}\n\n{text}\n" for title, text in sections(study).items()]
-    (folder / "tables.md").write_text("\n".join(parts))
+    """tables.md and the figures of a folder with a study.json, and the tables of its README."""
+    study = Study(json.loads((folder / "study.json").read_text()))
+    parts = sections(study)
+    text = "\n".join(f"## {title}\n\n{part}\n" for title, part in parts.items())
+    (folder / "tables.md").write_text(text)
+    readmes = [folder / "README.md"] + [ROOT / "README.md"] * (folder.resolve() == STORED)
+    for readme in filter(Path.exists, readmes):
+        readme.write_text(filled(readme.read_text(), parts))
     figures(study, folder)
 
 

@@ -6,7 +6,8 @@
 
 A JOB trains the lanes of one case, kind and seed side by side (toy/stack.py) and measures each
 against the exact mixture. Results go to study.json, one job at a time; `toy.report` makes tables
-and figures of it. Learning rates are chosen on the seeds of TUNING, which no table shows.
+and figures of it. Learning rates are chosen on a case's `tuning` seeds, which no table shows; the
+other seeds train what a table or figure shows.
 """
 
 import argparse
@@ -148,9 +149,12 @@ KINDS = {  # what all lanes share, and the lanes
     "gt-0": (PAIRED, middle),
     "gt-0.2": (gt(0.2), middle),
     "gt-1": (gt(1.0), middle),
+    "gt-5": (gt(5.0), middle),
+    "gt-20": (gt(20.0), middle),
     "gt-0.05-skip": (gt(0.05, True), middle),
     "gt-0.2-skip": (gt(0.2, True), middle),
     "gt-1-skip": (gt(1.0, True), middle),
+    "gt-20-skip": (gt(20.0, True), middle),
     "exact": ({}, lambda case: at_rates(case, DMD)),  # its real DiT is the mixture itself
     "ratio-1": ({"fake_updates": 1}, lagging),
     "rank-4": ({"lora_rank": 4}, lagging),
@@ -253,13 +257,18 @@ def is_probed(lane, case):
     return lane in ({**DMD, "generator_lr": middle}, {**W2S, "generator_lr": middle})
 
 
-def run(name, kind, seed, small=1):
-    """Train and measure the lanes of a job; a dict for study.json. small: divides all sizes."""
+def run(name, kind, seed, small=1, only=None):
+    """Train and measure the lanes of a job, or of them `only` some; a dict for study.json.
+
+    small: divides all sizes.
+    """
     torch.set_num_threads(1)
     started, case = time.process_time(), CASES[name]
     iterations = case.iterations * (LONG if kind == "lcm-long" else 1) // small
     case = dataclasses.replace(case, iterations=iterations)
     shared, lanes = KINDS[kind][0], list(KINDS[kind][1](case))
+    if only:
+        lanes = [lane for lane in lanes if lane in only]
     if seed in case.tuning:  # rates are chosen among the methods, not among their controls
         lanes = [lane for lane in lanes if "scaled" not in lane and "lr_schedule" not in lane]
     configs = [config_of(case, seed, shared, lane) for lane in lanes or [{}]]
@@ -332,17 +341,20 @@ def main():
     print(f"{len(left)} of {len(wanted)} jobs to do: about {minutes / small:.0f} core-minutes, "
           f"{minutes / small / 2:.0f} minutes on 2 cores")  # fmt: skip
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # the workers', not this process's
-    bar = tqdm(total=len(left), unit="job")
-    with bar, ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        futures = {pool.submit(run, *job, small): job for job in left}
-        for done in as_completed(futures):
-            case, kind, seed = futures[done]
-            results.setdefault(case, {}).setdefault(kind, {})[str(seed)] = done.result()
-            w2svd.write_json(path, results)
-            bar.set_postfix_str(f"{case} {kind} seed {seed}")
-            bar.update()
     from toy import report  # it reads the cases from here
 
+    tuned = [job for job in left if job[2] in CASES[job[0]].tuning]
+    bar = tqdm(total=len(left), unit="job")
+    with bar, ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        for part in (tuned, [job for job in left if job not in tuned]):
+            only = [report.needed(results, *job) for job in part]  # known once all are tuned
+            futures = {pool.submit(run, *job, small, some): job for job, some in zip(part, only)}
+            for done in as_completed(futures):
+                case, kind, seed = futures[done]
+                results.setdefault(case, {}).setdefault(kind, {})[str(seed)] = done.result()
+                w2svd.write_json(path, results)
+                bar.set_postfix_str(f"{case} {kind} seed {seed}")
+                bar.update()
     report.write(out)
     print(f"{out}: study.json, tables.md, phase.png, controls.png, scores.png, gt.png")
 
