@@ -183,10 +183,11 @@ def header(path):
         if not 0 < size <= 2**24:  # safetensors would take 2 GiB of memory for the 100 MB it allows
             return None, None
         with safe_open(path, "pt") as file:
-            info = json.loads((file.metadata() or {})["w2svd"])
+            info = dict(json.loads((file.metadata() or {})["w2svd"]))
+            info.pop("content_sha256", None)  # of everything, which is not read here
             slices = {name: file.get_slice(name) for name in file.keys()}
             return info, {n: (x.get_dtype(), x.get_shape()) for n, x in slices.items()}
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         return None, None
 
 
@@ -342,12 +343,20 @@ def describe(path, caption, folder, settings):
     return settings | {"caption": caption, "source": source, "sha256": sha256}
 
 
+def is_encoded(path, info):
+    """Whether the clip's file is there, whole, and made of this source with these settings."""
+    try:
+        return header(path)[0] == info and read_safetensors(path)[1] == info
+    except Refused:
+        return False
+
+
 def add_clip(out, path, info, config, pipe, clips):
     """Encode one clip unless that was done, with the same settings; its file joins `clips`."""
     name = f"{safe_name(info['source'])}-{digest(info['source'])}.safetensors"
     if name in clips:
         raise Refused("it is listed twice")
-    if header(out / name)[0] != info:
+    if not is_encoded(out / name, info):
         write_safetensors(out / name, encode_clip(pipe, path, info, config), info)
     clips[name] = info
 
@@ -544,7 +553,10 @@ class Task:
         """Clip i as a batch of one; x0 is 0 where there is a caption alone."""
         random = self.config.weights == "random"
         name = "noise" if random else str(self.clips[i])  # for an error to say
-        tensors = self.noise if random else read_safetensors(self.clips[i])[0]
+        try:
+            tensors = self.noise if random else read_safetensors(self.clips[i])[0]
+        except Refused as error:
+            raise Refused(f"{error} Run encode again; it keeps what is whole.") from error
         cond = {name: x[None].to(self.device) for name, x in tensors.items()}
         x0 = cond.pop("latents", torch.zeros(1, *self.shape, device=self.device))
         return {"x0": x0, "cond": cond, "name": name}

@@ -572,8 +572,8 @@ def whole(path):
 
 
 def checksum(tensors, info):
-    """SHA-256 of names, types, shapes, bits and the header's JSON string, in hexadecimal."""
-    sha256 = hashlib.sha256(info.encode())
+    """SHA-256 of the info and of the tensors' names, types, shapes and bits, in hexadecimal."""
+    sha256 = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
         sha256.update(f"{name} {x.dtype} {list(x.shape)}".encode())
         sha256.update(x.reshape(-1).view(torch.uint8).numpy())
@@ -581,13 +581,13 @@ def checksum(tensors, info):
 
 
 def write_safetensors(path, tensors, info, **metadata):
-    """Tensors, one JSON string under 'w2svd' in the header, a checksum; whole or not at all."""
+    """Tensors, and info with a checksum as one JSON string in the header; whole or not at all."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    info = json.dumps(info, sort_keys=True)
-    metadata |= {"w2svd": info, "w2svd_sha256": checksum(tensors, info)}
+    info = info | {"content_sha256": checksum(tensors, info)}
+    metadata |= {"w2svd": json.dumps(info, sort_keys=True)}
     with whole(path) as half:
         try:
             save_file(tensors, half, metadata=metadata)
@@ -604,11 +604,11 @@ def read_safetensors(path):
             if int.from_bytes(file.read(8), "little") > 2**24:  # reading it would take gigabytes
                 raise ValueError("its header is too long")
         with safe_open(path, "pt") as file:
-            found = file.metadata() or {}
+            info = dict(json.loads((file.metadata() or {})["w2svd"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if checksum(tensors, found["w2svd"]) != found["w2svd_sha256"]:
+        if info.pop("content_sha256") != checksum(tensors, info):
             raise ValueError("its checksum differs")
-        return tensors, dict(json.loads(found["w2svd"]))
+        return tensors, info
     except KeyError as error:
         raise Refused(f"{path} was not written by w2svd: its header has no {error}.") from error
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:

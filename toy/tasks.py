@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,8 +149,11 @@ def cached_backbone(mixture, recipe, config):
     path = Path(config.cache).expanduser() / f"{config.data}-{name}.safetensors"
     if path.exists():
         module = build(mixture, recipe)
-        module.load_state_dict(read_safetensors(path)[0])
-        return module
+        try:
+            module.load_state_dict(read_safetensors(path)[0])
+            return module
+        except (Refused, RuntimeError) as error:  # damaged, or another's
+            print(f"w2svd: {error} The backbone is trained anew.", file=sys.stderr)
     try:  # before the minute of training, not after it
         path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / f".{os.getpid()}").touch()
@@ -246,8 +250,10 @@ class Task:
         panels = [(f"{k}\n{name} {values[k][metric]:.3f}", x) for k, x in samples.items()]
         frames = []
         for path in sorted((folder / "frames").glob("[0-9]*.safetensors")):
-            tensors, info = read_safetensors(path)
-            frames.append((f"{student}, iteration {info['step']}", tensors["samples"]))
+            drawn = read_safetensors(path)[0].get("samples", torch.zeros(0))
+            if drawn.shape[1:] != self.shape:
+                raise Refused(f"{path} holds no samples of this run; delete it.")
+            frames.append((f"{student}, iteration {int(path.stem)}", drawn))
         if video:
             plots.samples_videos(folder / "samples.png", panels)
             plots.clips_gif(folder / "clips.gif", [panels[0], panels[-1]])
