@@ -151,6 +151,8 @@ def table(study, case):
 
     for nfe in (1, 4, 28):
         row("Euler", nfe, lambda c, k=nfe: study.backbone(case, str(k), c))
+        if nfe == 4:
+            row("backbone, predict and renoise", 4, lambda c: study.backbone(case, "renoised", c))
         for name, steps, kind, having in METHODS:
             if steps != nfe or not study.seeds(case, kind):
                 continue

@@ -197,12 +197,15 @@ def config_of(case, seed, shared, lane):
 
 
 def measure_backbone(task, measure):
-    """Metrics of Euler sampling on the student's grid, and of exact samples."""
+    """Metrics of Euler sampling on the student's grid, of the student's own sampling with the
+    backbone in its place ('renoised': what a generator of posterior means gives), and of exact
+    samples."""
     cond, noise = task.start(measure.n, seed=2)
     rows = {"floor": task.mixture.sample(measure.n, torch.Generator().manual_seed(3), cond)}
     for k in (1, 4, 28):
         grid = few_step_sigmas(k, task.config.shift)
         rows[str(k)] = euler_sample(task.backbone.velocity, noise, grid, cond)
+    rows["renoised"] = task.few_step(task.backbone.velocity, task.sigmas, measure.n, seed=2)
     return {name: measure(x) for name, x in rows.items()}
 
 
