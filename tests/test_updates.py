@@ -315,8 +315,8 @@ def test_one_step_inputs_are_pure_noise(new_roles, draw):
         (fake_step, "generator", r"generator's sample in the fake update.*sigma 0\.8333"),
         (fake_step, "fake", r"the fake's velocity.*sigma 0\.6250"),
         (generator_step, "generator", r"the generator's sample.*sigma 0\.8333"),
-        (generator_step, "fake", r"the generator's gradient.*sigma 0\.6250"),
-        (generator_step, "real", r"the generator's gradient.*sigma 0\.6250"),
+        (generator_step, "fake", r"the fake's velocity.*sigma 0\.6250"),
+        (generator_step, "real", r"the real DiT's velocity.*sigma 0\.6250"),
     ],
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
