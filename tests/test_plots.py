@@ -29,7 +29,7 @@ def drawn(folder, draw, name, *args):
     """The picture, after drawing it twice: equal bytes, and nothing else in the folder."""
     path = folder / name
     returned = draw(path, *args)
-    assert returned == path or draw is plots.film_frames
+    assert returned == path
     first = path.read_bytes()
     draw(str(path), *args)
     assert path.read_bytes() == first
@@ -190,6 +190,5 @@ def test_films_stand_under_each_other_frame_by_frame(tmp_path):
     rows = [("file", str(tmp_path / "a.mp4")), ("decoded", decoded)]
     two = drawn(folder, plots.film_frames, "a.png", rows)
     assert (two[-40, -40] == (255, 128, 0)).all(), "neither clipped nor rounded"
-    assert (np.asarray(plots.film_frames(folder / "a.png", rows))[..., :3] == two).all()
     one = drawn(folder, plots.film_frames, "a.png", rows[:1])
     assert two.shape[0] - one.shape[0] == 3 * 32 + 11  # a frame and a gap
