@@ -147,7 +147,7 @@ def cached_backbone(mixture, recipe, config):
                 **dataclasses.asdict(recipe)}  # fmt: skip
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = Path(config.cache).expanduser() / f"{config.data}-{name}.safetensors"
-    if path.exists():
+    if path.is_file():  # a pipe would never end
         module = build(mixture, recipe)
         try:
             module.load_state_dict(read_safetensors(path)[0])
@@ -249,7 +249,7 @@ class Task:
         metric, name = ("clip_frechet", "clip Fréchet") if video else ("sliced_w2", "sliced W2")
         panels = [(f"{k}\n{name} {values[k][metric]:.3f}", x) for k, x in samples.items()]
         frames = []
-        for path in sorted((folder / "frames").glob("[0-9]*.safetensors")):
+        for path in sorted(filter(Path.is_file, (folder / "frames").glob("[0-9]*.safetensors"))):
             drawn = read_safetensors(path)[0].get("samples", torch.zeros(0))
             if drawn.shape[1:] != self.shape:
                 raise Refused(f"{path} holds no samples of this run; delete it.")
