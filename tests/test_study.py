@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import w2svd
 from toy import report, study, tasks
 from toy.baselines import consistency_loss
 from toy.tasks import Recipe
@@ -38,6 +39,9 @@ def invented(case, kind, seed, rng):
             alphas = [{"alpha": a, **numbers} for a in (0.0, 0.25, 0.5, 0.75)]
             probes = [{"sigma": s, "error_at_data": 0.5, "alphas": alphas} for s in (0.1, 0.9)]
             lane |= {"early": probes, "late": probes}
+        if kind == "turn":
+            alphas = [{"alpha": a, "length": 1 - a, "cosine": 1.0} for a in (0.25, 0.5, 0.75)]
+            lane |= {when: {"alphas": alphas, "again": 0.9} for when in ("early", "late")}
         lanes.append(lane)
     return {"lanes": lanes, "core_seconds": 60.0}
 
@@ -48,10 +52,10 @@ def settings(lane):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a study.json of invented results, for all jobs of the core."""
+    """A folder with a study.json of invented results, for all jobs."""
     path, rng = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
     results = {}
-    for case, kind, seed in study.jobs():
+    for case, kind, seed in study.jobs(full=True):
         job = invented(case, kind, seed, rng)
         results.setdefault(case, {}).setdefault(kind, {})[str(seed)] = job
     (path / "study.json").write_text(json.dumps(results))
@@ -117,6 +121,12 @@ def test_tables_and_figures_are_made_of_the_results(folder):
     assert rates == ["0.0003", "0.001", "0.003", "0.01"]
     assert [set(row) for row in shares] == [{0.0}, {0.0}, {0.0}, {1.0}] and alphas[3] == "0.75"
     assert "| ring, preset | 0.75 | 32 | 1.00 [1.00, 1.00] | +1.00 [+1.00, +1.00] |" in text
+    gradient = "0.250 [0.250, 0.250] | 1.000 [1.000, 1.000] | 0.900 [0.900, 0.900]"
+    assert f"| late | 0.75 | {gradient} |" in text
+    row = next(x for x in text.splitlines() if x.startswith("| GT weight 20 | 0.25 |"))
+    assert float(row.split("|")[-2].split()[0]) == pytest.approx(0.25, abs=0.01)
+    row = next(x for x in text.splitlines() if x.startswith("| alpha_weak falls to 0, cosine |"))
+    assert float(row.split("|")[5].split()[0]) == pytest.approx(0, abs=0.01)
 
 
 def test_a_difference_is_paired():
@@ -174,6 +184,22 @@ def test_a_job_trains_and_measures_all_of_its_lanes(tiny, kind):
         assert plain["cos_dmd"] == pytest.approx(1, abs=0.05)  # 0 where the fake has not moved
         assert all(a["error"] > 0 for a in row["alphas"])
     json.dumps(done)
+
+
+def test_a_weak_shift_turns_nothing_where_the_velocity_is_linear_in_the_adapter(tiny, monkeypatch):
+    """A normaliser of 1, and predictions that lie on a line: the gradient is (1 - alpha) DMD's."""
+    monkeypatch.setattr(w2svd, "_mean_abs", lambda x: 1.0)
+    monkeypatch.setattr(
+        w2svd.Roles, "real", lambda self, x_t, sigma, cond=None:
+        self.backbone.velocity(x_t, sigma, cond) + self.alpha_weak * (x_t + 1))  # fmt: skip
+    monkeypatch.setattr(
+        w2svd.Roles, "fake", lambda self, x_t, sigma, cond=None:
+        self.backbone.velocity(x_t, sigma, cond) + (x_t + 1))  # fmt: skip
+    found = study.run("ring", "turn", 0, small=90)["lanes"][0]["late"]
+    for row in found["alphas"]:
+        assert row["length"] == pytest.approx(1 - row["alpha"], rel=1e-3)
+        assert row["cosine"] == pytest.approx(1, abs=1e-4)
+    assert found["again"] < 1
 
 
 def test_off_data_cases_are_off(tiny):

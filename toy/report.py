@@ -120,7 +120,7 @@ def needed(results, case, kind, seed):
         return None
     lanes = [Study(results).chosen(case, kind, having, nfe) for _, nfe, _, having in methods]
     if kind == GT_TUNED:  # the sweep of its weight is at one rate
-        lanes.append({**W2S, "generator_lr": CASES[case].rates[1]})
+        lanes.append({**W2S, "generator_lr": CASES[case].middle})
     return lanes
 
 
@@ -284,8 +284,7 @@ def controls(study, case):
 
 def probed(study, case, when, key, alpha, lane_alpha=0.25):
     """(sigmas, [one list over seeds for each sigma]) of a number of the probes."""
-    rates = CASES[case].rates
-    settings = {"alpha_weak": lane_alpha, "generator_lr": rates[1] if len(rates) > 2 else rates[0]}
+    settings = {"alpha_weak": lane_alpha, "generator_lr": CASES[case].middle}
     runs = [study.lane(case, "dmd-4", seed, settings)[when] for seed in study.seeds(case, "dmd-4")]
     sigmas = [row["sigma"] for row in runs[0]]
     if key == "error_at_data":
@@ -323,8 +322,8 @@ GT = [("0", "gt-0"), (".05", "gt-0.05"), (".2", "gt-0.2"), ("1", "gt-1"), ("5", 
       ("20, not at sigma 1", "gt-20-skip")]  # fmt: skip
 
 
-def gt_values(study, case, kind, metric):
-    return study.values(case, kind, {**W2S, "generator_lr": CASES[case].rates[1]}, metric)
+def gt_values(study, case, kind, metric, alpha=W2S):
+    return study.values(case, kind, {**alpha, "generator_lr": CASES[case].middle}, metric)
 
 
 def gt_table(study, case="videos"):
@@ -337,6 +336,57 @@ def gt_table(study, case="videos"):
         cells = [written(list(v.values()), PLACES.get(c, 3)) for c, v in values.items()]
         rows.append([name, *cells, written(shift, 3, "+") if kind != "gt-0" else ""])
     return markdown(["GT weight", *COLUMNS["videos"], "dynamic_degree against 0"], rows)
+
+
+def moved_table(study, case="moved"):
+    """Data that the backbone never saw: what pulls the student to them?"""
+    rows = []
+    for steps in ("4", "28"):
+        cells = [written(list(study.backbone(case, steps, c).values())) for c in COLUMNS["2d"]]
+        rows.append([f"backbone, Euler {steps}", "", *cells, ""])
+    for name, kind in [("0", "paired"), *GT]:
+        if not study.seeds(case, kind):
+            continue
+        for alpha in (DMD, W2S):
+            values = {c: gt_values(study, case, kind, c, alpha) for c in COLUMNS["2d"]}
+            base = gt_values(study, case, kind, "sliced_w2", DMD)
+            shift = written(differences(values["sliced_w2"], base), 3, "+") if alpha != DMD else ""
+            rows.append([f"GT weight {name}", f"{alpha['alpha_weak']:g}",
+                         *(written(list(v.values())) for v in values.values()), shift])  # fmt: skip
+    return markdown(["student", "alpha_weak", *COLUMNS["2d"], "sliced_w2 against 0"], rows)
+
+
+def variants(study, case="ring"):
+    """Our defaults against what else they could be, paired, all else equal."""
+    rows = []
+    for kind, name in (("schedule", ""), ("all-exits", "the fake learns all exits"),
+                       ("paired", "paired input, all exits")):  # fmt: skip
+        for lane in study.settings(case, kind) if study.seeds(case, kind) else ():
+            default = {k: lane[k] for k in ("alpha_weak", "generator_lr")}
+            cells = []
+            for metric in ("sliced_w2", "weight_tv"):
+                values = study.values(case, kind, lane, metric)
+                base = study.values(case, "dmd-4", default, metric)
+                cells += [written(list(values.values())),
+                          written(differences(values, base), 3, "+")]  # fmt: skip
+            title = name or f"alpha_weak falls to 0, {lane['alpha_weak_schedule']}"
+            rows.append([title, f"{lane['generator_lr']:g}", f"{lane['alpha_weak']:g}", *cells])
+    return markdown(["instead of the default", "rate", "alpha_weak", "sliced_w2",
+                     "against the default", "weight_tv", "against the default"], rows)  # fmt: skip
+
+
+def turns(study, case):
+    """How alpha_weak turns and shrinks the gradient of the generator's parameters."""
+    rows, lane = [], {**W2S, "generator_lr": CASES[case].middle}
+    for when in ("early", "late"):
+        runs = [study.lane(case, "turn", seed, lane)[when] for seed in study.seeds(case, "turn")]
+        again = written([run["again"] for run in runs])
+        for k, row in enumerate(runs[0]["alphas"]):
+            cells = [written([run["alphas"][k][key] for run in runs])
+                     for key in ("length", "cosine")]  # fmt: skip
+            rows.append([when, f"{row['alpha']:g}", *cells, again])
+    return markdown(["when", "alpha_weak", "length / DMD's", "cos with DMD's",
+                     "DMD's with itself, other samples"], rows)  # fmt: skip
 
 
 def costs(study):
@@ -408,10 +458,16 @@ def sections(study):
             parts[f"{case}: collapse"] = collapse_table(study, case)
             parts[f"{case}: W2S minus DMD and its controls"] = controls(study, case)
             parts[f"{case}: the real score at the generator's samples"] = scores(study, case)
+        if study.seeds(case, "turn"):
+            parts[f"{case}: the generator's gradient"] = turns(study, case)
         if study.seeds(case, "exact"):
             parts[f"{case}: with the exact real score"] = exact_table(study, case)
     if study.seeds("videos", "gt-20-skip"):
         parts["videos: the GT loss"] = gt_table(study)
+    if study.seeds("ring", "schedule"):
+        parts["ring: the defaults"] = variants(study)
+    if study.seeds("moved", "gt-20"):
+        parts["moved: the GT loss"] = moved_table(study)
     return parts | {"cost": costs(study)}
 
 

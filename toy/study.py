@@ -28,7 +28,17 @@ from toy.baselines import consistency_iterate
 from toy.metrics import Metrics
 from toy.stack import Stack
 from toy.tasks import RECIPES, SAMPLES, Task
-from w2svd import PRESETS, Config, add_noise, euler_sample, few_step_sigmas, x0_from_velocity
+from w2svd import (
+    PRESETS,
+    Config,
+    add_noise,
+    euler_sample,
+    few_step_sigmas,
+    generator_input,
+    generator_step,
+    sample_sigma,
+    x0_from_velocity,
+)
 
 QUICK = 12  # how many times smaller
 
@@ -47,6 +57,11 @@ class Case:
     make: tuple = ()  # arguments of the mixture
     training: int = 0  # iterations of the backbone; the recipe's if 0
     moved: float = 0.0  # how far the data have moved since the backbone learnt them
+
+    @property
+    def middle(self):
+        """The learning rate of what is trained at one rate only."""
+        return self.rates[1] if len(self.rates) > 2 else self.rates[0]
 
 
 POINTS, CLIPS, TWO = (3e-4, 1e-3, 3e-3, 1e-2), (1.5e-4, 5e-4, 1.5e-3), (1e-3, 3e-3)
@@ -98,7 +113,7 @@ def sweep(case):
     video = case.data == "videos"
     alphas = [{"alpha_weak": a} for a in ((0.0, 0.25, 0.5) if video else (0.0, 0.25, 0.5, 0.75))]
     yield from at_rates(case, *alphas)
-    for lr in case.rates[1:2] if video else TWO:
+    for lr in [case.middle] if video else TWO:
         for weak in alphas[1:]:
             left = 1 - weak["alpha_weak"]
             yield {**DMD, "generator_lr": lr, "scaled": ["gradient", left]}
@@ -106,14 +121,14 @@ def sweep(case):
     if not video:
         yield from at_rates(case, *(a | PLAIN for a in alphas), rates=TWO)
     if not video and not case.off:
-        yield from at_rates(case, *alphas, rates=TWO[:1], fake_rates=(1e-4, 2.5e-3))
+        yield from at_rates(case, *alphas, rates=[case.middle], fake_rates=(1e-4, 2.5e-3))
 
 
 def schedules(case):
     """alpha_weak falling to 0 at half of the iterations."""
     every = [{"alpha_weak": alpha, "alpha_weak_schedule": schedule}
              for alpha in (0.25, 0.5, 0.75) for schedule in ("linear", "cosine")]  # fmt: skip
-    return at_rates(case, *every, rates=case.rates[1:2])
+    return at_rates(case, *every, rates=[case.middle])
 
 
 def lagging(case):
@@ -130,7 +145,7 @@ def dmd2(case):
 
 
 def middle(case):
-    return at_rates(case, W2S, rates=case.rates[1:2])
+    return at_rates(case, *((DMD, W2S) if case.moved else (W2S,)), rates=[case.middle])
 
 
 def gt(weight, skip=False):
@@ -156,6 +171,7 @@ KINDS = {  # what all lanes share, and the lanes
     "gt-1-skip": (gt(1.0, True), middle),
     "gt-20-skip": (gt(20.0, True), middle),
     "exact": ({}, lambda case: at_rates(case, DMD)),  # its real DiT is the mixture itself
+    "turn": ({}, middle),  # how alpha_weak turns the generator's gradient
     "ratio-1": ({"fake_updates": 1}, lagging),
     "rank-4": ({"lora_rank": 4}, lagging),
     "schedule": ({}, schedules),
@@ -163,18 +179,20 @@ KINDS = {  # what all lanes share, and the lanes
     "paired": (PAIRED, both),
 }
 TABLE = ("backbone", "dmd-4", "dmd-1", "dmd2-4", "dmd2-1", "lcm", "gt-0.05")
-OFF = ("backbone", "dmd-4", "exact")
+OFF = ("backbone", "dmd-4", "exact", "turn")
+MOVED = ("backbone", "paired", "gt-0.2", "gt-1", "gt-5", "gt-20")
 TUNED = TABLE[1:] + ("lcm-long",)
 SWEEP = tuple(kind for kind in KINDS if kind.startswith("gt-") and kind != "gt-0.05")
 
 
 def jobs(full=False, quick=False):
     """(case, kind, seed), the tuning seeds first, then seed by seed."""
-    core = {"ring": TABLE + ("lcm-long", "ratio-1", "exact"), "videos": TABLE + SWEEP, "weak": OFF}
+    core = {"ring": TABLE + ("lcm-long", "ratio-1", "exact", "turn"),
+            "videos": TABLE + SWEEP + ("turn",), "weak": OFF}  # fmt: skip
     if full:
         core["ring"] += ("rank-4", "schedule", "all-exits", "paired")
         core["videos"] += ("lcm-long",)
-        core |= {"grid": TABLE, "narrow": OFF, "moved": ("backbone", "paired", "gt-0.05", "gt-0.2")}
+        core |= {"grid": TABLE, "narrow": OFF, "moved": MOVED}
     if quick:
         core = {"ring": TABLE}
     tuned = [(case, kind, seed) for case, kinds in core.items() if not CASES[case].off
@@ -254,10 +272,46 @@ def probe(task, stack, k, n):
     return rows
 
 
+def turn(task, stack, k, n):
+    """How the gradient of lane k's generator turns and shrinks as alpha_weak grows.
+
+    The gradient is that of `generator_step`, over all parameters and 8 n samples. `again` is the
+    cosine of two at alpha 0 over different samples: 1 but for the finite number of them.
+    """
+    one, c = stack.roles.one, stack.configs[k]
+    for role in ("generator", "fake"):
+        one.load(role, stack.roles.lane(k, role))
+
+    def gradient(alpha, first):
+        one.alpha_weak = alpha
+        for seed in range(first, first + 8):
+            rngs = {name: torch.Generator().manual_seed(seed) for name in ("input", "exit", "loss")}
+            cond, x0 = task.start(n, seed)  # a rollout reads x0's shape only
+            x_in, sigma_in = generator_input(one, x0, cond, task.sigmas, "rollout", rngs)
+            sigma = sample_sigma(n, c.sigma_low, c.sigma_high, c.sigma_shift, rngs["loss"])
+            eps = torch.randn(x0.shape, generator=rngs["loss"])
+            generator_step(one, {"x0": x0, "cond": cond}, x_in, sigma_in, sigma, eps)
+        parameters = one.parameters("generator")
+        g = torch.cat([p.grad.flatten() for p in parameters])
+        for p in parameters:
+            p.grad = None
+        return g
+
+    def cosine(a, b):
+        return torch.cosine_similarity(a, b, dim=0).item()
+
+    dmd, rows = gradient(0.0, 0), []
+    for alpha in (0.25, 0.5, 0.75):
+        g = gradient(alpha, 0)
+        length = (g.norm() / dmd.norm()).item()
+        rows.append({"alpha": alpha, "length": length, "cosine": cosine(g, dmd)})
+    one.alpha_weak = 0.0
+    return {"alphas": rows, "again": cosine(gradient(0.0, 8), dmd)}
+
+
 def is_probed(lane, case):
     """DMD and W2S at a middle rate, all else as in the preset."""
-    middle = case.rates[1] if len(case.rates) > 2 else case.rates[0]
-    return lane in ({**DMD, "generator_lr": middle}, {**W2S, "generator_lr": middle})
+    return lane in ({**DMD, "generator_lr": case.middle}, {**W2S, "generator_lr": case.middle})
 
 
 def run(name, kind, seed, small=1, only=None):
@@ -305,13 +359,15 @@ def gradient_scale(lane):
 
 def train(task, stack, case, kind, lanes):
     """All iterations; the probes {lane number: {"early": ..., "late": ...}} of a sweep."""
-    probed = [k for k, lane in enumerate(lanes) if kind == "dmd-4" and is_probed(lane, case)]
+    measured, n = {"dmd-4": (probe, 4096), "turn": (turn, 2048)}.get(kind, (None, 0))
+    probed = [k for k, lane in enumerate(lanes) if measured and is_probed(lane, case)]
     probes = {k: {} for k in probed}
+    n //= 8 if case.data == "videos" else 1
     at = {case.iterations // 12: "early", case.iterations: "late"}
     for i in range(1, case.iterations + 1):
         consistency_iterate(stack) if "lcm" in kind else stack.iterate()
         for k in probed if i in at else ():
-            probes[k][at[i]] = probe(task, stack, k, 4096 if case.data != "videos" else 512)
+            probes[k][at[i]] = measured(task, stack, k, n)
     return probes
 
 
