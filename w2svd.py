@@ -252,8 +252,9 @@ class Roles:
 
     W_generator = W + B_g A_g,  W_fake = W + alpha_strong B A,  W_real = W + alpha_weak B A.
     `backbone` has .module, .velocity(x_t, sigma, cond), .lora_targets (a regular expression) and
-    .checkpoint_with(function). A role that is trained in 'full' owns a copy of the module; with a
-    full fake the real DiT is the plain backbone. `alpha_weak` may be changed at any time.
+    .checkpoint_with(function); cond None is unconditional, read only with guidance. A role trained
+    in 'full' owns a copy of the backbone whose velocity must run its own .module; with a full fake
+    the real DiT is the plain backbone. `alpha_weak` may be changed at any time.
     """
 
     def __init__(self, backbone, rank, alpha_weak, alpha_strong, generator="lora", fake="lora"):
@@ -335,10 +336,8 @@ class Roles:
         role, alpha = self.role, self.alpha
         # NOTE silent: without context_fn a block is recomputed under whatever role and alpha are
         # active at the time of the backward, and the gradient is wrong by tens of percent
-        return recompute_in_backward(
-            block, *args, use_reentrant=False,
-            context_fn=lambda: (nullcontext(), self.use(role, alpha)),
-        )  # fmt: skip
+        return recompute_in_backward(block, *args, use_reentrant=False, context_fn=lambda: (
+            nullcontext(), self.use(role, alpha)))  # fmt: skip
 
     def use_checkpointing(self):
         """Keep only the blocks' inputs for the backward, in every role."""
@@ -355,10 +354,11 @@ class Roles:
 
     @torch.no_grad()
     def load(self, role, tensors):
-        """Copy {name: tensor} into the role's parameters; names and shapes must agree."""
+        """Copy {name: tensor}, as in state() or in generator.safetensors, into the parameters."""
+        tensors = {n.removeprefix("transformer."): x for n, x in tensors.items()}
         state = self.state(role)
-        wrong = set(state) ^ set(tensors)
-        wrong |= {n for n in set(state) & set(tensors) if state[n].shape != tensors[n].shape}
+        shapes = [{(n, x.shape) for n, x in named.items()} for named in (state, tensors)]
+        wrong = {n for n, _ in shapes[0] ^ shapes[1]}
         if wrong:
             raise Refused(f"These weights do not fit the {role} ({len(wrong)} names or shapes "
                           f"differ, for example {min(wrong)!r}).")  # fmt: skip
@@ -452,6 +452,7 @@ def generator_input(roles, x0, cond, sigmas, kind, rngs, final=False):
 
     'paired': x0 itself, noised (paper). 'rollout': the state of few-step sampling from noise at an
     exit drawn once for the batch (peer: Self-Forcing). x0 gives only the shape of the latter.
+    rngs: generators 'input', of the noise, and 'exit', of the levels, on the device of x0.
     """
     last = len(sigmas) - 2
     noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
@@ -748,9 +749,8 @@ def draw(config, state, data, final):
     batch, rngs = next(data), state.rngs
     x0, device = batch["x0"], rngs["noise"].device
     sigmas = few_step_sigmas(config.steps, config.shift).to(device)
-    x_in, sigma_in = generator_input(
-        state.roles, x0, batch["cond"], sigmas, config.generator_input, rngs, final
-    )
+    x_in, sigma_in = generator_input(state.roles, x0, batch["cond"], sigmas,
+                                     config.generator_input, rngs, final)  # fmt: skip
     low, high, shift = config.sigma_low, config.sigma_high, config.sigma_shift
     sigma = sample_sigma(len(x0), low, high, shift, rngs["level"])
     eps = torch.randn(x0.shape, generator=rngs["noise"], device=device, dtype=x0.dtype)

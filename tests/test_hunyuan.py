@@ -555,7 +555,7 @@ def our_latents(trained, seed):
     task = hunyuan.task(config)
     task.load()
     roles = Roles(task.backbone, info["rank"], 0.25, 1.0)
-    roles.load("generator", {n.removeprefix("transformer."): x for n, x in found.items()})
+    roles.load("generator", found)
     batch = task.read(0)
     both = []
     for velocity in (roles.generator, task.backbone.velocity):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from toy import plots
+from toy.metrics import Metrics
 from toy.mixtures import ring, videos
 
 
@@ -27,7 +28,8 @@ def clips():
 def drawn(folder, draw, name, *args):
     """The picture, after drawing it twice: equal bytes, and nothing else in the folder."""
     path = folder / name
-    draw(path, *args)
+    returned = draw(path, *args)
+    assert returned == path
     first = path.read_bytes()
     draw(str(path), *args)
     assert path.read_bytes() == first
@@ -50,6 +52,49 @@ def test_2d_training_has_a_frame_for_each_title_and_holds_the_last(tmp_path, poi
     assert durations == [400] * 3 + [2000]
     assert (gif[:, 0, 0] == 255).all(), "white turned grey"
     assert iio.immeta(tmp_path / "a.gif")["loop"] == 0
+
+
+def test_panels_wrap_where_told(tmp_path, points):
+    plots.samples_2d(tmp_path / "a.png", ring(), points[:6])
+    one = iio.imread(tmp_path / "a.png")
+    two = drawn(tmp_path, plots.samples_2d, "a.png", ring(), points[:6], 3)
+    assert two.shape[1] < one.shape[1] and two.shape[0] > one.shape[0]
+
+
+def test_a_scored_panel_has_its_number_in_the_title(points):
+    measure = Metrics(ring(), 300)
+    panels = plots.scored(measure, points[:1])
+    assert panels[0][0] == f"step 0\nW2 0.0\nsliced W2 {measure(points[0][1])['sliced_w2']:.3f}"
+    assert panels[0][1] is points[0][1]
+
+
+def test_2d_panels_move_together(tmp_path, points):
+    frames = [points[k:k + 2] for k in range(3)]
+    gif = drawn(tmp_path, plots.samples_gif_2d, "a.gif", ring(), frames)
+    plots.samples_2d(tmp_path / "a.gif.png", ring(), points[:2])
+    assert gif.shape == (3, *iio.imread(tmp_path / "a.gif.png").shape)
+    assert iio.immeta(tmp_path / "a.gif", index=2)["duration"] == 2000
+
+
+def ink(picture):
+    """The dark pixels of a panel's inside, (n, 2): rows and columns."""
+    return np.argwhere((picture[80:380, 100:410] < 80).all(axis=2))
+
+
+def test_arrows_go_from_the_first_points_along_the_vectors(tmp_path):
+    points, right = torch.tensor([[0.0, 0.0], [-1.0, 1.5]]), torch.tensor([[1.0, 0.0]])
+    panel = [("one arrow", points, right)]
+    dark = ink(drawn(tmp_path, plots.arrows_2d, "a.png", ring(), panel))
+    assert np.ptp(dark[:, 1]) > 3 * np.ptp(dark[:, 0]) > 0, "not along the first axis"
+    longer = ink(drawn(tmp_path, plots.arrows_2d, "a.png", ring(), [(*panel[0][:2], 1.5 * right)]))
+    assert np.ptp(longer[:, 1]) == pytest.approx(1.5 * np.ptp(dark[:, 1]), abs=3)
+    assert longer[:, 1].min() == pytest.approx(dark[:, 1].min(), abs=1), "starts at the point"
+
+
+def test_an_arrow_that_leaves_the_picture_ends_on_its_frame(tmp_path):
+    far = [[("far", torch.zeros(1, 2), torch.tensor([[x, 0.0]]))] for x in (5.0, 50.0)]
+    five, fifty = (drawn(tmp_path, plots.arrows_2d, "a.png", ring(), panel) for panel in far)
+    assert (five == fifty).all()
 
 
 def test_a_stray_point_stays_visible_on_the_frame():
@@ -102,6 +147,19 @@ def charts():
     ]
 
 
+def test_curves_on_a_logarithmic_axis_look_different(tmp_path):
+    panels = [("ring", [("gap", [1, 2], [0.01, 1.0], [0.01, 0.9], [0.02, 1.1])])]
+    plain = drawn(tmp_path, plots.curves, "a.png", panels, "iteration", ["gap"])
+    assert (drawn(tmp_path, plots.curves, "a.png", panels, "iteration", ["gap"], True)
+            != plain).any()
+
+
+def test_the_spread_of_runs_is_their_mean_least_and_greatest():
+    name, x, *numbers = plots.spread("a", [1, 2], torch.tensor([[0.0, 4.0], [2.0, 6.0]]))
+    assert (name, x) == ("a", [1, 2])
+    assert [part.tolist() for part in numbers] == [[1, 5], [0, 4], [2, 6]]
+
+
 @pytest.mark.parametrize("chart", charts(), ids=lambda chart: chart[0].__name__)
 def test_charts_are_drawn_and_show_their_numbers(tmp_path, chart):
     draw, panels, *labels = chart
@@ -119,3 +177,18 @@ def test_an_interval_that_holds_0_is_drawn_hollow(tmp_path):
         return int(orange.sum())
 
     assert dots(-1.0) == 0 < dots(0.5)
+
+
+def test_films_stand_under_each_other_frame_by_frame(tmp_path):
+    pictures = np.full((3, 32, 48, 3), 100, np.uint8)
+    iio.imwrite(tmp_path / "a.mp4", pictures, plugin="FFMPEG", fps=12)
+    from_file, decoded = plots._film(tmp_path / "a.mp4"), torch.zeros(1, 3, 3, 32, 48)
+    assert from_file.shape == pictures.shape and np.abs(from_file.astype(int) - 100).max() < 8
+    decoded[:, 0], decoded[:, 2] = 1.5, -1
+    folder = tmp_path / "out"
+    folder.mkdir()
+    rows = [("file", str(tmp_path / "a.mp4")), ("decoded", decoded)]
+    two = drawn(folder, plots.film_frames, "a.png", rows)
+    assert (two[-40, -40] == (255, 128, 0)).all(), "neither clipped nor rounded"
+    one = drawn(folder, plots.film_frames, "a.png", rows[:1])
+    assert two.shape[0] - one.shape[0] == 3 * 32 + 11  # a frame and a gap

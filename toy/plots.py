@@ -2,12 +2,14 @@
 
 Every function takes a path, plain tensors and titles, and writes one PNG or GIF: points are
 (n, 2), clips are (n, 4, T, H, W). The same input gives the same bytes, and a file appears only
-when it is whole. Colours and limits never depend on the samples shown, so pictures compare.
+when it is whole; its path comes back. Colours and limits never depend on the samples shown, so
+pictures compare.
 """
 
 import os
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,9 +35,45 @@ ZERO_RGB = torch.tensor([.13, .13, .17])
 # ---------------------------------------------------------------------------------- 2-D points
 
 
-def samples_2d(path, mixture, panels):
+def samples_2d(path, mixture, panels, columns=6):
     """PNG of square panels, one for each (title, points), all over the same exact density."""
-    columns = len(panels) if len(panels) <= 6 else (len(panels) + 1) // 2
+    return _write_png(path, _pixels(_panels_2d(mixture, panels, columns)))
+
+
+def scored(measure, rows):
+    """Rows (title, samples) with numbers of toy.metrics below each title; clips: the squared
+    Fréchet distance of frames, and the dynamic degree."""
+    def lines(numbers):
+        if "clip_frechet" not in numbers:
+            return f"sliced W2 {numbers['sliced_w2']:.3f}"
+        return "Fréchet {frame_frechet:.1f}, motion {dynamic_degree:.2f}".format(**numbers)
+
+    return [(f"{title}\n{lines(measure(x))}", x) for title, x in rows]
+
+
+def samples_gif_2d(path, mixture, frames):
+    """GIF of panels beside each other, as in samples_2d; a frame is a list of (title, points)."""
+    pictures = [_pixels(_panels_2d(mixture, frame, len(frame), "left")) for frame in frames]
+    return _write_gif(path, pictures, _durations(len(pictures)))
+
+
+def arrows_2d(path, mixture, panels, columns=4):
+    """PNG of panels (title, points, vectors): samples_2d, with arrows that start at the first
+    len(vectors) points, in the units of the axes."""
+    faint = [(title, points[len(vectors):]) for title, points, vectors in panels]
+    figure, exact = _panels_2d(mixture, faint, columns, alpha=0.25), _density(mixture)
+    for ax, (_, points, vectors) in zip(figure.axes, panels, strict=True):
+        start = _inside(points[:len(vectors)], exact)
+        along = _inside(points[:len(vectors)] + vectors, exact) - start
+        ax.quiver(*start.T, *along.T, color=INK, angles="xy", scale_units="xy", scale=1,
+                  width=0.006, headwidth=5, headlength=6, headaxislength=5, minlength=0, zorder=4)
+        ax.scatter(*start.T, s=11, c=DOT, linewidths=0, zorder=5, clip_on=False)
+    return _write_png(path, _pixels(figure))
+
+
+def _panels_2d(mixture, panels, columns, loc="center", alpha=0.45):
+    """Figure of square panels in as few rows as `columns` allows, and the exact density below."""
+    columns = len(panels) if len(panels) <= columns else (len(panels) + 1) // 2
     rows = -(-len(panels) // columns)
     lines = max(title.count("\n") + 1 for title, _ in panels)
     pitch = 2.5 + 0.27 * lines + 0.35  # inches: panel, title and ticks
@@ -48,12 +86,12 @@ def samples_2d(path, mixture, panels):
         ax = figure.add_axes((left / width, bottom / height, 2.5 / width, 2.5 / height))
         lowest = k + columns >= len(panels)
         _draw_density(ax, exact)
-        _draw_dots(ax).set_offsets(_inside(points, exact))
-        ax.set_title(title, fontsize=14, color=INK)
+        _draw_dots(ax, alpha).set_offsets(_inside(points, exact))
+        ax.set_title(title, fontsize=14, color=INK, loc=loc)
         ax.tick_params(labelleft=column == 0, labelbottom=lowest)
         ax.set_xlabel("$x_1$" if lowest else "", fontsize=14)
         ax.set_ylabel("$x_2$" if column == 0 else "", fontsize=14)
-    _write_png(path, _pixels(figure))
+    return figure
 
 
 def training_gif_2d(path, mixture, frames):
@@ -74,7 +112,7 @@ def training_gif_2d(path, mixture, frames):
         label.set_text(title)
         dots.set_offsets(_inside(points, exact))
         pictures.append(_pixels(figure))
-    _write_gif(path, pictures, _durations(len(pictures)))
+    return _write_gif(path, pictures, _durations(len(pictures)))
 
 
 @torch.no_grad()
@@ -101,8 +139,8 @@ def _draw_density(ax, exact):
     ax.spines[:].set_color("#999999")
 
 
-def _draw_dots(ax):
-    return ax.scatter([], [], s=4, c=DOT, alpha=0.45, linewidths=0, zorder=3, clip_on=False)
+def _draw_dots(ax, alpha=0.45):
+    return ax.scatter([], [], s=4, c=DOT, alpha=alpha, linewidths=0, zorder=3, clip_on=False)
 
 
 def _inside(points, exact):
@@ -127,7 +165,7 @@ def samples_videos(path, rows):
     for clip in range(len(strips[0])):
         start = left + clip * (steps * pitch - gap + between) + (pitch - gap) / 2
         marks += [(start + k * pitch, top / 2, str(k + 1), "center") for k in range(steps)]
-    _write_png(path, _with_titles(titles, pictures, size, top=top, marks=marks)[0])
+    return _write_png(path, _with_titles(titles, pictures, size, top=top, marks=marks)[0])
 
 
 def clips_gif(path, rows, per_row=8):
@@ -139,7 +177,7 @@ def clips_gif(path, rows, per_row=8):
     moments = [[_beside(_enlarge(row[:, t], zoom), gap) for row in images] for t in steps]
     page, corners = _with_titles(titles, moments[0], size)
     pages = [_paste(page, moment, corners) for moment in moments]
-    _write_gif(path, pages, [167] * len(pages))
+    return _write_gif(path, pages, [167] * len(pages))
 
 
 def training_gif_videos(path, frames):
@@ -155,7 +193,31 @@ def training_gif_videos(path, frames):
                  (margin + width, top - size, "time \u2192", "right")]
         page = _page(width + 2 * margin, corners[-1][0] + height + margin, marks, size)
         pages.append(_paste(page, strips, corners))
-    _write_gif(path, pages, _durations(len(pages)))
+    return _write_gif(path, pages, _durations(len(pages)))
+
+
+def film_frames(path, rows, zoom=3):
+    """PNG with a row for each (title, film): its frames, left to right.
+
+    A film is the path of a file, or (1, 3, T, H, W) in [-1, 1], as a VAE decodes it.
+    """
+    gap, size, top = 4, 22, 36
+    titles, films = [title for title, _ in rows], [_film(film) for _, film in rows]
+    pictures = [_beside(_enlarge(film, zoom), gap) for film in films]
+    left, pitch = _label_width(titles, size), films[0].shape[2] * zoom + gap
+    marks = [(left - 16, top / 2, "frame", "right")]
+    marks += [(left + (k + 0.5) * pitch, top / 2, str(k + 1), "center")
+              for k in range(len(films[0]))]
+    return _write_png(path, _with_titles(titles, pictures, size, top=top, marks=marks)[0])
+
+
+def _film(film):
+    """Frames (T, H, W, 3) in 0..255."""
+    if not torch.is_tensor(film):
+        return iio.imread(film, plugin="FFMPEG")
+    assert film.dim() == 5 and film.shape[:2] == (1, 3), f"(1, 3, T, H, W), not {tuple(film.shape)}"
+    film = film[0].detach().float().cpu().permute(1, 2, 3, 0)
+    return (127.5 * (film.clamp(-1, 1) + 1)).round().byte().numpy()
 
 
 def _rgb(clips):
@@ -225,7 +287,7 @@ def heatmaps(path, panels, ylabel, note, columns=4):
         ax.set_yticks(range(len(up)), up)
         _label(ax, title, xlabel, ylabel if k % columns == 0 else "")
     figure.text(0.01, 0.01, note, fontsize=9, color=INK)
-    _save(path, figure, bottom=0.1 / rows)
+    return _save(path, figure, bottom=0.1 / rows)
 
 
 def forest(path, panels, xlabel):
@@ -241,10 +303,10 @@ def forest(path, panels, xlabel):
         ax.set_yticks(range(len(rows)), [row[0] for row in rows])
         ax.set_ylim(len(rows) - 0.5, -0.5)
         _label(ax, title, xlabel, "")
-    _save(path, figure)
+    return _save(path, figure)
 
 
-def curves(path, panels, xlabel, ylabels):
+def curves(path, panels, xlabel, ylabels, log=False):
     """PNG of panels (title, lines), lines (name, x, mean, low, high), in one row."""
     figure = Figure((0.6 + 3.6 * len(panels), 3.7), dpi=130)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -252,9 +314,15 @@ def curves(path, panels, xlabel, ylabels):
         for (name, x, mean, low, high), (colour, marker, style) in zip(lines, LINES):
             ax.plot(x, mean, style, marker=marker, color=colour, label=name, markersize=5)
             ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.set_yscale("log" if log else "linear")
         ax.legend(fontsize=9, frameon=False)
         _label(ax, title, xlabel, ylabel)
-    _save(path, figure)
+    return _save(path, figure)
+
+
+def spread(name, x, runs):
+    """A line of curves: the mean of runs (runs, len(x)), between the least and the greatest."""
+    return name, x, runs.mean(0), runs.amin(0), runs.amax(0)
 
 
 def trade(path, panels, xlabel, ylabel):
@@ -273,7 +341,7 @@ def trade(path, panels, xlabel, ylabel):
                             fontsize=9)
         ax.legend(fontsize=9, frameon=False)
         _label(ax, title, xlabel, ylabel)
-    _save(path, figure)
+    return _save(path, figure)
 
 
 def _label(ax, title, xlabel, ylabel):
@@ -286,10 +354,21 @@ def _label(ax, title, xlabel, ylabel):
 
 def _save(path, figure, bottom=0.0):
     figure.tight_layout(rect=(0, bottom, 1, 1))
-    _write_png(path, _pixels(figure))
+    return _write_png(path, _pixels(figure))
 
 
 # --------------------------------------------------------------------------------------- files
+
+
+def stacked(path, pictures):
+    """PNG of PNG files, one under the other, each in the middle."""
+    pages = [np.asarray(Image.open(picture).convert("RGB")) for picture in pictures]
+    width, rows = max(page.shape[1] for page in pages), []
+    for page in pages:
+        left = (width - page.shape[1]) // 2
+        right = width - page.shape[1] - left
+        rows.append(np.pad(page, ((0, 0), (left, right), (0, 0)), constant_values=255))
+    return _write_png(path, np.concatenate(rows))
 
 
 def _pixels(figure):
@@ -304,7 +383,7 @@ def _durations(count):
 
 
 def _write_png(path, pixels):
-    _replace(path, Image.fromarray(pixels), format="PNG", optimize=True)
+    return _replace(path, Image.fromarray(pixels), format="PNG", optimize=True)
 
 
 def _write_gif(path, pictures, milliseconds):
@@ -315,8 +394,8 @@ def _write_gif(path, pictures, milliseconds):
     frames = [Image.fromarray(table[code]) for code in codes]
     for frame in frames:
         frame.putpalette(palette)
-    _replace(path, frames[0], format="GIF", save_all=True, append_images=frames[1:],
-             duration=milliseconds, loop=0)
+    return _replace(path, frames[0], format="GIF", save_all=True, append_images=frames[1:],
+                    duration=milliseconds, loop=0)
 
 
 def _palette(codes):
@@ -342,3 +421,4 @@ def _replace(path, image, **options):
     part = path.with_name(f".{path.name}.part")
     image.save(part, **options)
     os.replace(part, path)
+    return path

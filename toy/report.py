@@ -50,7 +50,7 @@ PLACES = {"sliced_w2": 3, "clip_frechet": 1, "frame_frechet": 2}
 
 def interval(values):
     """(mean, low, high): 95 % percentile bootstrap of the mean over seeds."""
-    values = np.asarray(values, float)
+    values = np.asarray(list(values), float)
     draws = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
     low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
     return float(values.mean()), float(low), float(high)
@@ -111,6 +111,11 @@ class Study:
     def backbone(self, case, row, metric):
         done = self.results[case]["backbone"]
         return {s: done[str(s)]["methods"][row][metric] for s in self.seeds(case, "backbone")}
+
+
+def stored():
+    """The study of toy/results."""
+    return Study(json.loads((STORED / "study.json").read_text()))
 
 
 def needed(results, case, kind, seed):

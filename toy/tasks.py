@@ -299,7 +299,7 @@ class Task:
         roles = Roles(self.backbone, info["rank"], c.alpha_weak, c.alpha_strong, info["kind"])
         if roles.base_sum() != info["base_sum"]:
             raise Refused(f"The backbone at hand is not the one that {c.out} was distilled from.")
-        roles.load("generator", {n.removeprefix("transformer."): x for n, x in tensors.items()})
+        roles.load("generator", tensors)
         return roles.generator
 
 

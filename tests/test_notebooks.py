@@ -1,0 +1,97 @@
+"""The notebooks: small, only method code of the repository, outputs stored; and they run.
+
+Against: the rules of this file, and a fresh kernel in quick mode (W2SVD_QUICK=1). Run with
+`python -m pytest tests/test_notebooks.py`; 10 to 20 seconds for each notebook on one quiet core,
+and a minute more where the toy's backbone is not in its cache yet.
+"""
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+EACH = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def words(node):
+    return {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+
+
+def has_picture(cell):
+    return any(mime.startswith("image/") for out in cell.outputs for mime in out.get("data", ()))
+
+
+def test_there_are_notebooks():
+    assert PATHS
+
+
+@EACH
+def test_a_notebook_is_small(path):
+    cells = code_cells(read(path))
+    lines = [line for cell in cells for line in cell.source.splitlines() if line.strip()]
+    assert len(cells) <= 12 and len(lines) <= 70, f"{len(cells)} cells, {len(lines)} lines"
+    assert max(map(len, lines)) <= 100
+    assert path.stat().st_size < 1.5e6
+
+
+@EACH
+def test_a_notebook_defines_nothing_but_a_velocity_and_draws_nothing_itself(path):
+    tree = ast.parse("\n".join(cell.source for cell in code_cells(read(path))))
+    for node in ast.walk(tree):
+        assert not isinstance(node, (ast.ClassDef, ast.AsyncFunctionDef)), ast.unparse(node)
+        if isinstance(node, ast.FunctionDef):
+            assert node.name == "velocity", node.name
+        if isinstance(node, ast.Assign):
+            assert not isinstance(node.value, ast.Lambda), ast.unparse(node)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            assert "matplotlib" not in ast.unparse(node)
+    assert not words(tree) & {"backward", "Module", "mse_loss"}  # a reader's optimizer is allowed
+
+
+@EACH
+def test_a_notebook_is_stored_as_it_ran_from_top_to_bottom(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [out for cell in cells for out in cell.outputs]
+    assert any(has_picture(cell) for cell in cells)
+    assert not [out for out in outputs if out.output_type == "error" or out.get("name") == "stderr"]
+
+
+@EACH
+def test_a_question_in_prose_comes_before_each_picture(path):
+    prose = ""
+    for cell in read(path).cells:
+        if cell.cell_type == "markdown":
+            prose += cell.source
+        elif has_picture(cell):
+            assert "?" in prose, cell.source
+            prose = ""
+
+
+@EACH
+def test_a_notebook_runs_in_quick_mode_and_leaves_nothing_behind(path, monkeypatch):
+    monkeypatch.setenv("W2SVD_QUICK", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook, before = read(path), sorted(FOLDER.iterdir())
+    assert 'os.environ.get("W2SVD_QUICK")' in code_cells(notebook)[0].source
+    client = NotebookClient(
+        notebook, timeout=600, startup_timeout=300, kernel_name="python3",
+        resources={"metadata": {"path": FOLDER}},
+    )  # fmt: skip
+    client.execute()
+    assert sorted(FOLDER.iterdir()) == before
