@@ -420,7 +420,7 @@ def figures(study, out):
         metric = METRIC[side(case)]
         rows = [(f"W2S {alpha:g} at {lr:g}, {what}", *interval(scaled))
                 for alpha, lr, what, scaled, _ in control_rows(study, case, metric)]  # fmt: skip
-        groups.append((f"{case}: {metric}", rows))
+        groups += [(f"{case}: {metric}", rows)] if rows else []
     plots.forest(out / "controls.png", groups, "W2S - scaled DMD; below 0: W2S is better")
     plots.curves(out / "scores.png", *score_panels(study, cases))
     if study.seeds("videos", "gt-20-skip"):
@@ -461,7 +461,8 @@ def sections(study):
             parts[f"{case}: paired differences"] = claims(study, case)
         if study.seeds(case, "dmd-4"):
             parts[f"{case}: collapse"] = collapse_table(study, case)
-            parts[f"{case}: W2S minus DMD and its controls"] = controls(study, case)
+            if list(control_rows(study, case, METRIC[side(case)])):
+                parts[f"{case}: W2S minus DMD and its controls"] = controls(study, case)
             parts[f"{case}: the real score at the generator's samples"] = scores(study, case)
         if study.seeds(case, "turn"):
             parts[f"{case}: the generator's gradient"] = turns(study, case)
