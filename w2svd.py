@@ -1,12 +1,14 @@
 """W2SVD, weak-to-strong video distillation (MagicDistillation, arXiv 2503.13319), in one file.
 
 A video diffusion transformer (DiT) needs about 28 evaluations for a video. This file turns it into
-a GENERATOR that needs 4, or 1. Distribution matching distillation (DMD) moves the generator's
-samples along the difference of two scores: that of the data, known by a REAL DiT, and that of the
-generator's own samples, learnt on the way by a FAKE DiT. Both scores are read at noised samples,
-where the two densities overlap. W2SVD makes the two DiTs out of one frozen backbone that carries
-the same LoRA twice, weakly and strongly, so that the real DiT leans a little towards the samples
-that it has to judge; with the generator an adapter too (ours), one backbone serves all three.
+a GENERATOR that needs 4, or 1: from noise it predicts a clean video, which is noised again to the
+next of 4 levels, the grid, and so on. Distribution matching distillation (DMD) moves the
+generator's samples along the difference of two scores: that of the data, known by a REAL DiT, and
+that of the generator's own samples, learnt on the way by a FAKE DiT. Both scores are read at noised
+samples, where the two densities overlap. W2SVD makes the two DiTs out of one frozen backbone that
+carries one LoRA (a small trained term: W + alpha B A in place of a linear layer's W), weakly in the
+real DiT and strongly in the fake one, so that the real one leans a little towards the samples that
+it has to judge; with the generator an adapter too (ours), one backbone serves all three.
 
                                             backbone   adapter 'generator'   adapter 'fake'
     x_in -> generator -> x_gen               frozen     1, trained            off
@@ -17,22 +19,23 @@ that it has to judge; with the generator an adapter too (ours), one backbone ser
     fake's loss         |v_fake - (eps - x_gen)|^2           it learns the generator's samples
     generator's         (x0_fake - x0_real) / mean_i |x_gen - x0_real|                  (DMD)
     gradient at x_gen   + gt_weight * (x0_fake - x0_gt) / mean_i |x0_fake - x0_gt|      (GT loss)
+    an iteration        5 updates of the fake, then one of the generator
 
 Notation and conventions (B batch, C channels, T frames, H, W; any (B, ...) will do)
     sigma       noise level in [0, 1], float32, 1 is pure noise
-    x_t         (1 - sigma) x0 + sigma eps
+    x_t         (1 - sigma) x0 + sigma eps, with eps standard normal and a sigma of its own
     v           velocity eps - x0, so x0 = x_t - sigma v, score = -(x_t + (1 - sigma) v) / sigma
-    x_in        what the generator reads: a noised real sample (paired) or a rollout's state
-    x_gen       what it makes of it in one evaluation
+    x_in        what the generator reads, at a level of the grid: a noised real sample (paired), or
+                where few-step sampling from noise has come to (rollout)
+    x_gen       what it makes of it in one evaluation; mean_i: over the elements of a sample
     x0_real, x0_fake    what the two DiTs make of the noised x_gen; x0_gt: the sample behind x_in
-    velocity(x_t, sigma, cond) -> v    the contract of every model: a mixture, a toy, a 13B DiT
+    velocity(x_t, sigma, cond) -> v    the contract of every model; cond, the text, is handed on
     Elsewhere the roles are called student (generator), teacher (real) and critic (fake).
 
 Commands
     python w2svd.py train --model toy                       a tiny DiT, checked by an exact answer
-    python w2svd.py sample --run runs/toy --n 1000 --out samples.png
     python w2svd.py encode --model hunyuan --videos my_clips/ --out data/    once: latents and text
-    python w2svd.py train  --model hunyuan --data data/ --out runs/portrait  one 80 GB GPU
+    python w2svd.py train  --model hunyuan --data data/ --out runs/portrait  one GPU
     python w2svd.py sample --run runs/portrait --prompt "a woman talks" --out talk.mp4
     python w2svd.py export --run runs/portrait --format diffusers --out lora/
 
@@ -44,7 +47,7 @@ Deviations from the paper, as far as we know it: no discriminator (its figure ha
 only condition (its model also reads a first image); alpha_strong = 1 is ours (it is not printed);
 the generator is an adapter by default; denominators, EMA and optimizer are peers', the author's
 later code's or ours; the GT loss is off by default, since it trades motion for picture quality in
-the paper's table; on the toy the input is a rollout, the fake learns final samples and decays.
+the paper's table; on the toy the input is a rollout, the fake sees final samples and decays.
 """
 
 from __future__ import annotations
@@ -107,11 +110,11 @@ class Config:
     generator: Literal["lora", "full"] = "lora"  # an adapter, or a whole copy / ours, author-code
     fake: Literal["lora", "full"] = "lora"  # full: separate, real = backbone / paper, peer
     generator_input: Literal["paired", "rollout"] = "paired"  # noised real, or not / paper, peer
-    fake_samples: Literal["all", "final"] = "all"  # the fake learns every exit's samples / ours
+    fake_samples: Literal["all", "final"] = "all"  # of the grid's levels, for the fake / ours
     alpha_weak: float = 0.25  # the fake adapter's weight in the real DiT; 0 is DMD / paper
     alpha_weak_schedule: Literal["constant", "linear", "cosine"] = "constant"  # to 0 / peer: DMDR
     alpha_strong: float = 1.0  # the fake adapter's weight in the fake DiT / ours
-    gt_weight: float = 0.0  # raise for picture quality, at the price of motion / author-code
+    gt_weight: float = 0.0  # for picture quality; costs motion in the paper's table / author-code
     gt_skip_noise: bool = False  # no GT loss where the input is pure noise / ours
     guidance: float = 1.0  # classifier-free guidance of the real DiT; 1 is off / peer
     embedded_guidance: float = 6.0  # read by a guidance-distilled backbone, at no cost / peer
@@ -151,8 +154,7 @@ class Config:
     dry_run: bool = False  # print the plan and stop / ours
 
 
-# ours: by trials on the toy (README). Our guess at why a falling rate and a decay of the fake help:
-# its adapter is the real DiT's too, so what it picks up by chance bends both
+# ours: by trials on the toy (toy/README.md), and by the study (toy/results/README.md)
 PRESETS = {
     # not tuned: no run of the full model was measured by us
     "hunyuan": dict(data="data", generator_lr=2e-5, fake_lr=2e-5, checkpointing=True, log_every=10),
@@ -371,7 +373,7 @@ class Roles:
         return sum(float(p.double().sum()) for p in frozen[:: max(1, len(frozen) // 8)])
 
 
-# ---- 4. Losses -----------------------------------------------------------------------------------
+# ---- 4. Losses (5, the discriminator of the paper, is not built) ---------------------------------
 
 
 def _accurate(x):
@@ -385,7 +387,7 @@ def _mean_abs(x):
 
 
 def dmd_gradient(x_gen, x0_real, x0_fake):
-    """g = (x0_fake - x0_real) / mean_i |x_gen - x0_real|: KL(fake || real)'s gradient at x_gen.
+    """g = (x0_fake - x0_real) / mean_i |x_gen - x0_real|: along KL(fake || real)'s gradient.
 
     All (B, ...), of one noised x_gen. With x0 = (x_t + sigma^2 score) / (1 - sigma) the numerator
     is a difference of scores; the denominator, per sample, makes noise levels alike.
@@ -513,7 +515,7 @@ def generator_step(roles, batch, x_in, sigma_in, sigma, eps, gt_weight=0.0, gt_s
                 g = g + gt_weight * _like(counts, g) * gt_gradient(x0_fake, x0)
             require_finite("the generator's gradient", g, sigma)
         # the gradient of mean(x_gen * stopgrad(g)): DMD2's scale. peer
-        # NOTE silent: the learning rate depends on this 1 / numel (but for Adam)
+        # NOTE silent: the learning rate depends on this 1 / numel (in Adam: clipping, epsilon)
         x_gen.backward(g.to(x_gen.dtype) / g.numel())
     return health(x_gen.detach(), x0, x0_fake, x0_real, v_fake, v_real)
 
@@ -793,7 +795,6 @@ def memory_mb(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource  # not on Windows
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -961,7 +962,6 @@ class Log:
         os.truncate(self.path, size)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-
             self.board = SummaryWriter(folder, purge_step=iteration + 1)
 
     def __call__(self, line):
