@@ -60,21 +60,22 @@ def markdown(results):
             data, steps = case.split("-")
             runs = list(results[case].values())
             rows = [("Euler", k, [r["euler"][k] for r in runs]) for k in ("1", "4", "28")]
-            rows = [row for row in rows if steps == "4" or row[1] == "1"]
+            rows = rows if steps == "4" else []
             rows.append(("**W2SVD**", steps, [r["student"] for r in runs]))
             if steps == "4":
                 rows.append(("exact samples", "", [r["floor"] for r in runs]))
             for name, nfe, metrics in rows:
-                cells = [spread([m[c] for m in metrics]) for c in columns]
+                cells = [spread([m[c] for m in metrics], 1 if c == "clip_frechet" else 3)
+                         for c in columns]  # fmt: skip
                 lines.append(f"| {data} | {name} | {nfe} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def spread(values):
-    """'mean ± standard deviation', three digits."""
+def spread(values, places):
+    """'mean ± standard deviation'."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+    return f"{statistics.mean(values):.{places}f} ± {deviation:.{places}f}"
 
 
 def main():
