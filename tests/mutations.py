@@ -167,8 +167,8 @@ MUTATIONS = [
     ),
     one(
         "blocks are recomputed outside the role of their forward",
-        "            context_fn=lambda: (nullcontext(), self.use(role, alpha)),\n",
-        "",
+        ", context_fn=lambda: (\n            nullcontext(), self.use(role, alpha)))",
+        ")",
         "test_roles.py::test_checkpointing_changes_no_gradient_wherever_the_backward_is",
     ),
     one(
