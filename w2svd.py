@@ -18,17 +18,17 @@ it has to judge; with the generator an adapter too (ours), one backbone serves a
 
     fake's loss         |v_fake - (eps - x_gen)|^2           it learns the generator's samples
     generator's         (x0_fake - x0_real) / mean_i |x_gen - x0_real|                  (DMD)
-    gradient at x_gen   + gt_weight * (x0_fake - x0_gt) / mean_i |x0_fake - x0_gt|      (GT loss)
+    gradient at x_gen   + gt_weight * (x0_fake - x0_gt) / mean_i |x0_fake - x0_gt|    (ground truth)
     an iteration        5 updates of the fake, then one of the generator
 
 Notation and conventions (B batch, C channels, T frames, H, W; any (B, ...) will do)
     sigma       noise level in [0, 1], float32, 1 is pure noise
-    x_t         (1 - sigma) x0 + sigma eps, with eps standard normal and a sigma of its own
+    x_t         (1 - sigma) x0 + sigma eps, eps standard normal; x_gen gets a fresh eps and sigma
     v           velocity eps - x0, so x0 = x_t - sigma v, score = -(x_t + (1 - sigma) v) / sigma
     x_in        what the generator reads, at a level of the grid: a noised real sample (paired), or
-                where few-step sampling from noise has come to (rollout)
+                where few-step sampling from noise has come to (rollout); x0_gt: the sample behind
     x_gen       what it makes of it in one evaluation; mean_i: over the elements of a sample
-    x0_real, x0_fake    what the two DiTs make of the noised x_gen; x0_gt: the sample behind x_in
+    x0_real, x0_fake    what the two DiTs make of the noised x_gen; they differ as the scores do
     velocity(x_t, sigma, cond) -> v    the contract of every model; cond, the text, is handed on
     Elsewhere the roles are called student (generator), teacher (real) and critic (fake).
 
@@ -47,7 +47,7 @@ Deviations from the paper, as far as we know it: no discriminator (its figure ha
 only condition (its model also reads a first image); alpha_strong = 1 is ours (it is not printed);
 the generator is an adapter by default; denominators, EMA and optimizer are peers', the author's
 later code's or ours; the GT loss is off by default, since it trades motion for picture quality in
-the paper's table; on the toy the input is a rollout, the fake sees final samples and decays.
+the paper's table; on the toy: rollouts, a fake that learns final samples, with a weight decay.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Config:
     generator: Literal["lora", "full"] = "lora"  # an adapter, or a whole copy / ours, author-code
     fake: Literal["lora", "full"] = "lora"  # full: separate, real = backbone / paper, peer
     generator_input: Literal["paired", "rollout"] = "paired"  # noised real, or not / paper, peer
-    fake_samples: Literal["all", "final"] = "all"  # of the grid's levels, for the fake / ours
+    fake_samples: Literal["all", "final"] = "all"  # levels whose samples the fake learns / ours
     alpha_weak: float = 0.25  # the fake adapter's weight in the real DiT; 0 is DMD / paper
     alpha_weak_schedule: Literal["constant", "linear", "cosine"] = "constant"  # to 0 / peer: DMDR
     alpha_strong: float = 1.0  # the fake adapter's weight in the fake DiT / ours
@@ -458,7 +458,7 @@ def generator_input(roles, x0, cond, sigmas, kind, rngs, final=False):
     """
     last = len(sigmas) - 2
     noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
-    n = len(x0) if kind == "paired" else 1
+    n = {"paired": len(x0), "rollout": 1}[kind]
     exits = torch.randint(last + 1, (n,), generator=rngs["exit"], device=x0.device)
     if final:
         exits = torch.full_like(exits, last)
@@ -942,8 +942,8 @@ def warnings_of(line, least_gap):
     """Which health numbers left their range, and what to change: sentences."""
     inf, get = math.inf, line.get  # a number that was not logged is in its range
     return [sentence for bad, sentence in [
-        (get("relative_gap", 0) > max(4 * least_gap, 0.2), "the relative gap has grown fourfold: "
-         "the fake lags; raise --fake-lr or --fake-updates, or lower --generator-lr"),
+        (get("relative_gap", 0) > max(4 * least_gap, 0.2), "the relative gap is four times "
+         "its least: the fake lags; raise --fake-lr or --fake-updates, or lower --generator-lr"),
         (get("gen_std", 0) > 1.5 * get("data_std", inf) > 0, "the samples' std is over 1.5 times "
          "the data's, as of burnt colours; lower --generator-lr, or use an earlier checkpoint"),
         (abs(get("gen_mean", 0) - get("data_mean", 0)) > get("data_std", inf) / 2 > 0, "the "

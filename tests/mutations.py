@@ -299,7 +299,7 @@ MUTATIONS = [
     ),
     one(
         "a batch of paired inputs has one noise level",
-        'n = len(x0) if kind == "paired" else 1',
+        'n = {"paired": len(x0), "rollout": 1}[kind]',
         "n = 1",
         "test_updates.py::"
         "test_paired_inputs_are_the_real_samples_noised_to_levels_of_the_grid",
