@@ -240,7 +240,37 @@ STORED = ROOT / "toy/results/study.json"
 
 
 def stored_tables():
-    return report.sections(report.Study(json.loads(STORED.read_text())))
+    return report.sections(report.stored())
+
+
+def test_the_prose_says_what_the_results_say():
+    """The numbers that carry the answer, typed by hand in the README and in tutorial 03."""
+    stored, text = report.stored(), (STORED.parent / "README.md").read_text()
+    tutorial = (ROOT / "notebooks/03_weak_to_strong.ipynb").read_text()
+
+    def short(x):
+        return f"{x:.2f}".replace("0.", ".", 1)
+
+    turned = {}
+    for case in ("ring", "narrow"):
+        lane = {**study.W2S, "generator_lr": study.CASES[case].middle}
+        runs = [stored.lane(case, "turn", seed, lane)["late"] for seed in study.CASES[case].seeds]
+        cosines = [[row["cosine"] for row in run["alphas"]] for run in runs]
+        turned[case] = [short(x) for x in np.mean(cosines, axis=0)]
+    assert f"On the ring {turned['ring'][0]} and {turned['ring'][1]}" in text
+    assert f"is {turned['narrow'][0]} [" in text and f"and {turned['narrow'][1]} [" in text
+    assert f"it is {turned['narrow'][0]} at the end, and {turned['narrow'][1]}" in tutorial
+    counts = dict.fromkeys((0.0, 0.25, 0.5, 0.75), 0)
+    for _, lanes, _, kind in report.maps(stored, "narrow"):
+        for lane in lanes:
+            for seed in stored.seeds("narrow", kind):
+                metrics = stored.lane("narrow", kind, seed, lane)["metrics"]["4"]
+                counts[lane["alpha_weak"]] += report.collapsed(stored, "narrow", seed, metrics)
+    assert "of 32 runs there, {}, {}, {} and {} collapse".format(*counts.values()) in tutorial
+    gained = stored.method("ring", "W2SVD", 4, "sliced_w2")
+    base = stored.method("ring", "DMD, LoRA fake", 4, "sliced_w2")
+    mean, low, high = report.interval(report.differences(base, gained))
+    assert "ring {} [{}, {}] closer".format(*(f"{x:.3f}"[1:] for x in (mean, low, high))) in text
 
 
 @pytest.mark.parametrize("readme", ["toy/results/README.md", "README.md"])

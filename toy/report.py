@@ -153,7 +153,7 @@ def table(study, case):
     columns, rows = COLUMNS[side(case)], []
 
     def row(name, nfe, values, rate=""):
-        cells = [written(list(values(c).values()), PLACES.get(c, 3)) for c in columns]
+        cells = [written(values(c).values(), PLACES.get(c, 3)) for c in columns]
         rows.append([name, nfe, rate, *cells])
 
     for nfe in (1, 4, 28):
@@ -238,7 +238,7 @@ def collapse_table(study, case):
             base = share if base is None else base
             shift = written(differences(share, base), 2, "+") if alpha else ""
             rows.append([title, f"{alpha:g}", len(own) * len(seeds),
-                         written(list(share.values()), 2), shift])  # fmt: skip
+                         written(share.values(), 2), shift])  # fmt: skip
     return markdown(["setting", "alpha_weak", "runs", "share collapsed", "against 0"], rows)
 
 
@@ -341,7 +341,7 @@ def gt_table(study, case="videos"):
         values = {c: gt_values(study, case, kind, c) for c in COLUMNS["videos"]}
         base = gt_values(study, case, "gt-0", "dynamic_degree")
         shift = differences(values["dynamic_degree"], base)
-        cells = [written(list(v.values()), PLACES.get(c, 3)) for c, v in values.items()]
+        cells = [written(v.values(), PLACES.get(c, 3)) for c, v in values.items()]
         rows.append([name, *cells, written(shift, 3, "+") if kind != "gt-0" else ""])
     return markdown(["GT weight", *COLUMNS["videos"], "dynamic_degree against 0"], rows)
 
@@ -350,7 +350,7 @@ def moved_table(study, case="moved"):
     """Data that the backbone never saw: what pulls the student to them?"""
     rows = []
     for steps in ("4", "28"):
-        cells = [written(list(study.backbone(case, steps, c).values())) for c in COLUMNS["2d"]]
+        cells = [written(study.backbone(case, steps, c).values()) for c in COLUMNS["2d"]]
         rows.append([f"backbone, Euler {steps}", "", *cells, ""])
     for name, kind in [("0", "paired"), *GT]:
         if not study.seeds(case, kind):
@@ -360,7 +360,7 @@ def moved_table(study, case="moved"):
             base = gt_values(study, case, kind, "sliced_w2", DMD)
             shift = written(differences(values["sliced_w2"], base), 3, "+") if alpha != DMD else ""
             rows.append([f"GT weight {name}", f"{alpha['alpha_weak']:g}",
-                         *(written(list(v.values())) for v in values.values()), shift])  # fmt: skip
+                         *(written(v.values()) for v in values.values()), shift])  # fmt: skip
     return markdown(["student", "alpha_weak", *COLUMNS["2d"], "sliced_w2 against 0"], rows)
 
 
@@ -375,7 +375,7 @@ def variants(study, case="ring"):
             for metric in ("sliced_w2", "weight_tv"):
                 values = study.values(case, kind, lane, metric)
                 base = study.values(case, "dmd-4", default, metric)
-                cells += [written(list(values.values())),
+                cells += [written(values.values()),
                           written(differences(values, base), 3, "+")]  # fmt: skip
             title = name or f"alpha_weak falls to 0, {lane['alpha_weak_schedule']}"
             rows.append([title, f"{lane['generator_lr']:g}", f"{lane['alpha_weak']:g}", *cells])
