@@ -21,7 +21,7 @@ from toy import table
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = (ROOT / "w2svd.py").read_text()
 README = (ROOT / "README.md").read_text()
-CODE = [ROOT / "w2svd.py", ROOT / "hunyuan.py", *sorted((ROOT / "toy").glob("*.py"))]
+CODE = [ROOT / "w2svd.py", ROOT / "hunyuan.py", *sorted((ROOT / "toy").rglob("*.py"))]
 
 
 def functions(path):
@@ -46,7 +46,7 @@ def test_the_file_is_at_most_1200_lines_and_the_paper_itself_400():
     assert len(paper.splitlines()) <= 400
 
 
-@pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_functions_lines_and_nesting_stay_small(path):
     assert max(map(len, path.read_text().splitlines())) <= 100
     for f in functions(path):

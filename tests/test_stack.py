@@ -1,4 +1,4 @@
-"""toy.stack against w2svd itself: a lane of a stack is a run of `w2svd.py train`.
+"""toy/study/stack.py against w2svd itself: a lane of a stack is a run of `w2svd.py train`.
 
 Run with `python -m pytest tests/test_stack.py`; 10 seconds.
 """
@@ -10,7 +10,7 @@ import torch
 
 import w2svd
 from toy import mixtures
-from toy.stack import Stack
+from toy.study.stack import Stack
 from toy.tasks import Recipe, Task
 from w2svd import PRESETS, Config, Roles, State, fake_step, generator_step
 

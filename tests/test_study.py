@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import w2svd
-from toy import report, study, tasks
-from toy.baselines import consistency_loss
+from toy import tasks
+from toy.study import report, study
+from toy.study.baselines import consistency_loss
 from toy.tasks import Recipe
 from w2svd import few_step_sigmas
 
@@ -236,7 +237,7 @@ def test_tables_are_put_where_a_text_names_them_whole_or_in_part():
     assert "| DMD | 2 |" in report.filled(text.replace(" / W2S", ""), parts)
 
 
-STORED = ROOT / "toy/results/study.json"
+STORED = ROOT / "toy/study/results/study.json"
 
 
 def stored_tables():
@@ -245,7 +246,7 @@ def stored_tables():
 
 def test_the_prose_says_what_the_results_say():
     """The numbers that carry the answer, typed by hand in the README and in tutorial 03."""
-    stored, text = report.stored(), (STORED.parent / "README.md").read_text()
+    stored, text = report.stored(), (ROOT / "toy/study/README.md").read_text()
     tutorial = (ROOT / "notebooks/03_weak_to_strong.ipynb").read_text()
 
     def short(x):
@@ -273,7 +274,7 @@ def test_the_prose_says_what_the_results_say():
     assert "ring {} [{}, {}] closer".format(*(f"{x:.3f}"[1:] for x in (mean, low, high))) in text
 
 
-@pytest.mark.parametrize("readme", ["toy/results/README.md", "README.md"])
+@pytest.mark.parametrize("readme", ["toy/study/README.md", "README.md"])
 def test_every_row_of_the_readmes_tables_is_made_from_the_stored_results(readme):
     text = (ROOT / readme).read_text()
     assert report.filled(text, stored_tables()) == text

@@ -1,5 +1,6 @@
-"""Tables and figures of the study: `python -m toy.report` reads study.json and writes tables.md and
-the PNG files beside it.
+"""Tables and figures of the study.
+
+    python -m toy.study.report       reads study.json; writes tables.md and PNG files beside it
 
 Every number is a mean over seeds with a 95 % interval (percentile bootstrap, 10,000 resamples);
 every claim that one method beats another is a mean of paired differences over the same seeds,
@@ -16,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from toy import plots
-from toy.study import CASES, DMD, TWO, W2S
+from toy.study.study import CASES, DMD, TWO, W2S
 from w2svd import PRESETS
 
-ROOT = Path(__file__).resolve().parent.parent
-STORED = ROOT / "toy/results"
+ROOT = Path(__file__).resolve().parents[2]
+STORED = ROOT / "toy/study/results"
 COLLAPSE_TV = 0.1  # weight_tv beyond this, or a mode without samples, is a collapse; 25 modes are
 # never that even, so on the grid only a lost mode is
 METRIC = {"2d": "sliced_w2", "videos": "clip_frechet"}  # chooses the rates; lower is better
@@ -116,7 +117,7 @@ class Study:
 
 
 def stored():
-    """The study of toy/results."""
+    """The study of toy/study/results."""
     return Study(json.loads((STORED / "study.json").read_text()))
 
 
@@ -498,20 +499,20 @@ def filled(text, parts):
 
 
 def write(folder):
-    """tables.md and the figures of a folder with a study.json, and the tables of its README."""
+    """tables.md and figures beside a study.json; for the stored one also the READMEs' tables."""
     study = Study(json.loads((folder / "study.json").read_text()))
     parts = sections(study)
     text = "\n".join(f"## {title}\n\n{part}\n" for title, part in parts.items())
     (folder / "tables.md").write_text(text)
-    readmes = [folder / "README.md"] + [ROOT / "README.md"] * (folder.resolve() == STORED)
-    for readme in filter(Path.exists, readmes):
+    readmes = (STORED.parent / "README.md", ROOT / "README.md")
+    for readme in readmes if folder.resolve() == STORED else ():
         readme.write_text(filled(readme.read_text(), parts))
     figures(study, folder)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("toy/results"))
+    parser.add_argument("--out", type=Path, default=Path("toy/study/results"))
     write(parser.parse_args().out)
 
 

@@ -29,7 +29,7 @@ def consistency_loss(backbone, generator, target, x0, cond, sigma, sigma_next, e
 
 
 def consistency_iterate(stack):
-    """One generator update of every lane of a toy.stack.Stack, in place of its iterate()."""
+    """One generator update of every lane of a Stack, in place of its iterate()."""
     batch, roles = next(stack.data), stack.roles
     x0, cond = batch["x0"], batch["cond"]
     grid = few_step_sigmas(LEVELS, stack.config.shift)

@@ -1,11 +1,11 @@
-"""What does weak-to-strong matching do? Every number of toy/results/README.md, on a CPU.
+"""What does weak-to-strong matching do? Every number of toy/study/README.md, on a CPU.
 
     python -m toy.study              the core, 2 hours on 2 CPU cores; goes on where it stopped
     python -m toy.study --quick      the ring's at a twelfth of the size, in runs/study; 2 minutes
     python -m toy.study --full       with grid and the other off-data cases; the cost comes first
 
-A JOB trains the lanes of one case, kind and seed side by side (toy/stack.py) and measures each
-against the exact mixture. Results go to study.json, one job at a time; `toy.report` makes tables
+A JOB trains the lanes of one case, kind and seed side by side (stack.py) and measures each
+against the exact mixture. Results go to study.json, one job at a time; report.py makes tables
 and figures of it. Learning rates are chosen on a case's `tuning` seeds, which no table shows; the
 other seeds train what a table or figure shows.
 """
@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 import w2svd
 from toy import mixtures
-from toy.baselines import consistency_iterate
 from toy.metrics import Metrics
-from toy.stack import Stack
+from toy.study.baselines import consistency_iterate
+from toy.study.stack import Stack
 from toy.tasks import RECIPES, SAMPLES, Task
 from w2svd import (
     PRESETS,
@@ -387,13 +387,13 @@ def todo(results, wanted):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m toy.study", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a twelfth of the size, two seeds")
     parser.add_argument("--full", action="store_true", help="grid and all off-data cases too")
-    parser.add_argument("--out", type=Path, help="[toy/results; runs/study if --quick]")
+    parser.add_argument("--out", type=Path, help="[toy/study/results; runs/study if --quick]")
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), help="cases")
     options = parser.parse_args()
-    out = options.out or Path("runs/study" if options.quick else "toy/results")
+    out = options.out or Path("runs/study" if options.quick else "toy/study/results")
     out.mkdir(parents=True, exist_ok=True)
     path, small = out / "study.json", QUICK if options.quick else 1
     results = json.loads(path.read_text()) if path.exists() else {}
@@ -402,7 +402,7 @@ def main():
     print(f"{len(left)} of {len(wanted)} jobs to do: about {minutes / small:.0f} core-minutes, "
           f"{minutes / small / 2:.0f} minutes on 2 cores")  # fmt: skip
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # the workers', not this process's
-    from toy import report  # it reads the cases from here
+    from toy.study import report  # it reads the cases from here
 
     tuned = [job for job in left if job[2] in CASES[job[0]].tuning]
     bar = tqdm(total=len(left), unit="job")
@@ -418,7 +418,3 @@ def main():
                 bar.update()
     report.write(out)
     print(f"{out}: study.json, tables.md, phase.png, controls.png, scores.png, gt.png")
-
-
-if __name__ == "__main__":
-    main()
