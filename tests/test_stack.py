@@ -24,8 +24,9 @@ def task_and(data, *lanes, **shared):
     patch = (4, 8, 8) if data == "videos" else (1, 1, 1)
     recipe = Recipe(width=16, patch=patch, labels=LABELS[data], precondition=data == "videos")
     torch.manual_seed(1)
-    task = Task(dataclasses.replace(configs[0], batch=8 * len(lanes)), recipe,
-                getattr(mixtures, data)())  # fmt: skip
+    task = Task(
+        dataclasses.replace(configs[0], batch=8 * len(lanes)), recipe, getattr(mixtures, data)()
+    )
     for parameter in task.backbone.module.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     task.backbone.module.requires_grad_(False)

@@ -118,7 +118,8 @@ def test_tables_and_figures_are_made_of_the_results(folder):
     assert float(row.split("|")[3].split()[0]) == pytest.approx(0.25, abs=0.01)
     stored = report.Study(json.loads((folder / "study.json").read_text()))
     _, _, rates, alphas, shares, _ = report.phase(
-        stored, "ring", *next(report.maps(stored, "ring")))
+        stored, "ring", *next(report.maps(stored, "ring"))
+    )
     assert rates == ["0.0003", "0.001", "0.003", "0.01"]
     assert [set(row) for row in shares] == [{0.0}, {0.0}, {0.0}, {1.0}] and alphas[3] == "0.75"
     assert "| ring, preset | 0.75 | 32 | 1.00 [1.00, 1.00] | +1.00 [+1.00, +1.00] |" in text
@@ -191,11 +192,17 @@ def test_a_weak_shift_turns_nothing_where_the_velocity_is_linear_in_the_adapter(
     """A normaliser of 1, and predictions that lie on a line: the gradient is (1 - alpha) DMD's."""
     monkeypatch.setattr(w2svd, "_mean_abs", lambda x: 1.0)
     monkeypatch.setattr(
-        w2svd.Roles, "real", lambda self, x_t, sigma, cond=None:
-        self.backbone.velocity(x_t, sigma, cond) + self.alpha_weak * (x_t + 1))  # fmt: skip
+        w2svd.Roles,
+        "real",
+        lambda self, x_t, sigma, cond=None: (
+            self.backbone.velocity(x_t, sigma, cond) + self.alpha_weak * (x_t + 1)
+        ),
+    )
     monkeypatch.setattr(
-        w2svd.Roles, "fake", lambda self, x_t, sigma, cond=None:
-        self.backbone.velocity(x_t, sigma, cond) + (x_t + 1))  # fmt: skip
+        w2svd.Roles,
+        "fake",
+        lambda self, x_t, sigma, cond=None: self.backbone.velocity(x_t, sigma, cond) + (x_t + 1),
+    )
     found = study.run("ring", "turn", 0, small=90)["lanes"][0]["late"]
     for row in found["alphas"]:
         assert row["length"] == pytest.approx(1 - row["alpha"], rel=1e-3)

@@ -143,8 +143,8 @@ class DiT(nn.Module):
         return x.reshape(-1, *self.shape)
 
     def forward(self, x_t, sigma, labels=None):
-        tokens = [self.embed(self.patches(x_t)) + self.position]        # (B, N, D)
-        c = self.time(sinusoidal(sigma, self.position.shape[-1]))       # (B, D)
+        tokens = [self.embed(self.patches(x_t)) + self.position]  # (B, N, D)
+        c = self.time(sinusoidal(sigma, self.position.shape[-1]))  # (B, D)
         if self.text:
             nothing = torch.full(x_t.shape[:1], self.text.num_embeddings - 1, device=x_t.device)
             c = c + self.text(nothing if labels is None else labels)

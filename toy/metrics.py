@@ -102,8 +102,10 @@ class Metrics:
     def __call__(self, samples):
         samples = samples.detach().cpu().float()
         if samples.shape != (self.n, *self.mixture.shape):
-            raise ValueError(f"{tuple(samples.shape)}: these metrics compare {self.n} samples of "
-                             f"shape {self.mixture.shape}; use Metrics(mixture, n) with your n")
+            raise ValueError(
+                f"{tuple(samples.shape)}: these metrics compare {self.n} samples of "
+                f"shape {self.mixture.shape}; use Metrics(mixture, n) with your n"
+            )
         bad = (~samples.isfinite()).flatten(1).any(1).sum().item()
         if bad:
             raise ValueError(f"{bad} of {self.n} samples are not finite")

@@ -272,10 +272,13 @@ def videos(std=0.05):
     kinds = [(look, angle, speed) for look in (0, 1) for angle in angles for speed in SPEEDS]
     steps = torch.diag(torch.tensor(WOBBLE, dtype=torch.float64))
     means = torch.stack([clip(0 * steps[0], *kind) for kind in kinds])
-    factors = torch.stack([
-        torch.stack([(clip(step, *kind) - clip(-step, *kind)).flatten() / 2 for step in steps], 1)
-        for kind in kinds
-    ])  # (K, D, 6)
+
+    def factor(kind):
+        """What each step does to a clip, as columns: (D, 6)."""
+        ends = [(clip(step, *kind), clip(-step, *kind)) for step in steps]
+        return torch.stack([(plus - minus).flatten() / 2 for plus, minus in ends], 1)
+
+    factors = torch.stack([factor(kind) for kind in kinds])  # (K, D, 6)
     variance = means.var(0, correction=0).mean() + (factors**2).sum(2).mean()
     scale = ((1 - std**2) / variance).sqrt()  # with the isotropic part the average variance is 1
     noise = torch.full((len(kinds),), std**2, dtype=torch.float64)

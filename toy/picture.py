@@ -4,6 +4,8 @@
     python w2svd.py train --model toy --alpha-weak 0 --out runs/dmd
     python w2svd.py train --model toy --data videos --out runs/videos
     python -m toy.picture runs/dmd runs/w2svd runs/videos --out assets/first.png
+
+The last command draws what the first three have trained.
 """
 
 import argparse

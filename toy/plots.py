@@ -26,10 +26,10 @@ MAX_DOTS = 1000  # more of them hide the density
 # Latents to colours: one colour for each of four orthogonal directions of the channels. The first
 # two are the looks of mixtures.videos(), yellow and blue, about 7 at a blob's centre; the data has
 # nothing along the others, so pink, green and violet are errors.
-DIRECTIONS = torch.tensor([[1., 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
-COLOURS = torch.tensor([[.85, .65, .15], [.1, .4, .85], [.6, -.6, .6], [-.5, 0., .7]])
+DIRECTIONS = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+COLOURS = torch.tensor([[0.85, 0.65, 0.15], [0.1, 0.4, 0.85], [0.6, -0.6, 0.6], [-0.5, 0.0, 0.7]])
 TO_RGB = DIRECTIONS.T @ COLOURS / 7
-ZERO_RGB = torch.tensor([.13, .13, .17])
+ZERO_RGB = torch.tensor([0.13, 0.13, 0.17])
 
 
 # ---------------------------------------------------------------------------------- 2-D points
@@ -43,6 +43,7 @@ def samples_2d(path, mixture, panels, columns=6):
 def scored(measure, rows):
     """Rows (title, samples) with numbers of toy.metrics below each title; clips: the squared
     Fréchet distance of frames, and the dynamic degree."""
+
     def lines(numbers):
         if "clip_frechet" not in numbers:
             return f"sliced W2 {numbers['sliced_w2']:.3f}"
@@ -60,13 +61,14 @@ def samples_gif_2d(path, mixture, frames):
 def arrows_2d(path, mixture, panels, columns=4):
     """PNG of panels (title, points, vectors): samples_2d, with arrows that start at the first
     len(vectors) points, in the units of the axes."""
-    faint = [(title, points[len(vectors):]) for title, points, vectors in panels]
+    faint = [(title, points[len(vectors) :]) for title, points, vectors in panels]
     figure, exact = _panels_2d(mixture, faint, columns, alpha=0.25), _density(mixture)
     for ax, (_, points, vectors) in zip(figure.axes, panels, strict=True):
-        start = _inside(points[:len(vectors)], exact)
-        along = _inside(points[:len(vectors)] + vectors, exact) - start
-        ax.quiver(*start.T, *along.T, color=INK, angles="xy", scale_units="xy", scale=1,
-                  width=0.006, headwidth=5, headlength=6, headaxislength=5, minlength=0, zorder=4)
+        start = _inside(points[: len(vectors)], exact)
+        along = _inside(points[: len(vectors)] + vectors, exact) - start
+        units = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.006}
+        head = {"headwidth": 5, "headlength": 6, "headaxislength": 5, "minlength": 0}
+        ax.quiver(*start.T, *along.T, color=INK, zorder=4, **units, **head)
         ax.scatter(*start.T, s=11, c=DOT, linewidths=0, zorder=5, clip_on=False)
     return _write_png(path, _pixels(figure))
 
@@ -189,8 +191,10 @@ def training_gif_videos(path, frames):
         height, width, _ = strips[0].shape
         top = 1.3 * size * max(name.count("\n") + 1 for name, _ in frames) + margin
         corners = [(round(top) + k * (height + gap), margin) for k in range(len(strips))]
-        marks = [(margin, top / 2, title, "left"),
-                 (margin + width, top - size, "time \u2192", "right")]
+        marks = [
+            (margin, top / 2, title, "left"),
+            (margin + width, top - size, "time \u2192", "right"),
+        ]
         page = _page(width + 2 * margin, corners[-1][0] + height + margin, marks, size)
         pages.append(_paste(page, strips, corners))
     return _write_gif(path, pages, _durations(len(pages)))
@@ -206,8 +210,9 @@ def film_frames(path, rows, zoom=3):
     pictures = [_beside(_enlarge(film, zoom), gap) for film in films]
     left, pitch = _label_width(titles, size), films[0].shape[2] * zoom + gap
     marks = [(left - 16, top / 2, "frame", "right")]
-    marks += [(left + (k + 0.5) * pitch, top / 2, str(k + 1), "center")
-              for k in range(len(films[0]))]
+    marks += [
+        (left + (k + 0.5) * pitch, top / 2, str(k + 1), "center") for k in range(len(films[0]))
+    ]
     return _write_png(path, _with_titles(titles, pictures, size, top=top, marks=marks)[0])
 
 
@@ -257,15 +262,15 @@ def _page(width, height, texts, size):
     # Half a pixel more, as matplotlib rounds width * dpi down: 1.15 * 100 would give 114.
     figure = Figure(((width + 0.5) / 100, (height + 0.5) / 100), dpi=100)
     for x, y, string, align in texts:
-        figure.text(x / width, 1 - y / height, string, fontsize=0.72 * size, color=INK,
-                    ha=align, va="center_baseline", linespacing=1.15)
+        style = {"fontsize": 0.72 * size, "color": INK, "linespacing": 1.15}
+        figure.text(x / width, 1 - y / height, string, ha=align, va="center_baseline", **style)
     return _pixels(figure)
 
 
 def _paste(page, pictures, corners):
     page = page.copy()
     for picture, (y, x) in zip(pictures, corners, strict=True):
-        page[y:y + picture.shape[0], x:x + picture.shape[1]] = picture
+        page[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
     return page
 
 
@@ -337,8 +342,9 @@ def trade(path, panels, xlabel, ylabel):
             for text, across, up in points:
                 ax.plot(across[1:], [up[0]] * 2, color=colour, linewidth=1)
                 ax.plot([across[0]] * 2, up[1:], color=colour, linewidth=1)
-                ax.annotate(text, (across[0], up[0]), (6, 5), textcoords="offset points",
-                            fontsize=9)
+                ax.annotate(
+                    text, (across[0], up[0]), (6, 5), textcoords="offset points", fontsize=9
+                )
         ax.legend(fontsize=9, frameon=False)
         _label(ax, title, xlabel, ylabel)
     return _save(path, figure)
@@ -394,8 +400,8 @@ def _write_gif(path, pictures, milliseconds):
     frames = [Image.fromarray(table[code]) for code in codes]
     for frame in frames:
         frame.putpalette(palette)
-    return _replace(path, frames[0], format="GIF", save_all=True, append_images=frames[1:],
-                    duration=milliseconds, loop=0)
+    film = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}
+    return _replace(path, frames[0], format="GIF", **film)
 
 
 def _palette(codes):

@@ -22,10 +22,12 @@ from tqdm import tqdm
 from w2svd import write_json
 
 CASES = {  # name: flags and seeds at most
-    "ring-4": ("--data ring", 5), "ring-1": ("--data ring --steps 1", 5),
-    "grid-4": ("--data grid", 5), "grid-1": ("--data grid --steps 1", 5),
+    "ring-4": ("--data ring", 5),
+    "ring-1": ("--data ring --steps 1", 5),
+    "grid-4": ("--data grid", 5),
+    "grid-1": ("--data grid --steps 1", 5),
     "videos-4": ("--data videos", 5),
-}  # fmt: skip
+}
 SHOWN = {
     "2d": ("sliced_w2", "precision", "coverage", "weight_tv"),
     "videos": ("clip_frechet", "frame_frechet", "dynamic_degree", "motion_smoothness", "coverage"),
@@ -38,8 +40,11 @@ def run(case, seed):
         flags = CASES[case][0].split() + ["--seed", str(seed), "--out", f"{folder}/run"]
         done = subprocess.run(
             [sys.executable, "w2svd.py", "train", "--model", "toy", *flags],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             raise RuntimeError(f"{case}, seed {seed}: {done.stderr.splitlines()[-1]}")
         result = json.loads(Path(folder, "run", "result.json").read_text())
@@ -65,8 +70,10 @@ def markdown(results):
             if steps == "4":
                 rows.append(("exact samples", "", [r["floor"] for r in runs]))
             for name, nfe, metrics in rows:
-                cells = [spread([m[c] for m in metrics], 1 if c == "clip_frechet" else 3)
-                         for c in columns]  # fmt: skip
+                cells = [
+                    spread([m[c] for m in metrics], 1 if c == "clip_frechet" else 3)
+                    for c in columns
+                ]
                 lines.append(f"| {data} | {name} | {nfe} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -87,9 +94,12 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "table.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    jobs = [(case, seed) for case in options.only
-            for seed in range(min(options.seeds, CASES[case][1]))
-            if str(seed) not in results.get(case, {})]  # fmt: skip
+    jobs = [
+        (case, seed)
+        for case in options.only
+        for seed in range(min(options.seeds, CASES[case][1]))
+        if str(seed) not in results.get(case, {})
+    ]
     with ThreadPoolExecutor(2) as pool:
         finished = tqdm(pool.map(lambda job: run(*job), jobs), total=len(jobs))
         for (case, seed), result in zip(jobs, finished):

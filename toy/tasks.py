@@ -53,9 +53,18 @@ class Recipe:
 RECIPES = {
     "ring": Recipe(),
     "grid": Recipe(),
-    "videos": Recipe(width=128, heads=4, patch=(4, 8, 8), precondition=True, labels=2, batch=128,
-                     iterations=1000, lr=3e-3, shift=3.0),
-}  # fmt: skip
+    "videos": Recipe(
+        width=128,
+        heads=4,
+        patch=(4, 8, 8),
+        precondition=True,
+        labels=2,
+        batch=128,
+        iterations=1000,
+        lr=3e-3,
+        shift=3.0,
+    ),
+}
 SAMPLES = {"ring": 16384, "grid": 16384, "videos": 4096}  # measured; videos: fewer, for time
 
 
@@ -141,10 +150,15 @@ def cached_backbone(mixture, recipe, config):
     parts = (mixture.weights, mixture.means, mixture.lam, mixture.rest, mixture.labels)
     exact = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
     code = "".join(Path(file).read_text() for file in (dit.__file__, __file__))
-    settings = {"data": config.data, "seed": config.seed, "torch": torch.__version__,
-                "threads": torch.get_num_threads(), "mixture": exact,
-                "code": hashlib.sha256(code.encode()).hexdigest(),
-                **dataclasses.asdict(recipe)}  # fmt: skip
+    settings = {
+        "data": config.data,
+        "seed": config.seed,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "mixture": exact,
+        "code": hashlib.sha256(code.encode()).hexdigest(),
+        **dataclasses.asdict(recipe),
+    }
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = Path(config.cache).expanduser() / f"{config.data}-{name}.safetensors"
     if path.is_file():  # a pipe would never end
@@ -240,7 +254,7 @@ class Task:
             "student": {**ours, "steps": steps},
             "euler": dict(zip(("1", "4", "28"), euler)),
             "floor": floor,
-        }  # fmt: skip
+        }
         return result, table(values, (0, 1, 4, 28, steps))
 
     def pictures(self, folder, samples, values, student):

@@ -26,10 +26,11 @@ COLLAPSE_TV = 0.1  # weight_tv beyond this, or a mode without samples, is a coll
 # never that even, so on the grid only a lost mode is
 METRIC = {"2d": "sliced_w2", "videos": "clip_frechet"}  # chooses the rates; lower is better
 FROZEN = 0.5  # a dynamic_degree below this is a collapse too
-NOTE = (f"In a cell: runs that collapsed of all runs (a mode lost, or, but for the grid, weight_tv "
-        f"above {COLLAPSE_TV:g}; videos: clip_frechet above that of 4 Euler steps,\nor "
-        f"dynamic_degree below {FROZEN:g}); below, the mean sliced_w2 or clip_frechet of all runs."
-        )  # fmt: skip
+NOTE = (
+    f"In a cell: runs that collapsed of all runs (a mode lost, or, but for the grid, weight_tv "
+    f"above {COLLAPSE_TV:g}; videos: clip_frechet above that of 4 Euler steps,\nor "
+    f"dynamic_degree below {FROZEN:g}); below, the mean sliced_w2 or clip_frechet of all runs."
+)
 COLUMNS = {
     "2d": ("sliced_w2", "precision", "coverage", "weight_tv"),
     "videos": ("clip_frechet", "frame_frechet", "dynamic_degree", "motion_smoothness"),
@@ -93,8 +94,10 @@ class Study:
 
     def values(self, case, kind, settings, metric, steps=4):
         """{seed: metric} of a lane."""
-        return {seed: self.lane(case, kind, seed, settings)["metrics"][str(steps)][metric]
-                for seed in self.seeds(case, kind)}  # fmt: skip
+        return {
+            seed: self.lane(case, kind, seed, settings)["metrics"][str(steps)][metric]
+            for seed in self.seeds(case, kind)
+        }
 
     def chosen(self, case, kind, having, steps):
         """The settings that are best on the tuning seeds, among lanes with `having`."""
@@ -180,8 +183,9 @@ def claims(study, case):
         for name, steps, kind, _ in METHODS:
             if steps == nfe and name != "W2SVD" and study.seeds(case, kind):
                 theirs = {c: study.method(case, name, nfe, c) for c in columns}
-                cells = [written(differences(ours[c], theirs[c]), PLACES.get(c, 3), "+")
-                         for c in columns]  # fmt: skip
+                cells = [
+                    written(differences(ours[c], theirs[c]), PLACES.get(c, 3), "+") for c in columns
+                ]
                 rows.append([f"W2SVD - {name}", nfe, *cells])
     return markdown(["paired difference", "NFE", *columns], rows)
 
@@ -201,12 +205,11 @@ def exact_table(study, case):
         ideal = study.values(case, "exact", exact, metric)
         dmd = study.values(case, "dmd-4", exact, metric)
         w2s = study.values(case, "dmd-4", {**exact, **W2S}, metric)
-        cells = [list(ideal.values()), list(dmd.values()), list(w2s.values())]
-        rows.append([f"{exact['generator_lr']:g}", *(written(x) for x in cells),
-                     written(differences(dmd, ideal), 3, "+"),
-                     written(differences(w2s, ideal), 3, "+")])  # fmt: skip
-    return markdown(["rate", f"{metric}: exact real score", "DMD", "W2S .25", "DMD - exact",
-                     "W2S .25 - exact"], rows)  # fmt: skip
+        cells = [written(x.values()) for x in (ideal, dmd, w2s)]
+        cells += [written(differences(x, ideal), 3, "+") for x in (dmd, w2s)]
+        rows.append([f"{exact['generator_lr']:g}", *cells])
+    head = ["rate", f"{metric}: exact real score", "DMD", "W2S .25"]
+    return markdown([*head, "DMD - exact", "W2S .25 - exact"], rows)
 
 
 def maps(study, case):
@@ -233,13 +236,14 @@ def collapse_table(study, case):
         seeds, base = study.seeds(case, kind), None
         for alpha in sorted({lane["alpha_weak"] for lane in lanes}):
             own = [lane for lane in lanes if lane["alpha_weak"] == alpha]
-            share = {seed: np.mean([
-                collapsed(study, case, seed, study.lane(case, kind, seed, x)["metrics"]["4"])
-                for x in own]) for seed in seeds}  # fmt: skip
+            share = {}
+            for seed in seeds:
+                runs = [study.lane(case, kind, seed, x)["metrics"]["4"] for x in own]
+                share[seed] = np.mean([collapsed(study, case, seed, run) for run in runs])
             base = share if base is None else base
             shift = written(differences(share, base), 2, "+") if alpha else ""
-            rows.append([title, f"{alpha:g}", len(own) * len(seeds),
-                         written(share.values(), 2), shift])  # fmt: skip
+            runs, mean = len(own) * len(seeds), written(share.values(), 2)
+            rows.append([title, f"{alpha:g}", runs, mean, shift])
     return markdown(["setting", "alpha_weak", "runs", "share collapsed", "against 0"], rows)
 
 
@@ -254,8 +258,8 @@ def phase(study, case, title, lanes, axis, kind):
     shares, texts = ([[None] * len(rates) for _ in alphas] for _ in range(2))
     for x in lanes:
         i, j = alphas.index(place(x)[0]), rates.index(place(x)[1])
-        runs = {seed: study.lane(case, kind, seed, x)["metrics"]["4"]
-                for seed in study.seeds(case, kind)}  # fmt: skip
+        seeds = study.seeds(case, kind)
+        runs = {seed: study.lane(case, kind, seed, x)["metrics"]["4"] for seed in seeds}
         bad = sum(collapsed(study, case, seed, run) for seed, run in runs.items())
         shares[i][j] = bad / len(runs)
         mean = np.mean([run[METRIC[side(case)]] for run in runs.values()])
@@ -286,8 +290,10 @@ def controls(study, case):
             cells[lr, alpha][metric, "plain"] = written(plain, places, "+")
     order = [(m, w) for m in metrics for w in ("plain", "gradient", "rate")]
     names = {"plain": "DMD", "gradient": "gradient scaled", "rate": "rate scaled"}
-    rows = [[f"{lr:g}", f"{alpha:g}", *(cell[key] for key in order)]
-            for (lr, alpha), cell in sorted(cells.items())]  # fmt: skip
+    rows = [
+        [f"{lr:g}", f"{alpha:g}", *(cell[key] for key in order)]
+        for (lr, alpha), cell in sorted(cells.items())
+    ]
     return markdown(["rate", "alpha_weak", *(f"{m}: against {names[w]}" for m, w in order)], rows)
 
 
@@ -298,8 +304,10 @@ def probed(study, case, when, key, alpha, lane_alpha=0.25):
     sigmas = [row["sigma"] for row in runs[0]]
     if key == "error_at_data":
         return sigmas, [[run[i][key] for run in runs] for i in range(len(sigmas))]
-    return sigmas, [[next(a for a in run[i]["alphas"] if a["alpha"] == alpha)[key] for run in runs]
-                    for i in range(len(sigmas))]  # fmt: skip
+    return sigmas, [
+        [next(a for a in run[i]["alphas"] if a["alpha"] == alpha)[key] for run in runs]
+        for i in range(len(sigmas))
+    ]
 
 
 def scores(study, case):
@@ -307,28 +315,33 @@ def scores(study, case):
     rows = []
     for when in ("early", "late"):
         for alpha in (0.0, 0.25, 0.5, 0.75):
-            def mean(key, when=when, alpha=alpha):
-                return list(np.mean(probed(study, case, when, key, alpha)[1], axis=0))
-
-            away = differences(dict(enumerate(mean("error"))),
-                               dict(enumerate(probed_backbone(study, case, when))))  # fmt: skip
-            rows.append([when, f"{alpha:g}", written(mean("error")), written(away, 3, "+"),
-                         written(mean("length")), written(mean("cos_dmd")),
-                         written(mean("cos_exact"))])  # fmt: skip
-        data = list(np.mean(probed(study, case, when, "error_at_data", 0)[1], axis=0))
+            keys = ("error", "length", "cos_dmd", "cos_exact")
+            error, *others = (np.mean(probed(study, case, when, k, alpha)[1], axis=0) for k in keys)
+            away = error - probed_backbone(study, case, when)
+            cells = [written(error), written(away, 3, "+"), *map(written, others)]
+            rows.append([when, f"{alpha:g}", *cells])
+        data = np.mean(probed(study, case, when, "error_at_data", 0)[1], axis=0)
         rows.append([when, "backbone at real data", written(data), "", "", "", ""])
-    return markdown(["when", "alpha_weak", "error of x0_real", "minus the backbone's",
-                     "length / DMD's", "cos with DMD's", "cos with the exact"], rows)  # fmt: skip
+    head = ["when", "alpha_weak", "error of x0_real", "minus the backbone's"]
+    return markdown([*head, "length / DMD's", "cos with DMD's", "cos with the exact"], rows)
 
 
 def probed_backbone(study, case, when):
-    return list(np.mean(probed(study, case, when, "error", 0.0)[1], axis=0))
+    return np.mean(probed(study, case, when, "error", 0.0)[1], axis=0)
 
 
-GT = [("0", "gt-0"), (".05", "gt-0.05"), (".2", "gt-0.2"), ("1", "gt-1"), ("5", "gt-5"),
-      ("20", "gt-20"), (".05, not at sigma 1", "gt-0.05-skip"),
-      (".2, not at sigma 1", "gt-0.2-skip"), ("1, not at sigma 1", "gt-1-skip"),
-      ("20, not at sigma 1", "gt-20-skip")]  # fmt: skip
+GT = [
+    ("0", "gt-0"),
+    (".05", "gt-0.05"),
+    (".2", "gt-0.2"),
+    ("1", "gt-1"),
+    ("5", "gt-5"),
+    ("20", "gt-20"),
+    (".05, not at sigma 1", "gt-0.05-skip"),
+    (".2, not at sigma 1", "gt-0.2-skip"),
+    ("1, not at sigma 1", "gt-1-skip"),
+    ("20, not at sigma 1", "gt-20-skip"),
+]
 
 
 def gt_values(study, case, kind, metric, alpha=W2S):
@@ -360,28 +373,28 @@ def moved_table(study, case="moved"):
             values = {c: gt_values(study, case, kind, c, alpha) for c in COLUMNS["2d"]}
             base = gt_values(study, case, kind, "sliced_w2", DMD)
             shift = written(differences(values["sliced_w2"], base), 3, "+") if alpha != DMD else ""
-            rows.append([f"GT weight {name}", f"{alpha['alpha_weak']:g}",
-                         *(written(v.values()) for v in values.values()), shift])  # fmt: skip
+            cells = [written(v.values()) for v in values.values()]
+            rows.append([f"GT weight {name}", f"{alpha['alpha_weak']:g}", *cells, shift])
     return markdown(["student", "alpha_weak", *COLUMNS["2d"], "sliced_w2 against 0"], rows)
 
 
 def variants(study, case="ring"):
     """Our defaults against what else they could be, paired, all else equal."""
     rows = []
-    for kind, name in (("schedule", ""), ("all-exits", "the fake learns all exits"),
-                       ("paired", "paired input, all exits")):  # fmt: skip
+    names = {"schedule": "", "all-exits": "the fake learns all exits"}
+    for kind, name in {**names, "paired": "paired input, all exits"}.items():
         for lane in study.settings(case, kind) if study.seeds(case, kind) else ():
             default = {k: lane[k] for k in ("alpha_weak", "generator_lr")}
             cells = []
             for metric in ("sliced_w2", "weight_tv"):
                 values = study.values(case, kind, lane, metric)
                 base = study.values(case, "dmd-4", default, metric)
-                cells += [written(values.values()),
-                          written(differences(values, base), 3, "+")]  # fmt: skip
+                cells += [written(values.values()), written(differences(values, base), 3, "+")]
             title = name or f"alpha_weak falls to 0, {lane['alpha_weak_schedule']}"
             rows.append([title, f"{lane['generator_lr']:g}", f"{lane['alpha_weak']:g}", *cells])
-    return markdown(["instead of the default", "rate", "alpha_weak", "sliced_w2",
-                     "against the default", "weight_tv", "against the default"], rows)  # fmt: skip
+    head = ["instead of the default", "rate", "alpha_weak"]
+    head += ["sliced_w2", "against the default", "weight_tv", "against the default"]
+    return markdown(head, rows)
 
 
 def turns(study, case):
@@ -391,11 +404,11 @@ def turns(study, case):
         runs = [study.lane(case, "turn", seed, lane)[when] for seed in study.seeds(case, "turn")]
         again = written([run["again"] for run in runs])
         for k, row in enumerate(runs[0]["alphas"]):
-            cells = [written([run["alphas"][k][key] for run in runs])
-                     for key in ("length", "cosine")]  # fmt: skip
+            every = [run["alphas"][k] for run in runs]
+            cells = [written([x[key] for x in every]) for key in ("length", "cosine")]
             rows.append([when, f"{row['alpha']:g}", *cells, again])
-    return markdown(["when", "alpha_weak", "length / DMD's", "cos with DMD's",
-                     "DMD's with itself, other samples"], rows)  # fmt: skip
+    head = ["when", "alpha_weak", "length / DMD's", "cos with DMD's"]
+    return markdown([*head, "DMD's with itself, other samples"], rows)
 
 
 def costs(study):
@@ -406,8 +419,8 @@ def costs(study):
             minutes = sum(run["core_seconds"] for run in seeds.values()) / 60
             lanes = sum(len(run["lanes"]) for run in seeds.values())
             rows.append([case, kind, len(seeds), lanes, f"{minutes:.1f}"])
-    rows.append(["all", "", "", sum(row[3] for row in rows),
-                 f"{sum(float(row[4]) for row in rows):.0f}"])  # fmt: skip
+    lanes, minutes = sum(row[3] for row in rows), sum(float(row[4]) for row in rows)
+    rows.append(["all", "", "", lanes, f"{minutes:.0f}"])
     return markdown(["case", "kind", "seeds", "runs", "core-minutes"], rows)
 
 
@@ -422,14 +435,17 @@ def figures(study, out):
     groups = []
     for case in cases:
         metric = METRIC[side(case)]
-        rows = [(f"W2S {alpha:g} at {lr:g}, {what}", *interval(scaled))
-                for alpha, lr, what, scaled, _ in control_rows(study, case, metric)]  # fmt: skip
+        rows = [
+            (f"W2S {alpha:g} at {lr:g}, {what}", *interval(scaled))
+            for alpha, lr, what, scaled, _ in control_rows(study, case, metric)
+        ]
         groups += [(f"{case}: {metric}", rows)] if rows else []
     plots.forest(out / "controls.png", groups, "W2S - scaled DMD\nbelow 0: W2S is better")
     plots.curves(out / "scores.png", *score_panels(study, cases))
     if study.seeds("videos", "gt-20-skip"):
-        plots.trade(out / "gt.png", [("videos, paired input", gt_series(study))],
-                    "dynamic degree (the data's is 1)", "frame Fréchet (lower is better)")
+        panels = [("videos, paired input", gt_series(study))]
+        labels = "dynamic degree (the data's is 1)", "frame Fréchet (lower is better)"
+        plots.trade(out / "gt.png", panels, *labels)
 
 
 def score_panels(study, cases):
@@ -481,13 +497,13 @@ def sections(study):
     return parts | {"cost": costs(study)}
 
 
-PLACE = re.compile(r"(?<=<!-- )(?!end -->)([^/\n]+?)(?: / ([^\n]+?))?( -->\n).*?"
-                   r"(?=<!-- end -->)", re.S)  # fmt: skip
+PLACE = r"(?<=<!-- )(?!end -->)([^/\n]+?)(?: / ([^\n]+?))?( -->\n).*?(?=<!-- end -->)"
 
 
 def filled(text, parts):
     """Text whose '<!-- title / rows -->' ... '<!-- end -->' hold that table, or the rows of it in
     which the regular expression `rows` is found."""
+
     def table_of(place):
         title, rows, _ = place.groups()
         head, rule, *lines = parts[title].splitlines()
@@ -495,7 +511,7 @@ def filled(text, parts):
         mark = f"{title} / {rows}" if rows else title
         return "\n".join([f"{mark} -->", "", head, rule, *lines, "", ""])
 
-    return PLACE.sub(table_of, text)
+    return re.sub(PLACE, table_of, text, flags=re.S)
 
 
 def write(folder):

@@ -34,10 +34,12 @@ class StackedRoles:
         first, self.n = configs[0], len(configs)
         self.one = Roles(backbone, first.lora_rank, 0.0, 1.0, first.generator, first.fake)
         self.trained = {
-            role: {name: torch.nn.Parameter(torch.stack([p.detach()] * self.n))
-                   for name, p in named.items()}
+            role: {
+                name: torch.nn.Parameter(torch.stack([p.detach()] * self.n))
+                for name, p in named.items()
+            }
             for role, named in self.one.trained.items()
-        }  # fmt: skip
+        }
         self.strong = [c.alpha_strong for c in configs]
         self.weak = [c.alpha_weak for c in configs]
         names = {m: name for name, m in backbone.module.named_modules()}
@@ -108,19 +110,29 @@ class Stack:
     torch's for betas (0, .999), written for all lanes at once.
     """
 
-    OWN = ("generator_lr", "fake_lr", "lr_schedule", "alpha_weak", "alpha_weak_schedule",
-           "alpha_strong", "fake_weight_decay", "ema", "max_grad_norm")  # fmt: skip
+    OWN = (
+        "generator_lr",
+        "fake_lr",
+        "lr_schedule",
+        "alpha_weak",
+        "alpha_weak_schedule",
+        "alpha_strong",
+        "fake_weight_decay",
+        "ema",
+        "max_grad_norm",
+    )
 
     def __init__(self, task, configs, gradient_scales=None):
-        shared = [{k: v for k, v in dataclasses.asdict(c).items() if k not in self.OWN}
-                  for c in configs]  # fmt: skip
+        shared = [
+            {k: v for k, v in dataclasses.asdict(c).items() if k not in self.OWN} for c in configs
+        ]
         assert all(s == shared[0] for s in shared), "lanes may differ in Stack.OWN alone"
         torch.manual_seed(configs[0].seed)
         self.configs, self.roles = configs, StackedRoles(task.backbone, configs)
         self.ema = {n: p.detach().clone() for n, p in self.roles.trained["generator"].items()}
-        self.squares = {role: [torch.zeros_like(p) for p in self.roles.parameters(role)]
-                        for role in self.roles.trained}  # fmt: skip
-        self.updates = {role: 0 for role in self.roles.trained}
+        roles = self.roles.trained
+        self.squares = {r: [torch.zeros_like(p) for p in roles[r].values()] for r in roles}
+        self.updates = dict.fromkeys(roles, 0)
         self.scales = self.each(lambda c: 1.0)
         if gradient_scales:
             self.scales = torch.tensor(gradient_scales)
@@ -148,8 +160,7 @@ class Stack:
         if not norm.isfinite().all():
             raise FloatingPointError(f"the gradient of the {role} is not finite")
         clip = scale * (self.each(lambda c: c.max_grad_norm) / (norm + 1e-6)).clamp(max=1)
-        lr = self.each(lambda c: {"generator": c.generator_lr, "fake": c.fake_lr}[role]
-                       * lr_factor(c, self.iteration))  # fmt: skip
+        lr = self.each(lambda c: getattr(c, f"{role}_lr") * lr_factor(c, self.iteration))
         decay = 1 - lr * self.each(lambda c: c.fake_weight_decay if role == "fake" else 0.0)
         correction = (1 - 0.999 ** self.updates[role]) ** 0.5
         for p, square in zip(parameters, self.squares[role]):

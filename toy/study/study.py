@@ -128,8 +128,11 @@ def sweep(case):
 
 def schedules(case):
     """alpha_weak falling to 0 at half of the iterations."""
-    every = [{"alpha_weak": alpha, "alpha_weak_schedule": schedule}
-             for alpha in (0.25, 0.5, 0.75) for schedule in ("linear", "cosine")]  # fmt: skip
+    every = [
+        {"alpha_weak": alpha, "alpha_weak_schedule": schedule}
+        for alpha in (0.25, 0.5, 0.75)
+        for schedule in ("linear", "cosine")
+    ]
     return at_rates(case, *every, rates=[case.middle])
 
 
@@ -189,18 +192,31 @@ SWEEP = tuple(kind for kind in KINDS if kind.startswith("gt-") and kind != "gt-0
 
 def jobs(full=False, quick=False):
     """(case, kind, seed), the tuning seeds first, then seed by seed."""
-    core = {"ring": TABLE + ("lcm-long", "ratio-1", "exact", "turn"),
-            "videos": TABLE + SWEEP + ("turn",), "weak": OFF}  # fmt: skip
+    core = {
+        "ring": TABLE + ("lcm-long", "ratio-1", "exact", "turn"),
+        "videos": TABLE + SWEEP + ("turn",),
+        "weak": OFF,
+    }
     if full:
         core["ring"] += ("rank-4", "schedule", "all-exits", "paired")
         core["videos"] += ("lcm-long",)
         core |= {"grid": TABLE, "narrow": OFF, "moved": MOVED}
     if quick:
         core = {"ring": TABLE}
-    tuned = [(case, kind, seed) for case, kinds in core.items() if not CASES[case].off
-             for kind in TUNED if kind in kinds for seed in CASES[case].tuning]  # fmt: skip
-    shown = [(case, kind, seed) for case, kinds in core.items() for seed in CASES[case].seeds
-             for kind in kinds]  # fmt: skip
+    tuned = [
+        (case, kind, seed)
+        for case, kinds in core.items()
+        if not CASES[case].off
+        for kind in TUNED
+        if kind in kinds
+        for seed in CASES[case].tuning
+    ]
+    shown = [
+        (case, kind, seed)
+        for case, kinds in core.items()
+        for seed in CASES[case].seeds
+        for kind in kinds
+    ]
     every = tuned + sorted(shown, key=lambda job: job[2])
     return [job for job in every if job[2] in (0, 1, 100)] if quick else every
 
@@ -265,10 +281,10 @@ def probe(task, stack, k, n):
         for alpha in (0.0, 0.25, 0.5, 0.75):
             one.alpha_weak = alpha
             real = x0_of(one.real, x_t, sigma)
-            row["alphas"].append({
-                "alpha": alpha, "error": rms(real - exact), "length": rms(fake - real) / rms(dmd),
-                "cos_dmd": cosine(fake - real, dmd), "cos_exact": cosine(fake - real, fake - exact),
-            })  # fmt: skip
+            d = fake - real
+            found = {"alpha": alpha, "error": rms(real - exact), "length": rms(d) / rms(dmd)}
+            found |= {"cos_dmd": cosine(d, dmd), "cos_exact": cosine(d, fake - exact)}
+            row["alphas"].append(found)
         one.alpha_weak = 0.0
         rows.append(row)
     return rows
@@ -399,8 +415,10 @@ def main():
     results = json.loads(path.read_text()) if path.exists() else {}
     wanted = [job for job in jobs(options.full, options.quick) if job[0] in options.only]
     left, minutes = todo(results, wanted)
-    print(f"{len(left)} of {len(wanted)} jobs to do: about {minutes / small:.0f} core-minutes, "
-          f"{minutes / small / 2:.0f} minutes on 2 cores")  # fmt: skip
+    print(
+        f"{len(left)} of {len(wanted)} jobs to do: about {minutes / small:.0f} core-minutes, "
+        f"{minutes / small / 2:.0f} minutes on 2 cores"
+    )
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # the workers', not this process's
     from toy.study import report  # it reads the cases from here
 
