@@ -45,6 +45,6 @@ def consistency_iterate(stack):
     )
     loss.backward()
     stack.update("generator")
-    stack.update_ema(None)
+    stack.update_average()
     stack.iteration += 1
     return loss.detach()

@@ -1,10 +1,11 @@
 """Many runs of w2svd on one frozen backbone, trained side by side: what makes the study affordable.
 
-A LANE is one run: its own adapters, optimizers, EMA, learning rates and alpha_weak. The lanes of a
-stack read one batch, cut into as many parts, through `w2svd.iterate` as it stands: an evaluation of
-all lanes is one pass through the shared backbone, in which every LoRA layer adds the adapters of
-the lanes to their parts of the batch. A lane's result is that of `w2svd.py train` with the same
-numbers, up to rounding; the lanes share the backbone, the order of exits and the stream of data.
+A LANE is one run: its own adapters, optimizers, average, learning rates and alpha_weak. The lanes
+of a stack read one batch, cut into as many parts, through `w2svd.distil` as it stands: an
+evaluation of all lanes is one pass through the shared backbone, in which every LoRA layer adds the
+adapters of the lanes to their parts of the batch. A lane's result is that of `w2svd.py train` with
+the same numbers, up to rounding; the lanes share the backbone, the order of exits and the stream of
+data.
 
     lanes  batch   one after the other   side by side        ring, 1 thread, milliseconds for
        16    128                    72             29        an iteration of one lane
@@ -15,8 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-import w2svd
-from w2svd import Roles, State, alpha_weak_at, lr_factor
+from w2svd import MAX_GRAD_NORM, Roles, State, alpha_weak_at, distil, lr_scale
 
 
 def along(numbers, x):
@@ -42,6 +42,7 @@ class StackedRoles:
         }
         self.strong = [c.alpha_strong for c in configs]
         self.weak = [c.alpha_weak for c in configs]
+        self.alpha_weak = None  # distil() sets it; each lane has its own in `weak`
         names = {m: name for name, m in backbone.module.named_modules()}
         for layer in self.one.layers:
             layer.register_forward_hook(self._hook(names[layer]))
@@ -103,12 +104,14 @@ class StackedRoles:
 
 
 class Stack:
-    """A State of several lanes: what w2svd.iterate() changes.
+    """A State of several lanes, and their run: what w2svd.distil() changes.
 
-    The configs may differ in learning rates and their schedule, alphas, decay, ema and clipping;
+    The configs may differ in learning rates and their schedule, alphas, decay and ema;
     `gradient_scales` multiplies each lane's generator gradient. All else must agree. Its AdamW is
     torch's for betas (0, .999), written for all lanes at once.
     """
+
+    device = "cpu"
 
     OWN = (
         "generator_lr",
@@ -119,7 +122,6 @@ class Stack:
         "alpha_strong",
         "fake_weight_decay",
         "ema",
-        "max_grad_norm",
     )
 
     def __init__(self, task, configs, gradient_scales=None):
@@ -129,17 +131,19 @@ class Stack:
         assert all(s == shared[0] for s in shared), "lanes may differ in Stack.OWN alone"
         torch.manual_seed(configs[0].seed)
         self.configs, self.roles = configs, StackedRoles(task.backbone, configs)
-        self.ema = {n: p.detach().clone() for n, p in self.roles.trained["generator"].items()}
         roles = self.roles.trained
+        self.average = {n: p.detach().clone() for n, p in roles["generator"].items()}
         self.squares = {r: [torch.zeros_like(p) for p in roles[r].values()] for r in roles}
         self.updates = dict.fromkeys(roles, 0)
         self.scales = self.each(lambda c: 1.0)
         if gradient_scales:
             self.scales = torch.tensor(gradient_scales)
-        self.rngs, self.iteration = State(configs[0], self.roles.one, "cpu").rngs, 0
+        self.rngs = State(configs[0], self.roles.one, self.device).rngs
+        self.iteration, self.clips = 0, []
         self.config, self.data = task.config, task.batches(self.rngs["data"])
         n = len(configs) * configs[0].batch
         assert task.config.batch == n, f"the task's batch is {task.config.batch}, the lanes' {n}"
+        self.loop = distil(self.config, self.roles, self, self.data)
 
     def each(self, of):
         """of(config) of every lane, (lanes,)."""
@@ -148,19 +152,22 @@ class Stack:
     def iterate(self):
         """One iteration of every lane; numbers that are means over all of them."""
         self.roles.weak = [alpha_weak_at(c, self.iteration) for c in self.configs]
-        return w2svd.iterate(self.config, self, self.data)
+        return next(self.loop)
 
     @torch.no_grad()
-    def update(self, role, *_):
-        """Each lane's own AdamW step; the losses are means over all lanes, hence the factor."""
+    def update(self, role, lr=None):
+        """Each lane's own AdamW step, at a rate of its own instead of lr; the mean of their norms.
+
+        The losses are means over all lanes, hence the factor.
+        """
         parameters, self.updates[role] = self.roles.parameters(role), self.updates[role] + 1
         scale = len(self.configs) * (self.scales if role == "generator" else 1.0)
         squared = sum(p.grad.square().flatten(1).sum(1) for p in parameters)
         norm = scale * squared.sqrt()
         if not norm.isfinite().all():
             raise FloatingPointError(f"the gradient of the {role} is not finite")
-        clip = scale * (self.each(lambda c: c.max_grad_norm) / (norm + 1e-6)).clamp(max=1)
-        lr = self.each(lambda c: getattr(c, f"{role}_lr") * lr_factor(c, self.iteration))
+        clip = scale * (MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1)
+        lr = self.each(lambda c: getattr(c, f"{role}_lr") * lr_scale(c, self.iteration))
         decay = 1 - lr * self.each(lambda c: c.fake_weight_decay if role == "fake" else 0.0)
         correction = (1 - 0.999 ** self.updates[role]) ** 0.5
         for p, square in zip(parameters, self.squares[role]):
@@ -170,20 +177,17 @@ class Stack:
             p.grad = None
         return norm.mean()
 
-    def skip(self, error, *_):
-        raise error  # a lane that breaks would stop all
-
     @torch.no_grad()
-    def update_ema(self, _):
+    def update_average(self):
         rest = 1 - self.each(lambda c: c.ema)
         for name, p in self.roles.trained["generator"].items():
-            self.ema[name].lerp_(p, along(rest, p).expand_as(p))
+            self.average[name].lerp_(p, along(rest, p).expand_as(p))
 
     @contextmanager
     def averaged(self):
         """The generators with their averaged weights."""
         current = self.roles.trained["generator"]
-        self.roles.trained["generator"] = self.ema
+        self.roles.trained["generator"] = self.average
         try:
             yield self.roles.generator
         finally:

@@ -34,8 +34,8 @@ from w2svd import (
     add_noise,
     euler_sample,
     few_step_sigmas,
-    generator_input,
     generator_step,
+    rollout_input,
     sample_sigma,
     x0_from_velocity,
 )
@@ -305,10 +305,10 @@ def turn(task, stack, k, n):
         for seed in range(first, first + 8):
             rngs = {name: torch.Generator().manual_seed(seed) for name in ("input", "exit", "loss")}
             cond, x0 = task.start(n, seed)  # a rollout reads x0's shape only
-            x_in, sigma_in = generator_input(one, x0, cond, task.sigmas, "rollout", rngs)
+            x_in, sigma_in = rollout_input(one.generator, x0, cond, task.sigmas, rngs)
             sigma = sample_sigma(n, c.sigma_low, c.sigma_high, c.sigma_shift, rngs["loss"])
             eps = torch.randn(x0.shape, generator=rngs["loss"])
-            generator_step(one, {"x0": x0, "cond": cond}, x_in, sigma_in, sigma, eps)
+            generator_step(one, x_in, sigma_in, cond, sigma, eps)
         parameters = one.parameters("generator")
         g = torch.cat([p.grad.flatten() for p in parameters])
         for p in parameters:
@@ -360,7 +360,7 @@ def run(name, kind, seed, small=1, only=None):
             stack.roles.real = task.mixture.velocity
         probes = train(task, stack, case, kind, lanes)
         for k, lane in enumerate(lanes):
-            stack.roles.one.load("generator", {name: x[k] for name, x in stack.ema.items()})
+            stack.roles.one.load("generator", {name: x[k] for name, x in stack.average.items()})
             metrics = {}
             for steps in (1, 4) if "lcm" in kind else (configs[0].steps,):
                 grid = few_step_sigmas(steps, configs[0].shift)
