@@ -10,58 +10,71 @@ carries one LoRA (a small trained term: W + alpha B A in place of a linear layer
 real DiT and strongly in the fake one, so that the real one leans a little towards the samples that
 it has to judge; with the generator an adapter too (ours), one backbone serves all three.
 
-                                            backbone   adapter 'generator'   adapter 'fake'
-    x_in -> generator -> x_gen               frozen     1, trained            off
-            x_gen + noise -> x_t
-    x_t  -> fake -> v_fake -> x0_fake        frozen     off                   alpha_strong, trained
-    x_t  -> real -> v_real -> x0_real        frozen     off                   alpha_weak
+    role         backbone    adapter 'generator'    adapter 'fake'
+    generator    frozen      1, trained             off
+    fake         frozen      off                    alpha_strong, trained
+    real         frozen      off                    alpha_weak
 
-    fake's loss         |v_fake - (eps - x_gen)|^2           it learns the generator's samples
-    generator's         (x0_fake - x0_real) / mean_i |x_gen - x0_real|                  (DMD)
-    gradient at x_gen   + gt_weight * (x0_fake - x0_gt) / mean_i |x0_fake - x0_gt|    (ground truth)
-    an iteration        5 updates of the fake, then one of the generator
+Algorithm 1: W2SVD                                                          (`distil`, section 6)
+
+    repeat `iterations` times:
+        repeat `fake_updates` times:                         the fake learns the generator's samples
+            x_gen = x_in - sigma_in v_generator(x_in, sigma_in)                         no gradient
+            x_t   = (1 - sigma) x_gen + sigma eps
+            one optimizer step of the fake on |v_fake(x_t, sigma) - (eps - x_gen)|^2
+        x_gen   = x_in - sigma_in v_generator(x_in, sigma_in)
+        x_t     = (1 - sigma) x_gen + sigma eps                               from here no gradient
+        x0_fake = x_t - sigma v_fake(x_t, sigma)
+        x0_real = x_t - sigma v_real(x_t, sigma)
+        g       = (x0_fake - x0_real) / mean_i |x_gen - x0_real|                                DMD
+                + gt_weight (x0_fake - x0_gt) / mean_i |x0_fake - x0_gt|               ground truth
+        one optimizer step of the generator along g, the gradient at x_gen
+        the generator's moving average follows; samples are made with it
 
 Notation and conventions (B batch, C channels, T frames, H, W; any (B, ...) will do)
     sigma       noise level in [0, 1], float32, 1 is pure noise
     x_t         (1 - sigma) x0 + sigma eps, eps standard normal; x_gen gets a fresh eps and sigma
     v           velocity eps - x0, so x0 = x_t - sigma v, score = -(x_t + (1 - sigma) v) / sigma
-    x_in        what the generator reads, at a level of the grid: a noised real sample (paired), or
-                where few-step sampling from noise has come to (rollout); x0_gt: the sample behind
-    x_gen       what it makes of it in one evaluation; mean_i: over the elements of a sample
-    x0_real, x0_fake    what the two DiTs make of the noised x_gen; they differ as the scores do
+    x_in        what the generator reads, at a level sigma_in of the grid: a noised real sample
+                (paired), or where few-step sampling from noise has come to (rollout)
+    x0_gt       the real sample behind x_in, if there is one; mean_i is over a sample's elements
     velocity(x_t, sigma, cond) -> v    the contract of every model; cond, the text, is handed on
     Elsewhere the roles are called student (generator), teacher (real) and critic (fake).
 
 Commands
-    python w2svd.py train --model toy                       a tiny DiT, checked by an exact answer
-    python w2svd.py encode --model hunyuan --videos my_clips/ --out data/    once: latents and text
-    python w2svd.py train  --model hunyuan --data data/ --out runs/portrait  one GPU
-    python w2svd.py sample --run runs/portrait --prompt "a woman talks" --out talk.mp4
-    python w2svd.py export --run runs/portrait --format diffusers --out lora/
+    python w2svd.py train  --model toy                      a tiny DiT, checked by an exact answer
+    python w2svd.py train  --model hunyuan --data my_clips/ --out runs/mine     one 80 GB GPU
+    python w2svd.py encode --model hunyuan --data my_clips/      its first part alone: the latents
+    python w2svd.py sample --run runs/mine --prompt "a woman talks" --out talk.mp4
+    python w2svd.py export --run runs/mine --format diffusers --out lora/
 
 Where a setting comes from: 'paper' read off the authors' figures; 'author-code' related public
 code of the first author, not a release of this paper; 'peer' common in public code of the family;
 'ours'. The paper's body, and so its learning rates, rank and batch, were not available to us.
 
 Deviations from the paper, as far as we know it: no discriminator (its figure has one); text is the
-only condition (its model also reads a first image); alpha_strong = 1 is ours (it is not printed);
-the generator is an adapter by default; denominators, EMA and optimizer are peers', the author's
-later code's or ours; the GT loss is off by default, since it trades motion for picture quality in
-the paper's table; on the toy: rollouts, a fake that learns final samples, with a weight decay.
+only condition (its model also reads a first image); alpha_strong is not printed there, 1 is the
+author's later code's; the generator is an adapter by default; denominators, average and optimizer
+are peers', the author's later code's or ours; the GT loss is off by default, since it trades motion
+for picture quality in the paper's table; on the toy: rollouts, a fake that learns final samples
+only, with a weight decay.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import dataclasses
+import difflib
+import functools
 import hashlib
 import importlib.metadata
-import inspect
+import io
+import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -70,7 +83,6 @@ import time
 import typing
 import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -82,151 +94,167 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 
 class Refused(ValueError):
-    """What the user asked for cannot be done; the message is one sentence and says the cure."""
+    """What the user asked for cannot be done: one sentence with the cure, and an exit status."""
+
+    def __init__(self, sentence, status=2):
+        super().__init__(sentence)
+        self.status = status
 
 
 HUNYUAN = "hunyuanvideo-community/HunyuanVideo"
-CHECKPOINTS = f"checkpoint-{'[0-9]' * 6}.safetensors"  # in a run folder; sorted, the newest is last
-# what an encoded clip depends on: train takes these settings from --data
-ENCODED = ("checkpoint", "height", "width", "frames", "fps", "prompt_template", "prompt_crop_start")
+Kind = Literal["lora", "full"]
+Input = Literal["paired", "rollout"]
+Schedule = Literal["constant", "linear", "cosine"]
+Samples = Literal["all", "final"]
+Layers = Literal["all", "attention"]
+
+# Named methods, as rows of settings on top of a preset
+#   W2SVD (paper)                          --alpha-weak .25, the default
+#   W2SVD with reg. loss (paper)           --gt-weight .05 --generator-input paired
+#   DMD with a LoRA fake (peer)            --alpha-weak 0
+#   DMD2 without its discriminator (peer)  --fake full --generator full
+#   DMDR's schedule (peer)                 --alpha-weak .75 --alpha-weak-schedule cosine
+#   LCM                                    toy/study/baselines.py, on the toy only
+#   the paper's first stage, fine-tuning   not built
 
 
-@dataclass(frozen=True)
+def setting(default, text, group=None):
+    """A line of Config: its default, its meaning / where it comes from, the heading it opens."""
+    return dataclasses.field(default=default, metadata={"text": text, "group": group})
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. The command line and its help are made from these lines."""
 
-    model: Literal["toy", "hunyuan"] = "toy"  # what to distil / ours
-    data: str = "ring"  # toy: ring, grid or videos; hunyuan: the folder that encode wrote / ours
-    checkpoint: str = HUNYUAN  # hub id, or a folder in diffusers' format / ours
-    weights: Literal["pretrained", "random"] = "pretrained"  # random: to measure speed / ours
-    height: int = 480  # pixels, a multiple of 16; from --data if that is there / ours
-    width: int = 832  # see height / ours
-    frames: int = 61  # 4k + 1; 61 or 129 / ours
-    fps: float = 24.0  # clips are resampled to it / paper
-    prompt_template: str = ""  # HunyuanVideo's own if empty; '{}' for a plain text encoder / ours
-    prompt_crop_start: int = 95  # tokens of that template to cut off before the prompt / ours
-    steps: int = 4  # evaluations of the finished generator / paper: 4 and 1
-    shift: float = 5.0  # of the few-step grid: 1, .9375, .8333, .625 / author-code
-    generator: Literal["lora", "full"] = "lora"  # an adapter, or a whole copy / ours, author-code
-    fake: Literal["lora", "full"] = "lora"  # full: separate, real = backbone / paper, peer
-    generator_input: Literal["paired", "rollout"] = "paired"  # noised real, or not / paper, peer
-    fake_samples: Literal["all", "final"] = "all"  # levels whose samples the fake learns / ours
-    alpha_weak: float = 0.25  # the fake adapter's weight in the real DiT; 0 is DMD / paper
-    alpha_weak_schedule: Literal["constant", "linear", "cosine"] = "constant"  # to 0 / peer: DMDR
-    alpha_strong: float = 1.0  # the fake adapter's weight in the fake DiT / ours
-    gt_weight: float = 0.0  # for picture quality; costs motion in the paper's table / author-code
-    gt_skip_noise: bool = False  # no GT loss where the input is pure noise / ours
-    guidance: float = 1.0  # classifier-free guidance of the real DiT; 1 is off / peer
-    embedded_guidance: float = 6.0  # read by a guidance-distilled backbone, at no cost / peer
-    lora_rank: int = 64  # of both adapters; alpha = rank / ours
-    lora_targets: Literal["all", "attention"] = "all"  # which linear layers of the blocks / ours
-    generator_lr: float = 1e-5  # lower it where samples drift or collapse / ours
-    fake_lr: float = 1e-5  # raise it where the relative gap keeps growing / ours
-    lr_schedule: Literal["constant", "linear"] = "constant"  # of both, down to 5 % / ours
-    fake_weight_decay: float = 0.0  # pulls the adapter to 0, that is to the backbone / ours
-    sigma_low: float = 0.02  # both losses read x_t at sigma ~ U[low, high] / author-code
-    sigma_high: float = 0.98  # see sigma_low / author-code
-    sigma_shift: float = 1.0  # raise for more noise and more of the global shape / author-code
-    fake_updates: int = 5  # fake updates for each generator update / author-code, peer
-    fake_warmup: int = 0  # fake updates before the first generator update / ours
-    ema: float = 0.995  # decay of the generator's moving average; 0 is off / ours
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm / peer
-    batch: int = 1  # samples in a forward / ours
-    accumulate: int = 1  # forwards in an update; the GPU holds one --batch at a time / ours
-    iterations: int = 1000  # generator updates / peer: 600 to 1000
-    checkpointing: bool = False  # recompute blocks in backward: less memory, a third slower / peer
-    fp8_base: bool = False  # keep the backbone's weights in 8 bits: 8 GiB less at 13B / ours
-    compile: bool = False  # compile every block / peer
-    seed: int = 0  # the same seed gives the same bits on the same machine / ours
-    log_every: int = 50  # iterations between lines of metrics.jsonl / ours
-    save_every: int = 250  # iterations between checkpoints / peer
-    keep: int = 3  # the newest checkpoints stay, 2 at least / ours
-    keep_every: int = 250  # and those at its multiples, as later is not always better / peer
-    max_skipped: int = 10  # updates left out for a value that is not finite; then it stops / ours
-    sample_every: int = 250  # hunyuan: iterations between sampled videos / ours
-    compare: bool = False  # hunyuan: show the backbone's 28 steps beside the student's / ours
-    tensorboard: bool = False  # log there too / ours
-    gpu_memory: float = 0.0  # GiB to plan for; those of the GPU at hand if 0 / ours
-    tflops: float = 790.0  # to plan with: what an H100 or H200 reaches in bf16 / ours
-    out: str = ""  # run folder; the next free runs/<model>[-k] if empty / ours
-    cache: str = "~/.cache/w2svd"  # where the toy keeps its trained backbones / ours
-    resume: bool = False  # go on from the last checkpoint in --out / ours
-    dry_run: bool = False  # print the plan and stop / ours
+    model: Literal["toy", "hunyuan"] = setting("toy", "what to distil / ours", "model and data")
+    data: str = setting("", "toy: ring, grid, videos; hunyuan: a folder of clips, or a .txt / ours")
+    checkpoint: str = setting(HUNYUAN, "hub id, or a folder in diffusers' format / ours")
+    height: int = setting(480, "of a clip in pixels, a multiple of 16 / ours")
+    width: int = setting(832, "of a clip in pixels, a multiple of 16 / ours")
+    frames: int = setting(61, "of a clip, 4k + 1: 61 or 129 / ours")
+    fps: float = setting(24.0, "clips are resampled to it / paper")
+    cache: str = setting("", "where latents or the toy's backbones are kept; see README / ours")
+
+    steps: int = setting(4, "evaluations of the finished generator / paper: 4, 1", "the generator")
+    shift: float = setting(5.0, "of the few-step grid: 1, .9375, .8333, .625 / author-code")
+    generator: Kind = setting("lora", "an adapter, or a whole copy / ours, author-code")
+    generator_input: Input = setting("paired", "noised real sample, or from noise / paper, peer")
+    ema: float = setting(0.995, "decay of the generator's average; 0 is off / ours")
+
+    fake: Kind = setting("lora", "full: a copy, real = backbone / paper, peer", "real and fake")
+    alpha_weak: float = setting(0.25, "the fake adapter's weight in the real DiT; 0: DMD / paper")
+    alpha_weak_schedule: Schedule = setting("constant", "to 0 at half of the run / peer: DMDR")
+    alpha_strong: float = setting(1.0, "the fake adapter's weight in the fake DiT / author-code")
+    fake_samples: Samples = setting(
+        "all", "a rollout's fake learns all levels' or final ones / ours"
+    )
+    fake_updates: int = setting(5, "for each update of the generator / author-code, peer")
+    fake_warmup: int = setting(0, "fake updates before the generator's first one / ours")
+    fake_weight_decay: float = setting(0.0, "pulls its adapter to 0, to the backbone / ours")
+
+    gt_weight: float = setting(0.0, "ground truth: quality for motion; try .05 / paper", "losses")
+    gt_skip_noise: bool = setting(False, "none of it where the input is pure noise / ours")
+    guidance: float = setting(
+        1.0, "classifier-free, of the real DiT; 1 is off (elsewhere 0) / peer"
+    )
+    embedded_guidance: float = setting(6.0, "read by a guidance-distilled backbone / peer")
+    sigma_low: float = setting(0.02, "both losses read x_t at U[low, high], shifted / author-code")
+    sigma_high: float = setting(0.98, "see --sigma-low / author-code")
+    sigma_shift: float = setting(1.0, "raise for more noise, more global shape / author-code")
+
+    lora_rank: int = setting(64, "of both adapters; their alpha is the rank / ours", "training")
+    lora_targets: Layers = setting("all", "linear layers of the blocks that get one / ours")
+    generator_lr: float = setting(1e-5, "lower it where samples drift or collapse / ours")
+    fake_lr: float = setting(1e-5, "raise it where the relative gap keeps growing / ours")
+    lr_schedule: Literal["constant", "linear"] = setting("constant", "linear: to 5 % / ours")
+    batch: int = setting(1, "samples in a forward / ours")
+    accumulate: int = setting(1, "forwards in an update; one batch in memory at a time / ours")
+    iterations: int = setting(1000, "updates of the generator / peer: 600 to 1000")
+    seed: int = setting(0, "the same seed, the same bits on the same machine / ours")
+
+    checkpointing: bool = setting(False, "recompute blocks: a third slower / peer", "memory, speed")
+    fp8_base: bool = setting(False, "the backbone in 8 bits: 8 GiB less at 13B / ours")
+    compile: bool = setting(False, "compile every block / peer")
+
+    out: str = setting("", "run folder; the next free runs/<model>-k if empty / ours", "the run")
+    log_every: int = setting(50, "iterations between lines of metrics.jsonl / ours")
+    save_every: int = setting(250, "iterations between checkpoints / peer")
 
 
-# ours: by trials on the toy (toy/README.md), and by the study (toy/results/README.md)
+# ring: expect sliced_w2 .060, precision .99; a minute on 2 CPU cores. Trials: toy/README.md
+TOY = dict(data="ring", generator_input="rollout", fake_samples="final", lora_rank=16, ema=0.98)
+TOY |= dict(generator_lr=1e-3, fake_lr=5e-4, lr_schedule="linear", fake_weight_decay=2.0)
+TOY |= dict(batch=256, iterations=360, log_every=20, save_every=180)
 PRESETS = {
-    # not tuned: no run of the full model was measured by us
-    "hunyuan": dict(data="data", generator_lr=2e-5, fake_lr=2e-5, checkpointing=True, log_every=10),
-    "toy": dict(
-        generator_input="rollout", fake_samples="final", lora_rank=16, generator_lr=1e-3,
-        fake_lr=5e-4, lr_schedule="linear", fake_weight_decay=2.0, ema=0.98, batch=256,
-        iterations=360, log_every=20, save_every=180,
-    ),
-    # on top of the toy's; a clip's motion is decided at high noise, hence the shift
+    "toy": TOY,
+    # expect clip_frechet 15; a clip's motion is decided at high noise, hence the shift
     "toy videos": dict(batch=64, iterations=250, log_every=25, sigma_shift=5.0, generator_lr=5e-4),
-}  # fmt: skip
+    # nothing of the full model was tuned or measured: no number to expect
+    "hunyuan": dict(generator_lr=2e-5, fake_lr=2e-5, checkpointing=True, log_every=10),
+    "hunyuan captions": dict(generator_input="rollout", fake_samples="final"),
+}
+MAY_BE_0 = "alpha_weak ema gt_weight guidance embedded_guidance sigma_low fake_warmup seed"
 
 
-def check(c: Config, given=()) -> None:
-    """Refuse settings that contradict each other, with the reason; `given` flags came by name."""
-    of_adapters = {"alpha_weak", "alpha_weak_schedule", "alpha_strong", "fake_weight_decay"}
-    rules = [
-        (0 <= c.alpha_weak <= c.alpha_strong,
-         f"--alpha-weak must lie in [0, alpha_strong = {c.alpha_strong}], not {c.alpha_weak}"),
-        (c.fake == "lora" or not of_adapters & set(given),
-         "--fake full has no adapter to weigh or to decay: its real DiT is the plain backbone; "
-         "leave alphas and --fake-weight-decay out, or use --fake lora"),
-        (0 <= c.sigma_low < c.sigma_high <= 1,
-         "--sigma-low and --sigma-high must satisfy 0 <= low < high <= 1"),
-        (c.keep > 1, "--keep must be at least 2: one stays whole while another is written"),
-        (c.ema < 1, f"--ema must lie in [0, 1), not {c.ema}; 0 is off"),
-        (not c.gt_weight or c.generator_input == "paired",
-         "--gt-weight needs --generator-input paired: a rollout starts from noise, so no ground "
-         "truth belongs to its sample"),
-        (not c.gt_weight or c.steps > 1,
-         "--gt-weight needs more than one step: a one-step generator reads pure noise, which "
-         "pairs with no ground truth"),
-    ]  # fmt: skip
-    for holds, sentence in rules:
-        if not holds:
-            raise Refused(f"{sentence}.")
-    may_be_0 = ("sigma_low", "ema", "guidance", "prompt_crop_start", "alpha_weak", "max_skipped")
+def check(c: Config):
+    """Refuse settings that contradict each other, with the reason."""
     for name, value in dataclasses.asdict(c).items():
-        most = {"steps": 1000, "batch": 2**16, "lora_rank": 4096, "iterations": 999_999}
-        most, zero = most.get(name, 2**53), name in may_be_0 or not getattr(Config, name)
-        if type(value) in (int, float) and not (0 <= value <= most and (value or zero)):
-            raise Refused(f"--{name.replace('_', '-')} must be {'at least' if zero else 'above'} 0 "
-                          f"and at most {most}, not {value}.")  # fmt: skip
+        least = 0 if name in (*MAY_BE_0.split(), "fake_weight_decay") else 1e-30
+        if type(value) in (int, float) and not least <= value < 2**53:
+            raise Refused(f"--{name.replace('_', '-')} cannot be {value}.")
+    if c.alpha_weak > c.alpha_strong:
+        raise Refused(f"--alpha-weak must be at most --alpha-strong = {c.alpha_strong}.")
+    if c.fake == "full" and (c.alpha_weak or c.fake_weight_decay):
+        raise Refused("--fake full has no adapter: no --alpha-weak, no --fake-weight-decay.")
+    if not c.sigma_low < c.sigma_high <= 1:
+        raise Refused("--sigma-low must be below --sigma-high, and that at most 1.")
+    if c.ema >= 1:
+        raise Refused(f"--ema must lie in [0, 1), not {c.ema}; 0 is off.")
+    if c.gt_weight and (c.generator_input == "rollout" or c.steps == 1):
+        raise Refused(
+            "--gt-weight needs --generator-input paired and --steps above 1: no ground "
+            "truth belongs to a sample that starts from pure noise."
+        )
+    if c.generator_input == "paired" and c.fake_samples == "final":
+        raise Refused("--fake-samples final needs --generator-input rollout: paired learns all.")
+    if c.model == "toy":
+        return
+    if c.height % 16 or c.width % 16 or c.frames % 4 != 1 or c.frames < 5:
+        raise Refused("--height and --width must be multiples of 16, --frames 4 k + 1: 61, 129.")
+    if c.batch != 1 or c.guidance != 1:
+        raise Refused("--model hunyuan needs --batch 1 (see --accumulate) and --guidance 1.")
+    if c.compile and c.fp8_base:
+        raise Refused("--compile does not work on --fp8-base: casting breaks every graph.")
 
 
 # ---- 2. Flow matching ----------------------------------------------------------------------------
 
 
-def _like(sigma, x):
+def expand_as(sigma, x):
     """sigma, a float or (B,), shaped to multiply x (B, ...)."""
     return torch.as_tensor(sigma, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def add_noise(x0, eps, sigma):
     """x_t = (1 - sigma) x0 + sigma eps. x0, eps (B, ...); sigma in [0, 1], a float or (B,)."""
-    sigma = _like(sigma, x0)
+    sigma = expand_as(sigma, x0)
     return (1 - sigma) * x0 + sigma * eps
 
 
 def x0_from_velocity(x_t, v, sigma):
     """x0 = x_t - sigma v: the clean sample that the velocity at x_t points to, (B, ...)."""
-    return x_t - _like(sigma, x_t) * v
+    return x_t - expand_as(sigma, x_t) * v
 
 
 def score_from_velocity(x_t, v, sigma):
     """grad log p(x_t) = -(x_t + (1 - sigma) v) / sigma, for sigma in (0, 1]; (B, ...)."""
-    sigma = _like(sigma, x_t)
+    sigma = expand_as(sigma, x_t)
     return -(x_t + (1 - sigma) * v) / sigma
 
 
 def guided(v_cond, v_uncond, w):
-    """v_uncond + w (v_cond - v_uncond). w = 1 is off; other code calls this w - 1."""
+    """v_uncond + w (v_cond - v_uncond). w = 1 is off; other code calls w - 1 the scale."""
     return v_uncond + w * (v_cond - v_uncond)
 
 
@@ -241,7 +269,11 @@ def few_step_sigmas(steps, shift):
 
 
 def sample_sigma(n, low, high, shift, rng):
-    """n noise levels, uniform in [low, high] and then shifted, on the device of rng."""
+    """n noise levels, uniform in [low, high] and then shifted, (n,), on the device of rng.
+
+    Not clamped: at shift 5, [.02, .98] becomes [.093, .996].
+    """
+    # peer: Self-Forcing and others shift U[0, 1] and clamp to [.02, .98]
     u = torch.rand(n, generator=rng, device=rng.device)
     return shift_sigma(low + (high - low) * u, shift)
 
@@ -267,8 +299,8 @@ class Roles:
         self.alpha_weak, self.alpha_strong = alpha_weak, alpha_strong
         kinds = {"generator": generator, "fake": fake}
         self.copies = {role: copy.copy(backbone) for role in kinds if kinds[role] == "full"}
-        for twin in self.copies.values():
-            twin.module = copy.deepcopy(backbone.module).float().requires_grad_(True)
+        for owner in self.copies.values():
+            owner.module = copy.deepcopy(backbone.module).float().requires_grad_(True)
         self.adapters = [role for role in kinds if kinds[role] == "lora"]
         for role in self.adapters:  # alpha = rank: loads at the right strength without metadata
             lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=backbone.lora_targets)
@@ -285,22 +317,21 @@ class Roles:
             for parameter in self.trained[role].values():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-        self._switch(None)
+        self._switch(None, 0.0)
 
     def _find(self, role):
+        """{name: parameter} that the role trains, without the adapter's name in it."""
         if role in self.copies:
             return dict(self.copies[role].module.named_parameters())
         mark = f".{role}."  # '....lora_A.generator.weight' is stored as '....lora_A.weight'
         found = self.backbone.module.named_parameters()
         return {n.replace(mark, "."): p for n, p in found if mark in n and "lora_" in n}
 
-    def _switch(self, role, alpha=None):
+    def _switch(self, role, alpha):
         # NOTE silent: peft's set_adapter would also flip requires_grad, which loses the gradients
         # of a forward whose backward is still to come; so only the active name and scale change
-        adapter = "fake" if role == "real" else role
-        if alpha is None:
-            alpha = {"fake": self.alpha_strong, "real": self.alpha_weak}.get(role, 1.0)
         self.role, self.alpha = role, alpha
+        adapter = "fake" if role == "real" else role
         active = [adapter] if adapter in self.adapters and alpha else []
         scale = torch.tensor(float(alpha))  # a number would be compiled anew for every value
         for layer in self.layers:
@@ -311,35 +342,32 @@ class Roles:
     @contextmanager
     def use(self, role, alpha=None):
         """The backbone plays `role` inside; the role before comes back, also after an exception."""
+        # the docstring's table: at which weight a role carries its adapter
+        table = {"generator": 1.0, "fake": self.alpha_strong, "real": self.alpha_weak}
         before = self.role, self.alpha
-        self._switch(role, alpha)
+        self._switch(role, table[role] if alpha is None else alpha)
         try:
             yield
         finally:
             self._switch(*before)
 
-    def _velocity(self, role, x_t, sigma, cond):
+    def _velocity(self, role, x_t, sigma, cond=None):
         with self.use(role):
             return self.copies.get(role, self.backbone).velocity(x_t, sigma, cond)
 
-    def generator(self, x_t, sigma, cond=None):
-        return self._velocity("generator", x_t, sigma, cond)
-
-    def real(self, x_t, sigma, cond=None):
-        return self._velocity("real", x_t, sigma, cond)
-
-    def fake(self, x_t, sigma, cond=None):
-        return self._velocity("fake", x_t, sigma, cond)
+    generator = functools.partialmethod(_velocity, "generator")  # (x_t, sigma, cond=None) -> v
+    real = functools.partialmethod(_velocity, "real")
+    fake = functools.partialmethod(_velocity, "fake")
 
     def checkpoint(self, block, *args):
         """block(*args), recomputed in backward under the role of its forward."""
         if not torch.is_grad_enabled():
             return block(*args)
-        role, alpha = self.role, self.alpha
-        # NOTE silent: without context_fn a block is recomputed under whatever role and alpha are
+        # NOTE silent: without its context a block is recomputed under whatever role and alpha are
         # active at the time of the backward, and the gradient is wrong by tens of percent
-        return recompute_in_backward(block, *args, use_reentrant=False, context_fn=lambda: (
-            nullcontext(), self.use(role, alpha)))  # fmt: skip
+        as_now = functools.partial(self.use, self.role, self.alpha)
+        context = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), as_now())}
+        return recompute_in_backward(block, *args, **context)
 
     def use_checkpointing(self):
         """Keep only the blocks' inputs for the backward, in every role."""
@@ -357,15 +385,16 @@ class Roles:
     @torch.no_grad()
     def load(self, role, tensors):
         """Copy {name: tensor}, as in state() or in generator.safetensors, into the parameters."""
-        tensors = {n.removeprefix("transformer."): x for n, x in tensors.items()}
-        state = self.state(role)
-        shapes = [{(n, x.shape) for n, x in named.items()} for named in (state, tensors)]
-        wrong = {n for n, _ in shapes[0] ^ shapes[1]}
+        ours, theirs = (
+            {name.removeprefix("transformer."): x for name, x in named.items()}
+            for named in (self.state(role), tensors)
+        )
+        shapes = [{(name, x.shape) for name, x in named.items()} for named in (ours, theirs)]
+        wrong = {name for name, _ in shapes[0] ^ shapes[1]}
         if wrong:
-            raise Refused(f"These weights do not fit the {role} ({len(wrong)} names or shapes "
-                          f"differ, for example {min(wrong)!r}).")  # fmt: skip
-        for name, parameter in state.items():
-            parameter.copy_(tensors[name])
+            raise Refused(f"{len(wrong)} weights do not fit the {role}, as {min(wrong)!r}.")
+        for name, parameter in ours.items():
+            parameter.copy_(theirs[name])
 
     def base_sum(self):
         """A cheap fingerprint of the frozen weights, to show that they did not move."""
@@ -373,16 +402,19 @@ class Roles:
         return sum(float(p.double().sum()) for p in frozen[:: max(1, len(frozen) // 8)])
 
 
-# ---- 4. Losses (5, the discriminator of the paper, is not built) ---------------------------------
+# ---- 4. Losses -----------------------------------------------------------------------------------
 
 
-def _accurate(x):
-    """bf16 loses the small difference of two similar predictions: float32 at least."""
+def at_least_float32(x):
+    """bf16 loses the small difference of two similar predictions."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _mean_abs(x):
-    """mean_i |x_i| of each sample, (B, 1, ...), floored so that a perfect match is no 0 / 0."""
+def mean_abs(x):
+    """mean_i |x_i| of each sample, (B, 1, ...).
+
+    Floored at 1e-6, so that a perfect match is no 0 / 0; what bounds the gradient is clipping.
+    """
     return x.abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True).clamp_min(1e-6)
 
 
@@ -393,8 +425,8 @@ def dmd_gradient(x_gen, x0_real, x0_fake):
     is a difference of scores; the denominator, per sample, makes noise levels alike.
     """
     # paper: the difference (figure). peer: the denominator, as in DMD2. ours: float32, its floor
-    x_gen, x0_real, x0_fake = map(_accurate, (x_gen, x0_real, x0_fake))
-    return (x0_fake - x0_real) / _mean_abs(x_gen - x0_real)
+    x_gen, x0_real, x0_fake = map(at_least_float32, (x_gen, x0_real, x0_fake))
+    return (x0_fake - x0_real) / mean_abs(x_gen - x0_real)
 
 
 def gt_gradient(x0_fake, x0_gt):
@@ -403,20 +435,23 @@ def gt_gradient(x0_fake, x0_gt):
     (B, ...). Its mean absolute value is 1 whatever the distance: the weight alone decides.
     """
     # paper: ground truth against fake video (figure). author-code: the denominator
-    difference = _accurate(x0_fake) - _accurate(x0_gt)
-    return difference / _mean_abs(difference)
+    difference = at_least_float32(x0_fake) - at_least_float32(x0_gt)
+    return difference / mean_abs(difference)
 
 
 def fake_loss(v_fake, x_gen, eps):
     """mean |v_fake - (eps - x_gen)|^2: flow matching on the generator's samples, a scalar."""
-    return torch.nn.functional.mse_loss(_accurate(v_fake), _accurate(eps - x_gen))
+    # author-code: by default the loss of x0, which is this one times sigma^2 for each sample
+    return torch.nn.functional.mse_loss(at_least_float32(v_fake), at_least_float32(eps - x_gen))
 
 
-# ---- 6. The two updates, and the samplers --------------------------------------------------------
+# ---- 5. The discriminator of the paper's figure is not built -------------------------------------
+
+# ---- 6. The updates, the samplers, the loop ------------------------------------------------------
 
 
 def require_finite(what, x, sigma):
-    """Stop at the first non-finite value, with the stage and the noise level named."""
+    """Stop at the first non-finite value in x (B, ...), with its stage and noise level named."""
     bad = ~torch.isfinite(x.detach()).flatten(1).all(dim=1)
     if bad.any():  # NOTE: a host-device sync, small beside a forward of a large DiT
         level = float(torch.as_tensor(sigma).expand(len(x))[bad][0])
@@ -449,54 +484,65 @@ def euler_sample(velocity, noise, sigmas, cond=None):
     return x
 
 
-def generator_input(roles, x0, cond, sigmas, kind, rngs, final=False):
-    """x_in (B, ...) and its sigma (B,), at random levels of the grid, or all at the last one.
+def paired_input(x0, sigmas, rngs):
+    """x_in (B, ...): the real samples x0 noised, each to a random level (B,) of the grid. paper.
 
-    'paired': x0 itself, noised (paper). 'rollout': the state of few-step sampling from noise at an
-    exit drawn once for the batch (peer: Self-Forcing). x0 gives only the shape of the latter.
     rngs: generators 'input', of the noise, and 'exit', of the levels, on the device of x0.
     """
-    last = len(sigmas) - 2
     noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
-    n = {"paired": len(x0), "rollout": 1}[kind]
-    exits = torch.randint(last + 1, (n,), generator=rngs["exit"], device=x0.device)
-    if final:
-        exits = torch.full_like(exits, last)
-    sigma = sigmas[exits].expand(len(x0))
-    if kind == "paired":
-        return add_noise(x0, noise, sigma), sigma
-    path = sigmas[: int(exits) + 1]
-    return few_step_sample(roles.generator, noise, path, cond, rngs["input"]), sigma
+    exits = torch.randint(len(sigmas) - 1, (len(x0),), generator=rngs["exit"], device=x0.device)
+    sigma_in = sigmas[exits]  # (B,)
+    return add_noise(x0, noise, sigma_in), sigma_in
 
 
-def fake_step(roles, batch, x_in, sigma_in, sigma, eps):
-    """One backward of the fake's loss: it learns to denoise what the generator makes of x_in.
+def rollout_input(generator, x0, cond, sigmas, rngs, final=False):
+    """x_in (B, ...): where few-step sampling from noise has come to at a random exit. peer.
 
-    batch: 'x0' and 'cond'. x_in, sigma_in from generator_input; x_gen is noised to sigma (B,) with
-    eps (B, ...). Returns detached numbers; the caller owns the optimizer.
+    One exit for the batch (Self-Forcing), or with `final` the last one. x0 gives the shape only.
     """
-    with torch.no_grad():
-        v = roles.generator(x_in, sigma_in, batch["cond"])
-        x_gen = x0_from_velocity(x_in, v, sigma_in)
-        require_finite("the generator's sample in the fake update", x_gen, sigma_in)
-        x_t = add_noise(x_gen, eps, sigma)
+    noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
+    exit = int(torch.randint(len(sigmas) - 1, (1,), generator=rngs["exit"], device=x0.device))
+    if final:
+        exit = len(sigmas) - 2
+    x_in = few_step_sample(generator, noise, sigmas[: exit + 1], cond, rngs["input"])
+    return x_in, sigmas[exit].expand(len(x0))
+
+
+def fake_step(roles, x_gen, cond, sigma, eps):
+    """One backward of the fake's loss: it learns to denoise the generator's samples x_gen.
+
+    x_gen, eps (B, ...), without gradient; sigma (B,) the level to which x_gen is noised. The
+    gradients add up; the caller owns the optimizer. Returns detached numbers.
+    """
+    require_finite("the generator's sample in the fake update", x_gen, sigma)
+    x_t = add_noise(x_gen, eps, sigma)
     with roles.use("fake"):
-        v_fake = roles.fake(x_t, sigma, batch["cond"])
+        v_fake = roles.fake(x_t, sigma, cond)
         require_finite("the fake's velocity", v_fake, sigma)
         loss = fake_loss(v_fake, x_gen, eps)
-        require_finite("the fake's loss", loss.expand(len(x_gen), 1), sigma)
         loss.backward()
     return {"fake_loss": loss.detach()}
 
 
-def generator_step(roles, batch, x_in, sigma_in, sigma, eps, gt_weight=0.0, gt_skip_noise=False,
-                   guidance=1.0):  # fmt: skip
+def generator_step(
+    roles,
+    x_in,
+    sigma_in,
+    cond,
+    sigma,
+    eps,
+    x0_gt=None,
+    gt_weight=0,
+    gt_skip_noise=False,
+    guidance=1,
+):
     """One backward of the DMD loss, and the GT loss, through the generator's one evaluation.
 
-    Arguments as for fake_step; with gt_weight, x_in must be batch['x0'] noised (paired). Every
-    gradient is taken at the detached sample and pushed through it at once. Detached numbers return.
+    x_in (B, ...) at sigma_in (B,) from paired_input or rollout_input; its sample is noised to sigma
+    (B,) with eps (B, ...). With gt_weight, x0_gt is the real sample behind x_in (paired only).
+    Every gradient is taken at the detached sample and pushed through it at once. The gradients add
+    up; the caller owns the optimizer. Returns detached numbers.
     """
-    x0, cond = batch["x0"], batch["cond"]
     with roles.use("generator"):
         x_gen = x0_from_velocity(x_in, roles.generator(x_in, sigma_in, cond), sigma_in)
         require_finite("the generator's sample", x_gen, sigma_in)
@@ -512,88 +558,289 @@ def generator_step(roles, batch, x_in, sigma_in, sigma, eps, gt_weight=0.0, gt_s
             g = dmd_gradient(x_gen, x0_real, x0_fake)
             if gt_weight:
                 counts = sigma_in < 1 if gt_skip_noise else torch.ones_like(sigma_in)
-                g = g + gt_weight * _like(counts, g) * gt_gradient(x0_fake, x0)
+                g = g + gt_weight * expand_as(counts, g) * gt_gradient(x0_fake, x0_gt)
             require_finite("the generator's gradient", g, sigma)
         # the gradient of mean(x_gen * stopgrad(g)): DMD2's scale. peer
         # NOTE silent: the learning rate depends on this 1 / numel (in Adam: clipping, epsilon)
         x_gen.backward(g.to(x_gen.dtype) / g.numel())
-    return health(x_gen.detach(), x0, x0_fake, x0_real, v_fake, v_real)
+    v = [at_least_float32(v).flatten(1) for v in (v_fake, v_real)]
+    gap = at_least_float32(x0_fake - x0_real).norm() / at_least_float32(x0_real).norm()
+    stats = {"relative_gap": gap, "cos_fake_real": torch.cosine_similarity(*v).mean()}
+    return stats | moments("gen", x_gen.detach())
 
 
-def health(x_gen, x0, x0_fake, x0_real, v_fake, v_real):
-    """What losses do not tell, as detached numbers; the README has the healthy ranges."""
-    stats = {
-        "relative_gap": _accurate(x0_fake - x0_real).norm() / _accurate(x0_real).norm(),
-        "cos_fake_real": torch.cosine_similarity(
-            _accurate(v_fake).flatten(1), _accurate(v_real).flatten(1)
-        ).mean(),
-        "gen_mean": x_gen.mean(), "gen_std": x_gen.std(),
-        "data_mean": x0.mean(), "data_std": x0.std(),
-    }  # fmt: skip
-    if x0.ndim == 5:  # frames are dim 2 of (B, C, T, H, W)
-        stats["gen_motion"] = x_gen.diff(dim=2).abs().mean()
-        stats["data_motion"] = x0.diff(dim=2).abs().mean()
+def moments(name, x):
+    """Mean, std and, of videos (B, C, T, H, W), motion: to hold against the data's."""
+    stats = {f"{name}_mean": x.mean(), f"{name}_std": x.std()}
+    if x.ndim == 5:
+        stats[f"{name}_motion"] = x.diff(dim=2).abs().mean()  # between neighbouring frames
     return stats
 
 
-# ---- 7. Backbones --------------------------------------------------------------------------------
-# A task has .backbone (see Roles), whose weights come with .load(), .device, .shape of a sample,
-# .batches(rng) -> endless {'x0': (B, ...), 'cond': ...}, .costs(forwards, with_gradient) -> lines
-# of the plan, .prepare() for what must follow the adapters, .on_log(step, generator) for pictures
-# on the way, .finish(run) -> (result, table) and .sample(...), behind the command of that name.
+def lr_scale(config, iteration):
+    """Of both learning rates: 1, or falling linearly to .05 at the end."""
+    return 1 - 0.95 * iteration / config.iterations if config.lr_schedule == "linear" else 1.0
 
 
-def load_task(config):
-    """The model and data that `config` names, as a task: of toy/ or of hunyuan.py."""
-    return importlib.import_module(config.model).task(config)
+def alpha_weak_at(config, iteration):
+    """alpha_weak of an iteration: constant, or down to 0 at half of the iterations."""
+    progress = min(1.0, 2 * iteration / config.iterations)
+    falling = {"constant": 1.0, "linear": 1 - progress}
+    falling["cosine"] = (1 + math.cos(math.pi * progress)) / 2
+    return config.alpha_weak * falling[config.alpha_weak_schedule]
 
 
-# ---- 8. Files: safetensors and JSON --------------------------------------------------------------
+MAX_GRAD_NORM = 1.0  # peer. Gradients are clipped to it
 
 
-def flush(path):
-    """See that a file or a folder is on the disk, also if the power fails."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+class State:
+    """All that changes in training: optimizers, average, random streams, counts."""
+
+    def __init__(self, config, roles, device):
+        self.config, self.roles, self.device = config, roles, device
+        self.iteration, self.taken = 0, 0  # updates of the generator; clips read so far
+        self.reads = []  # (clip, sigma) of the update at work, for an error to name
+        self.optimizers = {  # author-code: betas. No momentum, as the gradients' target moves
+            role: torch.optim.AdamW(
+                roles.parameters(role), betas=(0.0, 0.999), weight_decay=decay, fused=True
+            )
+            for role, decay in (("generator", 0.0), ("fake", config.fake_weight_decay))
+        }
+        self.average = {n: p.detach().clone() for n, p in roles.state("generator").items()}
+        self.rngs = {
+            name: torch.Generator(device).manual_seed(config.seed * 1000 + stream)
+            for stream, name in enumerate(("data", "input", "exit", "level", "noise"))
+        }
+
+    def update(self, role, lr):
+        """One optimizer step of the role on the mean of the gradients added up; their norm."""
+        optimizer, parameters = self.optimizers[role], self.roles.parameters(role)
+        if self.config.accumulate > 1:
+            for parameter in parameters:
+                parameter.grad /= self.config.accumulate
+        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient of the {role} is not finite")
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def update_average(self):
+        """average = ema average + (1 - ema) weights, of the generator."""
+        for name, parameter in self.roles.state("generator").items():
+            self.average[name].lerp_(parameter, 1 - self.config.ema)
+
+    @contextmanager
+    def averaged(self):
+        """The generator's velocity with its averaged weights; inside, the two are exchanged."""
+
+        def exchange():
+            for name, parameter in self.roles.state("generator").items():
+                parameter.data, self.average[name] = self.average[name], parameter.data
+
+        exchange()
+        try:
+            yield self.roles.generator
+        finally:
+            exchange()
+
+    def tensors(self):
+        """Everything as one flat {name: tensor}, for a checkpoint."""
+        flat = {f"average/{name}": x for name, x in self.average.items()}
+        flat |= {f"rng/{name}": rng.get_state() for name, rng in self.rngs.items()}
+        for role, optimizer in self.optimizers.items():
+            for name, parameter in self.roles.state(role).items():
+                flat[f"{role}/{name}"] = parameter
+                for slot, x in optimizer.state[parameter].items():
+                    flat[f"optimizer/{role}/{name}/{slot}"] = x
+        return flat
+
+    @torch.no_grad()
+    def restore(self, flat, iteration, taken):
+        """The inverse of tensors(), and the counts."""
+        self.iteration, self.taken = iteration, taken
+        for name, x in self.average.items():
+            x.copy_(flat[f"average/{name}"])
+        for name, rng in self.rngs.items():
+            rng.set_state(flat[f"rng/{name}"])
+        for role, optimizer in self.optimizers.items():
+            for name, parameter in self.roles.state(role).items():
+                parameter.copy_(flat[f"{role}/{name}"])
+                for slot in ("step", "exp_avg", "exp_avg_sq"):
+                    x = flat[f"optimizer/{role}/{name}/{slot}"]
+                    optimizer.state[parameter][slot] = x.to(parameter.device)
+
+
+def micro_batches(config, state, data):
+    """What one update reads, `accumulate` times: x0 (B, ...), cond, sigma (B,), eps (B, ...)."""
+    state.reads = []
+    for _ in range(config.accumulate):
+        batch, rngs = next(data), state.rngs
+        x0 = batch["x0"]
+        state.taken += len(x0)
+        low, high, shift = config.sigma_low, config.sigma_high, config.sigma_shift
+        sigma = sample_sigma(len(x0), low, high, shift, rngs["level"])
+        eps = torch.randn(x0.shape, generator=rngs["noise"], device=x0.device, dtype=x0.dtype)
+        state.reads.append((batch.get("name", "a batch"), sigma))
+        require_finite("the data", x0, sigma)
+        yield x0, batch["cond"], sigma, eps
+
+
+def distil(config, roles, state, data):
+    """Algorithm 1: every next() is one iteration, and yields its numbers, detached.
+
+    data: an iterator of batches {'x0': (B, ...), 'cond': ..., 'name': ...}. All that has to be kept
+    between two iterations is in `state`; logging, files and signals are the caller's.
+    """
+    sigmas = few_step_sigmas(config.steps, config.shift).to(state.device)
+    weights = {n: getattr(config, n) for n in ("gt_weight", "gt_skip_noise", "guidance")}
+
+    def generator_input(x0, cond, final=False):
+        if config.generator_input == "paired":
+            return paired_input(x0, sigmas, state.rngs)
+        return rollout_input(roles.generator, x0, cond, sigmas, state.rngs, final)
+
+    while state.iteration < config.iterations:
+        roles.alpha_weak = alpha_weak_at(config, state.iteration)
+        lr = lr_scale(config, state.iteration)
+        warmup = config.fake_warmup if state.iteration == 0 else 0
+
+        for _ in range(warmup + config.fake_updates):  # the fake learns the generator's samples
+            fake_stats = []
+            for x0, cond, sigma, eps in micro_batches(config, state, data):
+                x_in, sigma_in = generator_input(x0, cond, config.fake_samples == "final")
+                with torch.no_grad():
+                    v = roles.generator(x_in, sigma_in, cond)
+                    x_gen = x0_from_velocity(x_in, v, sigma_in)
+                fake_stats.append(fake_step(roles, x_gen, cond, sigma, eps))
+            fake_norm = state.update("fake", lr * config.fake_lr)
+
+        stats = []
+        for x0, cond, sigma, eps in micro_batches(config, state, data):  # one of the generator
+            x_in, sigma_in = generator_input(x0, cond)
+            args = roles, x_in, sigma_in, cond, sigma, eps
+            stats.append(generator_step(*args, x0_gt=x0, **weights) | moments("data", x0))
+        norm = state.update("generator", lr * config.generator_lr)
+        state.update_average()
+
+        state.iteration += 1
+        norms = {"fake_grad_norm": fake_norm, "grad_norm": norm}
+        yield mean_of(fake_stats) | mean_of(stats) | norms | {"alpha_weak": roles.alpha_weak}
+
+
+def mean_of(stats):
+    """The mean of dictionaries of numbers, over the forwards of an update."""
+    return {name: sum(one[name] for one in stats) / len(stats) for name in stats[0]}
+
+
+# ---- 7. HunyuanVideo (13B) by diffusers ----------------------------------------------------------
+
+
+class HunyuanVideo:
+    """diffusers' HunyuanVideoTransformer3DModel behind the contract of Roles."""
+
+    prompt_template = None  # the pipeline's own; or {"template": "...{}...", "crop_start": tokens}
+    # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
+    ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+
+    def __init__(self, module, dtype, embedded_guidance=6.0, lora_targets="all"):
+        self.module, self.dtype, self.guidance = module, dtype, embedded_guidance
+        layers = f"{self.ATTENTION}|{self.MLP}" if lora_targets == "all" else self.ATTENTION
+        self.lora_targets = rf"(single_)?transformer_blocks\.\d+\.({layers})"
+        self.blocks = [*module.transformer_blocks, *module.single_transformer_blocks]
+        for block in self.blocks:
+            block.register_forward_pre_hook(self.without_mask)
+
+    @staticmethod
+    def without_mask(_, args):
+        """Text comes trimmed, so nothing is masked; a mask would rule out flash attention."""
+        assert args[3] is None or args[3].dtype == torch.bool, "diffusers' blocks have changed"
+        return (*args[:3], None, *args[4:])
+
+    def checkpoint_with(self, function):
+        self.module.gradient_checkpointing = True
+        self.module._gradient_checkpointing_func = function
+
+    def velocity(self, x_t, sigma, cond):
+        """x_t: latents (B, C, T, H, W); cond: prompt_embeds (B, L, D), trimmed; pooled (B, P)."""
+        text = cond["prompt_embeds"].to(self.dtype)
+        guidance = torch.full((len(x_t),), self.guidance, dtype=self.dtype, device=x_t.device)
+        device = x_t.device.type.replace("meta", "cpu")  # the meta device knows no autocast
+        # NOTE silent: without autocast the float32 adapters would compute in float32
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            v = self.module(
+                hidden_states=x_t.to(self.dtype),
+                timestep=1000 * sigma.float(),  # NOTE silent: bf16 would make 956 of 954.5
+                encoder_hidden_states=text,
+                encoder_attention_mask=torch.ones(text.shape[:2], device=x_t.device),
+                pooled_projections=cond["pooled"].to(self.dtype),
+                guidance=guidance * 1000,  # 6016 in bf16, as in the stock pipeline
+                return_dict=False,
+            )[0]
+        return v.to(x_t.dtype)
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+def load_pipeline(checkpoint, without):
+    """diffusers' pipeline of the checkpoint; the parts named in `without` stay unread."""
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()  # its bars would cut through ours
+    how = {"dtype": torch.bfloat16 if DEVICE == "cuda" else torch.float32, "use_safetensors": True}
+    load = diffusers.HunyuanVideoPipeline.from_pretrained
+    pipe = load(checkpoint, **how, **dict.fromkeys(without)).to(DEVICE)
+    if pipe.vae:
+        pipe.vae.enable_tiling()
+    return pipe
+
+
+@torch.no_grad()
+def encode_text(pipe, caption):
+    """prompt_embeds (1, L, D), trimmed to the L tokens that count, and pooled (1, P)."""
+    own = HunyuanVideo.prompt_template
+    embeds, pooled, mask = pipe.encode_prompt(caption, **({"prompt_template": own} if own else {}))
+    return {"prompt_embeds": embeds[:, mask[0].bool()], "pooled": pooled}
+
+
+# ---- 8. Files and data ---------------------------------------------------------------------------
 
 
 @contextmanager
-def whole(path):
+def atomic_write(path):
     """A name to write to, which becomes `path` at the end; a failure leaves neither."""
-    half = path.with_name(f".{os.getpid()}.part{path.suffix}")
+    part = path.with_name(f".part-{path.name}")
     umask = os.umask(0)
     os.umask(umask)
     try:
-        yield half
-        half.chmod(0o666 & ~umask)  # safetensors would keep it from everybody else
-        flush(half)  # before the new name, or the name might reach the disk without the content
-        os.replace(half, path)
-        flush(path.parent)
+        yield part
+        part.chmod(0o666 & ~umask)  # safetensors would keep it from everybody else
+        with open(part, "rb+") as file:  # or the name might reach the disk without the content
+            os.fsync(file.fileno())
+        os.replace(part, path)
     finally:
-        half.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
-def checksum(tensors, info):
-    """SHA-256 of the info and of the tensors' names, types, shapes and bits, in hexadecimal."""
-    sha256 = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
-    for name, x in sorted(tensors.items()):
-        sha256.update(f"{name} {x.dtype} {list(x.shape)}".encode())
-        sha256.update(x.reshape(-1).view(torch.uint8).numpy())
-    return sha256.hexdigest()
+def write_json(path, content):
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def write_safetensors(path, tensors, info, **metadata):
-    """Tensors, and info with a checksum as one JSON string in the header; whole or not at all."""
+    """{name: tensor}, and `info` as one JSON string in the header; whole or not at all."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    info = info | {"content_sha256": checksum(tensors, info)}
-    metadata |= {"w2svd": json.dumps(info, sort_keys=True)}
-    with whole(path) as half:
+    with atomic_write(path) as part:
         try:
-            save_file(tensors, half, metadata=metadata)
+            save_file(tensors, part, metadata | {"w2svd": json.dumps(info, sort_keys=True)})
         except SafetensorError as error:  # a full disk, among others
             raise OSError(f"{path} cannot be written: {error}") from error
 
@@ -603,234 +850,332 @@ def read_safetensors(path):
     from safetensors import SafetensorError, safe_open
 
     try:
-        with open(path, "rb") as file:
-            if int.from_bytes(file.read(8), "little") > 2**24:  # reading it would take gigabytes
-                raise ValueError("its header is too long")
         with safe_open(path, "pt") as file:
-            info = dict(json.loads((file.metadata() or {})["w2svd"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if info.pop("content_sha256") != checksum(tensors, info):
-            raise ValueError("its checksum differs")
-        return tensors, info
-    except KeyError as error:
-        raise Refused(f"{path} was not written by w2svd: its header has no {error}.") from error
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
-        what = "is damaged" if path.exists() else "does not exist"
-        raise Refused(f"{path} {what} ({error}).") from error
+            info = json.loads((file.metadata() or {})["w2svd"])
+            return {name: file.get_tensor(name) for name in file.keys()}, info
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise Refused(f"{path} is missing, damaged or not of w2svd ({error}).") from error
 
 
-def write_json(path, content):
-    with whole(path) as half:
-        half.write_text(json.dumps(content, indent=1) + "\n")
+FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
+FORMS = "a.mp4 with a.txt, metadata.jsonl or .csv (file_name, text), or videos.txt with prompt.txt"
 
 
-@contextmanager
-def hold(folder):
-    """Make the folder and keep other processes out; the lock dies with its owner."""
-    import fcntl  # not on Windows
+def read_lines(path):
+    """The lines of a text that are not empty; Excel begins a file with a mark."""
+    return [x.strip() for x in path.read_text(encoding="utf-8-sig").split("\n") if x.strip()]
 
+
+def find_clips(data):
+    """[(path, caption)] of a folder in one of the usual forms, or [(None, caption)] of a .txt.
+
+    Second, {name: reason} of what else lies in the folder.
+    """
+    if data.is_file():
+        return [(None, caption) for caption in read_lines(data)], {}
+    lists = [data / n for n in ("metadata.jsonl", "metadata.csv", "videos.txt", "prompt.txt")]
+    jsonl, table, videos, prompts = lists
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for half in (folder / ".0.part", *folder.glob("**/.[0-9]*.part*")):  # the first: a try
-            half.touch()
-            half.unlink()  # the others: of processes that were killed
-    except BlockingIOError as error:
-        raise Refused(f"Another process is at work in {folder}; wait for it, or name another "
-                      "--out.") from error  # fmt: skip
-    except OSError as error:
-        raise Refused(f"{folder} cannot be written ({error}); name another --out.") from error
-    try:
-        yield
-    finally:
-        os.close(lock)
+        if jsonl.exists():
+            rows = [json.loads(line) for line in read_lines(jsonl)]
+        elif table.exists():
+            text = table.read_text(encoding="utf-8-sig")
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        elif videos.exists():
+            both = zip(read_lines(videos), read_lines(prompts), strict=True)
+            rows = [{"file_name": name, "text": text} for name, text in both]
+        else:
+            films = [path for path in sorted(data.iterdir()) if path.suffix.lower() in FILMS]
+            rows = [{"file_name": path.name, "text": path.with_suffix(".txt")} for path in films]
+        clips = [(data / row["file_name"], row["text"]) for row in rows]
+        found = sorted(path for path in data.iterdir() if not path.name.startswith("."))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"--data {data} cannot be read ({error}); it needs {FORMS}.") from error
+    known = [*lists, *(p for path, _ in clips for p in (path, path.with_suffix(".txt")))]
+    return clips, {p.name: "no clip, nor a caption of one" for p in found if p not in known}
 
 
-# ---- 9. train() ----------------------------------------------------------------------------------
+# No playlist, which would read other files or a network: ffmpeg guesses the format from the content
+FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif"
+GUARD = ["-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-timelimit", "600"]
 
 
-def lr_factor(config, iteration):
-    """Of both learning rates: 1, or falling linearly to .05 at the end."""
-    return 1 - 0.95 * iteration / config.iterations if config.lr_schedule == "linear" else 1.0
+def read_clip(path, config):
+    """The first frames of a film, resampled, cropped, resized: (1, 3, T, H, W) in [-1, 1]."""
+    import imageio.v3 as iio
+
+    w, h = config.width, config.height
+    # cropped before it is scaled: a picture of 8000 x 2 would be scaled to 192,000 x 48
+    crop = f"crop=max(1\\,min(iw\\,ih*{w}/{h})):max(1\\,min(ih\\,iw*{h}/{w}))"
+    fit = ["-vf", f"fps={config.fps},{crop},scale={w}:{h}"]
+    # the whole path, or a name like 'concat:a' would be read as a protocol
+    film = iio.imiter(path.resolve(), plugin="FFMPEG", input_params=GUARD, output_params=fit)
+    frames = [torch.from_numpy(frame) for frame in itertools.islice(film, config.frames)]
+    if len(frames) < config.frames:
+        raise ValueError(
+            f"too short: {len(frames)} of {config.frames} frames at {config.fps:g} fps"
+        )
+    return torch.stack(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 
-def alpha_weak_at(config, iteration):
-    """alpha_weak of an iteration: constant, or down to 0 at half of the iterations."""
-    progress = min(1.0, 2 * iteration / config.iterations)
-    falling = {"constant": 1.0, "linear": 1 - progress,
-               "cosine": (1 + math.cos(math.pi * progress)) / 2}  # fmt: skip
-    return config.alpha_weak * falling[config.alpha_weak_schedule]
+@torch.no_grad()
+def encode_clip(pipe, path, caption, config):
+    """Text and, of a film, scaled latents (C, T, H, W) of one clip, as tensors without a batch."""
+    tensors = encode_text(pipe, caption)
+    if path:
+        video = read_clip(path, config).to(pipe.device, pipe.vae.dtype)
+        latents = pipe.vae.encode(video).latent_dist.mode()
+        tensors["latents"] = latents.float() * pipe.vae.config.scaling_factor
+    for name, x in tensors.items():
+        if not x.isfinite().all() or not x.numel():
+            raise ValueError(f"its {name} are empty or not finite")
+    return {name: x[0] for name, x in tensors.items()}
 
 
-class State:
-    """All that changes in training: the roles, their optimizers, the EMA, the random streams."""
+READING = 1  # raised whenever reading or encoding changes: latents made before are made again
 
-    def __init__(self, config, roles, device):
-        self.roles, self.iteration, self.skipped = roles, 0, 0
-        self.optimizers = {  # author-code: betas. No momentum, as the gradients' target moves
-            role: torch.optim.AdamW(roles.parameters(role), betas=(0.0, 0.999),
-                                    weight_decay=decay, fused=True)
-            for role, decay in (("generator", 0.0), ("fake", config.fake_weight_decay))
-        }  # fmt: skip
-        self.ema = {n: p.detach().clone() for n, p in roles.state("generator").items()}
-        self.rngs = {name: torch.Generator(device).manual_seed(config.seed * 1000 + stream) for
-                     stream, name in enumerate(("data", "input", "exit", "level", "noise"))}
 
-    def update(self, role, lr, max_grad_norm, accumulated=1):
-        """One optimizer step of the role on the mean of the gradients added up; their norm."""
-        self.optimizers[role].param_groups[0]["lr"] = lr
-        for parameter in self.roles.parameters(role) if accumulated > 1 else ():
-            parameter.grad /= accumulated
-        norm = torch.nn.utils.clip_grad_norm_(self.roles.parameters(role), max_grad_norm)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient of the {role} is not finite")
-        self.optimizers[role].step()
-        self.optimizers[role].zero_grad()
-        return norm
+def latents_file(config, path, caption):
+    """Where a clip's latents and text are kept: a name that hashes all that they depend on."""
+    data = Path(config.data)
+    parts = [READING, caption, config.checkpoint, HunyuanVideo.prompt_template]
+    if path:
+        stat = path.stat()
+        parts += [str(path.relative_to(data)), stat.st_size, stat.st_mtime_ns]
+        parts += [config.height, config.width, config.frames, config.fps]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    folder = Path(config.cache or (data if path else data.parent) / ".w2svd").expanduser()
+    return folder / f"{path.stem[:60] if path else 'caption'}-{digest}.safetensors"
 
-    def skip(self, error, drawn, most):
-        """Leave an update out, up to so many times, for a value that is not finite."""
-        self.skipped += 1
-        read = [f"{batch.get('name', 'a batch')} at sigma {sigma.min():.4f} to {sigma.max():.4f}"
-                for batch, sigma in drawn]  # fmt: skip
-        sentence = f"iteration {self.iteration + 1}: {error}; it read {', '.join(read)}"
-        if self.skipped > most:
-            raise Refused(f"Stopped in {sentence}, after {most} updates left out for the like; the "
-                          "last checkpoint is kept; start again in another --out with lower rates, "
-                          "or without that clip.") from error  # fmt: skip
-        print(f"\nw2svd: {sentence}; this update is left out.", file=sys.stderr)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
 
-    @torch.no_grad()
-    def update_ema(self, decay):
-        for name, parameter in self.roles.state("generator").items():
-            self.ema[name].lerp_(parameter, 1 - decay)
+def encoded_clips(config):
+    """The files of all clips that can be used, encoded where they are missing; says what is not."""
+    from diffusers.training_utils import free_memory
+    from tqdm import tqdm
 
-    @contextmanager
-    def averaged(self):
-        """The generator with its averaged weights, for sampling."""
-        current = {n: p.detach().clone() for n, p in self.roles.state("generator").items()}
-        self.roles.load("generator", self.ema)
+    clips, left_out = find_clips(Path(config.data))
+    files = {}  # file: (name, path, caption)
+    for path, caption in clips:
+        name = path.name if path else caption
         try:
-            yield self.roles.generator
-        finally:
-            self.roles.load("generator", current)
-
-    def tensors(self):
-        """Everything as one flat {name: tensor}, for a checkpoint."""
-        flat = {f"ema/{name}": x for name, x in self.ema.items()}
-        flat |= {f"rng/{name}": rng.get_state() for name, rng in self.rngs.items()}
-        for role, optimizer in self.optimizers.items():
-            flat |= {f"{role}/{name}": x for name, x in self.roles.state(role).items()}
-            for i, slots in optimizer.state_dict()["state"].items():
-                flat |= {f"optimizer/{role}/{i}/{slot}": x for slot, x in slots.items()}
-        return flat
-
-    def restore(self, flat, info):
-        """The inverse of tensors(), and the counts."""
-        def under(prefix):
-            return {n[len(prefix):]: x for n, x in flat.items() if n.startswith(prefix)}
-
-        self.iteration, self.skipped = int(info["iteration"]), int(info["skipped"])
-        self.ema = {name: flat[f"ema/{name}"].to(x).view_as(x) for name, x in self.ema.items()}
-        for name, rng in self.rngs.items():
-            rng.set_state(flat[f"rng/{name}"])
-        for role, optimizer in self.optimizers.items():
-            self.roles.load(role, under(f"{role}/"))
-            slots, found = {}, under(f"optimizer/{role}/")
-            for i, x in enumerate(self.roles.parameters(role) if found else ()):
-                slots[i] = {k: found[f"{i}/{k}"].view_as(x) for k in ("exp_avg", "exp_avg_sq")}
-                slots[i]["step"] = found[f"{i}/step"].float().view(())
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-
-
-def draw(config, state, data, final):
-    """batch, x_in, sigma_in, sigma, eps: what fake_step and generator_step read."""
-    batch, rngs = next(data), state.rngs
-    x0, device = batch["x0"], rngs["noise"].device
-    sigmas = few_step_sigmas(config.steps, config.shift).to(device)
-    x_in, sigma_in = generator_input(state.roles, x0, batch["cond"], sigmas,
-                                     config.generator_input, rngs, final)  # fmt: skip
-    low, high, shift = config.sigma_low, config.sigma_high, config.sigma_shift
-    sigma = sample_sigma(len(x0), low, high, shift, rngs["level"])
-    eps = torch.randn(x0.shape, generator=rngs["noise"], device=device, dtype=x0.dtype)
-    return batch, x_in, sigma_in, sigma, eps
-
-
-def iterate(config, state, data):
-    """One iteration: the fake's updates, then one of the generator. Returns detached numbers."""
-    roles = state.roles
-
-    def update(role, step, lr, final, *weights):
-        drawn, every = [], []  # drawn: for an error to name
+            caption = (
+                " ".join(read_lines(caption)) if isinstance(caption, Path) else caption.strip()
+            )
+            file = latents_file(config, path, caption)
+            if not caption or file in files:
+                raise ValueError("it is listed twice" if caption else "it has no caption")
+            files[file] = name, path, caption
+        except (OSError, ValueError, AttributeError) as error:
+            left_out[name] = str(error)
+    missing = [file for file in files if not file.exists()]
+    pipe = load_pipeline(config.checkpoint, ("transformer",)) if missing else None
+    for file in tqdm(missing, desc="encode", unit="clip", disable=not missing):
+        name, path, caption = files[file]
         try:
-            for _ in range(config.accumulate):
-                batch, x_in, sigma_in, sigma, eps = draw(config, state, data, final)
-                drawn.append((batch, sigma))
-                require_finite("the data", batch["x0"], sigma_in)
-                every.append(step(roles, batch, x_in, sigma_in, sigma, eps, *weights))
-            norm = state.update(role, lr, config.max_grad_norm, config.accumulate)
-        except FloatingPointError as error:
-            state.skip(error, drawn, config.max_skipped)
-            return {}
-        stats = {name: sum(s[name] for s in every) / len(every) for name in every[0]}
-        return {**stats, "grad_norm" if role == "generator" else "fake_grad_norm": norm}
+            tensors = encode_clip(pipe, path, caption, config)
+        except Exception as error:  # each clip is an island: the others go on
+            left_out[name] = (str(error).strip().splitlines() or [repr(error)])[-1]
+            del files[file]
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(file, tensors, {"source": name, "caption": caption})
+    del pipe
+    free_memory()
+    print(f"{config.data}: {len(files)} clips, {len(missing)} not in the cache before")
+    for name, reason in left_out.items():
+        print(f"  left out, {name}: {reason}")
+    if not files:
+        raise Refused(f"No clip of {config.data} can be used; it needs {FORMS}.", status=1)
+    return list(files)
 
-    roles.alpha_weak = alpha_weak_at(config, state.iteration)
-    slower = lr_factor(config, state.iteration)
-    warmup = config.fake_warmup if state.iteration == 0 else 0
-    for _ in range(warmup + config.fake_updates):
-        fake = update("fake", fake_step, config.fake_lr * slower, config.fake_samples == "final")
-    weights = config.gt_weight, config.gt_skip_noise, config.guidance
-    stats = update("generator", generator_step, config.generator_lr * slower, False, *weights)
-    state.update_ema(config.ema)
-    state.iteration += 1
-    return {**fake, **stats, "alpha_weak": roles.alpha_weak}
+
+# A task is a model and its data. It has .backbone (see Roles), whose weights come with .load();
+# .device; .shape of a sample; .clips, their files; .batches(rng, taken), endless {'x0': (B, ...),
+# 'cond', 'name'} from the clip of that number on; .prepare() for what must follow the adapters;
+# .costs(...) for the plan; .on_log(step, generator) for pictures on the way; .finish(run) ->
+# (result, table); .sample(...), behind the command of that name.
+
+
+class HunyuanTask:
+    """HunyuanVideo and a folder of clips, as a task."""
+
+    device, START = DEVICE, "python w2svd.py train --model hunyuan --data my_clips/"
+
+    def __init__(self, config):
+        import diffusers
+
+        diffusers.utils.logging.set_verbosity_error()
+        Model = diffusers.HunyuanVideoTransformer3DModel
+        self.config, self.Model, found = config, Model, {}  # the released model: all defaults
+        if config.checkpoint != HUNYUAN:
+            found = Model.load_config(config.checkpoint, subfolder="transformer")
+        name = found.get("_class_name", Model.__name__)
+        if name != Model.__name__ or found.get("image_condition_type"):
+            raise Refused(f"--checkpoint {config.checkpoint} is no text-to-video HunyuanVideo.")
+        with torch.device("meta"):  # shapes and no numbers, for the plan
+            self.wrap(Model.from_config(found).bfloat16(), torch.bfloat16)
+        channels = self.backbone.module.config.in_channels
+        # the VAE takes 4 frames and 8 x 8 pixels into one
+        self.shape = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
+
+    def wrap(self, module, dtype):
+        c = self.config
+        self.backbone = HunyuanVideo(module, dtype, c.embedded_guidance, c.lora_targets)
+
+    def load(self):
+        """Encode what is missing, then read the weights."""
+        if DEVICE == "cpu" and len_of(self.backbone.module.parameters()) > 1e9:
+            raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {self.START}")
+        if not self.config.data:
+            raise Refused(f"Name a folder of your clips, {FORMS}: {self.START}")
+        self.clips = encoded_clips(self.config)
+        self.load_weights()
+
+    def load_weights(self):
+        dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+        how = {"subfolder": "transformer", "dtype": dtype, "use_safetensors": True}
+        module = self.Model.from_pretrained(self.config.checkpoint, **how)
+        self.wrap(module.to(DEVICE, dtype).requires_grad_(False), dtype)
+
+    def prepare(self):
+        """What must follow the adapters: the base's weights in 8 bits, compilation."""
+        if self.config.fp8_base:  # NOTE silent: before them, the adapters would be 8 bits too
+            self.backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, self.backbone.dtype)
+        if self.config.compile:  # 2 kinds of block, 3 roles and none, gradient, lengths of text
+            torch._dynamo.config.recompile_limit = 64
+            for block in self.backbone.blocks:
+                block.compile()
+
+    def read(self, clip):
+        """A clip as a batch of one; x0 is 0 where there is a caption alone."""
+        cond = {name: x[None].to(DEVICE) for name, x in read_safetensors(clip)[0].items()}
+        x0 = cond.pop("latents", torch.zeros(1, *self.shape, device=DEVICE))
+        return {"x0": x0, "cond": cond, "name": clip.name}
+
+    def batches(self, rng, taken=0):
+        while True:
+            i = torch.randint(len(self.clips), (1,), generator=rng, device=rng.device)
+            yield self.read(self.clips[int(i)])
+
+    def costs(self, forwards, backwards, generator, fake):
+        """Memory, time and disk by formulas: simulated or published figures, nothing measured.
+
+        forwards without and backwards with gradient in an iteration; numbers of trained weights.
+        """
+        c, m, GiB = self.config, self.backbone.module.config, 2**30
+        n, width = len(self.backbone.blocks), m.num_attention_heads * m.attention_head_dim
+        tokens = math.prod(self.shape[1:]) // m.patch_size**2 // m.patch_size_t + 256
+        base = [p for p in self.backbone.module.parameters() if not p.requires_grad]
+        host = 2 * len_of(base) / GiB
+        if c.fp8_base:
+            self.backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+        one = 2 * tokens * width / GiB  # a bf16 tensor of a block, of which backward needs 37.2
+        memory = {
+            "backbone, frozen": sum(p.nbytes for p in base) / GiB,
+            "generator and fake, float32": 4 * (generator + fake) / GiB,
+            "Adam, average": (8 * (generator + fake) + 4 * generator) / GiB,
+            "gradients": 4 * max(generator, fake) / GiB,
+            "inputs of the blocks": n * one if c.checkpointing else 0.0,
+            "a block, recomputed": 37.2 * one if c.checkpointing else n * 37.2 * one,
+            "CUDA, fragments": 1.6,  # with expandable segments
+        }
+        # PFLOP of a forward. A backward takes as much in frozen linear layers, and 2.5 times as
+        # much in attention, whose kernel recomputes a product; checkpointing one more forward
+        linear = 2 * tokens * n * (4 + 2 * m.mlp_ratio) * width**2 / 1e15
+        attention = 4 * tokens**2 * width * n / 1e15
+        forwards += backwards * (1 + c.checkpointing)
+        linear *= c.accumulate * (forwards + backwards)
+        attention *= c.accumulate * (forwards + 2.5 * backwards)
+        # on an H100 in TFLOP/s, published: 650 in large products, 350 in FlashAttention-2
+        seconds = linear * 1e3 / 650 + attention * 1e3 / 350
+        saved = 3 * (4 * generator + 3 * fake) + (c.iterations // c.save_every + 1) * generator
+        return {
+            "GPU memory, GiB": memory,
+            "PFLOP an iteration": linear + attention,
+            "hours on one H100": seconds * c.iterations / 3600,
+            "seconds an iteration": seconds,
+            "disk for the run, GiB": 4 * saved / GiB,
+            "download, once, GB": 42 if c.checkpoint == HUNYUAN else 0,
+            "host memory while loading, GiB": host,
+            "tokens": tokens,
+        }
+
+    def film(self, path, velocity, sigmas, cond, seed, euler=False):
+        """Sample a video and write it as .mp4; the seed decides it. The VAE comes and goes."""
+        import imageio.v3 as iio
+
+        rng = torch.Generator(DEVICE).manual_seed(seed)
+        noise = torch.randn(1, *self.shape, generator=rng, device=DEVICE)
+        if euler:
+            x0 = euler_sample(velocity, noise, sigmas, cond)
+        else:
+            x0 = few_step_sample(velocity, noise, sigmas, cond, rng)
+        pipe = load_pipeline(self.config.checkpoint, (*TEXT, "transformer"))
+        with torch.no_grad():
+            x0 = x0.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
+            frames = pipe.vae.decode(x0, return_dict=False)[0]
+        frames = pipe.video_processor.postprocess_video(frames, output_type="np")[0]
+        path.parent.mkdir(exist_ok=True)
+        with atomic_write(path) as part:  # frames (T', H', W', 3) in [0, 1]
+            video = (frames * 255).round().astype("uint8")
+            iio.imwrite(part, video, plugin="FFMPEG", fps=self.config.fps)
+
+    def on_log(self, step, generator):
+        """At every save: the first clip's caption, always from the same noise."""
+        c, cond = self.config, self.read(self.clips[0])["cond"]
+        path, sigmas = Path(c.out) / f"samples/{step:06}.mp4", few_step_sigmas(c.steps, c.shift)
+        if step % c.save_every == 0 or step == c.iterations:
+            self.film(path, generator, sigmas, cond, c.seed)
+
+    def finish(self, run):
+        """No exact answer here: the last logged numbers."""
+        last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+        table = f'now: python w2svd.py sample --run {run.folder} --prompt "..." --out video.mp4'
+        return {"student": last | {"steps": run.config.steps}}, table
+
+    def sample(self, tensors, info, out, seed, prompt="", lora_scale=1.0, compare=False):
+        """A video of the prompt; with `compare` one of the backbone's 28 steps beside it."""
+        if not prompt or out.suffix != ".mp4":
+            raise Refused("Name a --prompt, and an .mp4 as --out.")
+        cond = encode_text(load_pipeline(self.config.checkpoint, ("transformer", "vae")), prompt)
+        self.load_weights()
+        roles = Roles(self.backbone, info["rank"], 0.0, 1.0, info["kind"])
+        scale = {name: lora_scale if "lora_B" in name else 1.0 for name in tensors}
+        roles.load("generator", {name: scale[name] * x for name, x in tensors.items()})
+        self.film(out, roles.generator, torch.tensor(info["sigmas"]), cond, seed)
+        if compare:  # outside of any role there is no adapter; 7 is the released shift
+            beside, sigmas = out.with_stem(f"{out.stem}-28-steps"), few_step_sigmas(28, 7.0)
+            self.film(beside, self.backbone.velocity, sigmas, cond, seed, euler=True)
+        return f"wrote {out}"
+
+
+def len_of(parameters):
+    """How many numbers these parameters have."""
+    return sum(p.numel() for p in parameters)
+
+
+# ---- 9. Training ---------------------------------------------------------------------------------
+
+
+def load_task(config):
+    """The model and data that `config` names, as a task."""
+    if config.model == "toy":
+        import toy
+
+        return toy.task(config)
+    return HunyuanTask(config)
 
 
 def memory_mb(device):
     """Peak memory in MB so far: of the process on a CPU, of torch's allocations on a GPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not on Windows
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def read_run(folder):
-    """The Config that a run folder was made with; a folder that is not one is refused."""
-    path = Path(folder) / "config.json"
-    for file in Path(folder).glob("*"):  # a link leads out, a pipe never ends
-        plain = not file.is_symlink() and (file.is_file() or file.is_dir())
-        if not plain or file.suffix in (".json", ".jsonl") and file.stat().st_size > 2**28:
-            raise Refused(f"{file} is a link, no regular file, or over 256 MiB; remove it.")
-    try:
-        config = Config(**json.loads(path.read_text())["config"])
-        for name, kind in typing.get_type_hints(Config).items():
-            value = getattr(config, name)
-            choices = typing.get_args(kind) or ((float, int) if kind is float else (kind,))
-            if value not in choices and type(value) not in choices:
-                raise ValueError(f"{name} is {value!r}")
-        check(config)
-        return config
-    except OSError as error:
-        raise Refused(f"{folder} is not a run folder: {path.name} cannot be read in it.") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Refused(f"{path} is not the config of a run of this version ({error}).") from error
-
-
-def choose_folder(config):
-    """The config with its run folder named; a folder in use is refused, and nothing is written."""
-    folder, k = Path(config.out or f"runs/{config.model}"), 2
-    while not config.out and folder.exists():
-        folder, k = Path(f"runs/{config.model}-{k}"), k + 1
-    if any(folder.glob("[!.]*")):
-        if not config.resume:
-            raise Refused(f"{folder} is in use: name another --out, or go on in it with --resume.")
-        read_run(folder)
-    return dataclasses.replace(config, out=str(folder))
 
 
 def commit():
@@ -839,216 +1184,313 @@ def commit():
 
 
 def plan(config, task):
-    """Numbers that follow from the config: parameters, shape, passes of each kind, their costs."""
-    backbone_parameters = sum(p.numel() for p in task.backbone.module.parameters())
+    """What a run takes: its costs first, then the numbers that follow from the config."""
+    backbone = len_of(task.backbone.module.parameters())
     with torch.device("meta"):  # nothing is loaded yet; load() brings one without these adapters
-        roles = Roles(task.backbone, config.lora_rank, config.alpha_weak, config.alpha_strong,
-                      config.generator, config.fake)  # fmt: skip
+        roles = Roles(task.backbone, config.lora_rank, 0.0, 1.0, config.generator, config.fake)
     once = (config.steps - 1) / 2 if config.generator_input == "rollout" else 0  # the mean exit
     fake_once = 2 * once if config.fake_samples == "final" else once
-    fakes = config.fake_updates
-    forwards = fakes * (1 + fake_once) + once + 2 + (config.guidance != 1)
-    return {
-        "backbone_parameters": backbone_parameters,
-        "generator_parameters": sum(p.numel() for p in roles.parameters("generator")),
-        "fake_parameters": sum(p.numel() for p in roles.parameters("fake")),
+    forwards = config.fake_updates * (1 + fake_once) + once + 2 + (config.guidance != 1)
+    backwards = config.fake_updates + 1
+    trained = [len_of(roles.parameters(role)) for role in ("generator", "fake")]
+    names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return task.costs(forwards, backwards, *trained) | {
+        "backbone_parameters": backbone,
+        "generator_parameters": trained[0],
+        "fake_parameters": trained[1],
+        "forwards an iteration": {"without gradient": forwards, "with gradient": backwards},
         "sample_shape": list(task.shape),
         "sigmas": few_step_sigmas(config.steps, config.shift).tolist(),
-        "forwards_without_gradient_per_iteration": forwards,
-        "forwards_with_gradient_per_iteration": fakes + 1,
-        "fake_updates_in_all": config.fake_warmup + fakes * config.iterations,
-        **task.costs(forwards, fakes + 1),
-        "versions": {"python": sys.version.split()[0]} | {
-            name: importlib.metadata.version(name) for name in
-            ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")},
+        "versions": {"python": sys.version.split()[0], **versions},
         "commit": commit(),
-    }  # fmt: skip
+    }
 
 
-def show(title, items):
-    for name, value in {title: "", **items}.items():
-        value = f"{value:.4g}" if isinstance(value, float) else value
-        print(f"  {name:40} {value}" if name != title else title)
+def show(items, indent=""):
+    """Print a dictionary, a line an item; dictionaries in it are indented."""
+    for name, value in items.items():
+        inner = isinstance(value, dict)
+        number = f"{value:.4g}" if isinstance(value, float) else value
+        print(f"{indent}{name}:" if inner else f"{indent + name:50} {number}")
+        show(value if inner else {}, indent + "  ")
 
 
-def save_checkpoint(folder, state, base_sum, config):
-    """Delete what need not stay beside the new one, write it, point to it."""
-    flush(folder / "metrics.jsonl")
-    lines = (folder / "metrics.jsonl").read_bytes()
-    info = {"iteration": state.iteration, "base_sum": base_sum, "skipped": state.skipped,
-            "metrics_bytes": len(lines), "metrics_sha256": hashlib.sha256(lines).hexdigest(),
-            "config": dataclasses.asdict(config)}  # fmt: skip
-    path = folder / f"checkpoint-{state.iteration:06}.safetensors"
-    older = sorted(other for other in folder.glob(CHECKPOINTS) if other < path)
-    for other in older[: 1 - config.keep]:
-        if int(other.stem[-6:]) % config.keep_every:
-            other.unlink()
-    write_safetensors(path, state.tensors(), info)
-    write_json(folder / "newest.json", {"checkpoint": path.name})
+def read_run(folder):
+    """The Config that a run folder was made with; a folder that is not one is refused."""
+    try:
+        return Config(**json.loads((Path(folder) / "config.json").read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{folder} is not a run folder of this version ({error}).") from error
 
 
-def restore_checkpoint(folder, state):
-    """Put the newest whole one into `state`; the length of metrics.jsonl then, in bytes."""
-    log = folder / "metrics.jsonl"
-    lines = log.read_bytes() if log.exists() else b""
-    for path in sorted(folder.glob(CHECKPOINTS), reverse=True):
+def save_generator(path, config, state, base_sum):
+    """The average in float32 under diffusers' names; the header has all that sampling needs."""
+    names = "model data checkpoint steps shift alpha_weak alpha_strong guidance".split()
+    info = {name: getattr(config, name) for name in (*names, "embedded_guidance", "seed")}
+    info |= {"kind": config.generator, "rank": config.lora_rank, "lora_alpha": config.lora_rank}
+    info |= {"sigmas": few_step_sigmas(config.steps, config.shift).tolist()}
+    info |= {"step": state.iteration, "base_sum": base_sum}
+    prefix = "transformer." if config.generator == "lora" else ""
+    write_safetensors(path, {prefix + name: x for name, x in state.average.items()}, info)
+
+
+def save(folder, config, state, base_sum, clips):
+    """Write the generator, and a checkpoint to resume from, of which the newest two stay."""
+    step = f"{state.iteration:06}.safetensors"
+    save_generator(folder / f"generator-{step}", config, state, base_sum)
+    info = {"iteration": state.iteration, "taken": state.taken, "base_sum": base_sum}
+    info |= {"clips": clips, "metrics_bytes": (folder / "metrics.jsonl").stat().st_size}
+    write_safetensors(folder / f"checkpoint-{step}", state.tensors(), info)
+    for kind in ("checkpoint", "generator") if config.generator == "full" else ("checkpoint",):
+        for path in sorted(folder.glob(f"{kind}-*"))[:-2]:
+            path.unlink()
+
+
+def restore(folder, state, base_sum, clips):
+    """Put the newest checkpoint that can be read into `state`; the length of its metrics.jsonl."""
+    for path in sorted(folder.glob("checkpoint-*"), reverse=True):
         try:
             tensors, info = read_safetensors(path)
-            lines = lines[: info["metrics_bytes"]]
-            if hashlib.sha256(lines).hexdigest() != info["metrics_sha256"]:
-                raise Refused(f"{log} is damaged in the part that {path.name} goes on from.")
         except Refused as damage:
-            print(f"w2svd: {damage} The one before it, or else the beginning, is used.",
-                  file=sys.stderr)  # fmt: skip
+            print(f"w2svd: {damage} The one before it, or the beginning, is used.", file=sys.stderr)
             continue
-        try:  # close, not equal: another kind of GPU adds up in another order
-            if not math.isclose(info["base_sum"], state.roles.base_sum(), rel_tol=1e-9):
-                raise ValueError("its backbone is another: see --cache or --checkpoint")
-            state.restore(tensors, info)
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise Refused(f"{path} is not a checkpoint of this run ({error}).") from error
-        return len(lines)
+        # close, not equal: another kind of GPU adds up in another order
+        if not math.isclose(info["base_sum"], base_sum, rel_tol=1e-9):
+            raise Refused(f"{path} was made from another backbone; see --checkpoint or --cache.")
+        state.restore(tensors, info["iteration"], info["taken"])
+        gone, new = set(info["clips"]) - set(clips), set(clips) - set(info["clips"])
+        if gone or new:
+            print(f"w2svd: the data have changed: {len(gone)} clips gone, {len(new)} new.")
+        return info["metrics_bytes"]
     return 0
 
 
 @contextmanager
 def signals():
     """A list that holds SIGTERM or SIGINT once it came; the second one ends the process at once."""
-    came = []
+    stop = []
 
     def note(number, _):
-        os._exit(128 + number) if came else came.append(number)
+        os._exit(128 + number) if stop else stop.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def generator_info(config, base_sum, iteration):
-    """The header of generator.safetensors: all that sampling needs besides the backbone."""
-    names = ("model", "data", "checkpoint", "steps", "shift", "alpha_weak", "alpha_strong",
-             "guidance", "embedded_guidance", "seed")  # fmt: skip
-    return {name: getattr(config, name) for name in names} | {
-        "kind": config.generator, "rank": config.lora_rank, "lora_alpha": config.lora_rank,
-        "sigmas": few_step_sigmas(config.steps, config.shift).tolist(),
-        "step": iteration, "base_sum": base_sum,
-    }  # fmt: skip
-
-
-def warnings_of(line, least_gap):
-    """Which health numbers left their range, and what to change: sentences."""
-    inf, get = math.inf, line.get  # a number that was not logged is in its range
-    return [sentence for bad, sentence in [
-        (get("relative_gap", 0) > max(4 * least_gap, 0.2), "the relative gap is four times "
-         "its least: the fake lags; raise --fake-lr or --fake-updates, or lower --generator-lr"),
-        (get("gen_std", 0) > 1.5 * get("data_std", inf) > 0, "the samples' std is over 1.5 times "
-         "the data's, as of burnt colours; lower --generator-lr, or use an earlier checkpoint"),
-        (abs(get("gen_mean", 0) - get("data_mean", 0)) > get("data_std", inf) / 2 > 0, "the "
-         "samples' mean is half a std off the data's; lower --generator-lr"),
-        (get("gen_motion", 0) < get("data_motion", 0) / 3, "the samples move less than a third of "
-         "the data; lower --gt-weight, or raise --sigma-shift"),
-    ] if bad]  # fmt: skip
-
-
-class Log:
-    """metrics.jsonl, `size` bytes of which stay, and what is said about its numbers on the way."""
-
-    def __init__(self, folder, size, tensorboard, iteration):
-        self.path, self.board, self.said, self.gap = folder / "metrics.jsonl", None, set(), math.inf
-        self.path.touch()
-        os.truncate(self.path, size)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(folder, purge_step=iteration + 1)
-
-    def __call__(self, line):
-        self.gap = min(self.gap, line.get("relative_gap", math.inf))  # the least so far
-        for warning in set(warnings_of(line, self.gap)) - self.said:
-            print(f"\nw2svd: iteration {line['step']}: {warning}.", file=sys.stderr)
-            self.said.add(warning)
-        for name, value in line.items() if self.board else ():
-            self.board.add_scalar(name, value, line["step"])
-        with open(self.path, "a") as file:
-            file.write(f"{json.dumps(line)}\n")
-
-
-def train(config):
+def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):
     """Distil: the whole run, from the backbone to result.json. Returns the run's folder."""
-    started = time.perf_counter()
-    config = choose_folder(config)
-    task, folder = load_task(config), Path(config.out)
-    numbers = plan(config, task)
-    show("config", dataclasses.asdict(config))
-    show("plan", numbers)
-    if config.dry_run:
-        return None
-    with hold(folder):
-        task.load()
-        torch.manual_seed(config.seed)
-        roles = Roles(task.backbone, config.lora_rank, config.alpha_weak, config.alpha_strong,
-                      config.generator, config.fake)  # fmt: skip
-        if config.checkpointing:
-            roles.use_checkpointing()
-        task.prepare()
-        state = State(config, roles, task.device)
-        write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
-        with signals() as came:
-            distil(config, task, state, folder, came)
-        with state.averaged() as generator:
-            info = generator_info(config, roles.base_sum(), state.iteration)
-            prefix = "transformer." if config.generator == "lora" else ""  # diffusers' names
-            tensors = {prefix + name: x for name, x in roles.state("generator").items()}
-            write_safetensors(folder / "generator.safetensors", tensors, info)
-            run = SimpleNamespace(folder=folder, config=config, generator=generator)
-            result, table = task.finish(run)
-        result |= {"seconds": time.perf_counter() - started, "peak_rss_mb": memory_mb("cpu"),
-                   "skipped": state.skipped, "seed": config.seed}  # fmt: skip
-        write_json(folder / "result.json", result)
-    print(table)
-    return folder
-
-
-def distil(config, task, state, folder, came):
-    """All iterations that are left, with their bar, log lines, checkpoints and pictures."""
     from tqdm import tqdm
 
-    size = restore_checkpoint(folder, state) if config.resume else 0  # later lines come again
-    log = Log(folder, size, config.tensorboard, state.iteration)
-    data, base = task.batches(state.rngs["data"]), state.roles.base_sum()
-    start, end = state.iteration, config.iterations
+    started, folder = time.perf_counter(), Path(config.out)
+    task = load_task(config)
+    numbers = plan(config, task)
+    need = sum(numbers.get("GPU memory, GiB", {}).values())
+    room = torch.cuda.mem_get_info()[1] / 2**30 if task.device == "cuda" else math.inf
+    room = gpu_memory or room
+    show({"plan": numbers, "GPU memory, GiB": {"in all": need, "of": room}})
+    show({"config": dataclasses.asdict(config)})
+    if need > room:
+        cure = "try --fp8-base, fewer --frames, a smaller --height and --width, a lower --lora-rank"
+        raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}: {cure}.", status=1)
+    if dry_run:
+        return None
+    task.load()
+    torch.manual_seed(config.seed)
+    alphas = config.alpha_weak, config.alpha_strong
+    roles = Roles(task.backbone, config.lora_rank, *alphas, config.generator, config.fake)
+    if config.checkpointing:
+        roles.use_checkpointing()
+    task.prepare()
+    state, base_sum = State(config, roles, task.device), roles.base_sum()
+    clips = [clip.name for clip in task.clips]
+    folder.mkdir(parents=True, exist_ok=True)
+    size = restore(folder, state, base_sum, clips) if resume else 0
+    log = open(folder / "metrics.jsonl", "a")
+    log.truncate(size)  # later lines come again
+    if changed:
+        print(json.dumps({"step": state.iteration, "changed": changed}), file=log, flush=True)
+    write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
 
     def picture():
         with state.averaged() as generator:
             task.on_log(state.iteration, generator)
 
     def due(every):
-        return state.iteration == end or state.iteration % every == 0
+        return state.iteration == config.iterations or state.iteration % every == 0
 
-    if size and due(config.log_every):  # it comes after that checkpoint, and may be missing
+    if size:  # it comes after that checkpoint, and may be missing
         picture()
-    bar = tqdm(range(start, end), initial=start, total=end, desc="distil", unit="it")
-    for _ in bar:
-        tick = time.perf_counter()
-        stats = {name: float(x) for name, x in iterate(config, state, data).items()}
-        cost = {"seconds": time.perf_counter() - tick, "memory_mb": memory_mb(task.device)}
-        shown = {name: stats.get(name, math.nan) for name in ("fake_loss", "relative_gap")}
-        bar.set_postfix(shown, False, ms=round(cost["seconds"] * 1e3), MB=round(cost["memory_mb"]))
-        if due(config.log_every):
-            log({"step": state.iteration, **stats, **cost})
-        if due(config.save_every) or came:
-            save_checkpoint(folder, state, base, config)
-        if due(config.log_every):  # last, as it may fail
-            picture()
-        if came:
-            raise KeyboardInterrupt(came[0])
-    if state.roles.base_sum() != base:
+    data, tick = task.batches(state.rngs["data"], state.taken), time.perf_counter()
+    bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
+    with log, bar, signals() as stop:
+        for line in finite(distil(config, roles, state, data), state):
+            tick, line["seconds"] = time.perf_counter(), time.perf_counter() - tick
+            line["memory_mb"] = memory_mb(task.device)
+            bar.set_postfix(loss=line["fake_loss"], gap=line["relative_gap"])
+            bar.update()
+            if due(config.log_every):
+                print(json.dumps({"step": state.iteration, **line}), file=log, flush=True)
+            if due(config.save_every) or stop:
+                save(folder, config, state, base_sum, clips)
+            if due(config.log_every) or due(config.save_every):
+                picture()  # last, as it may fail
+            if stop:
+                raise KeyboardInterrupt(stop[0])
+    if roles.base_sum() != base_sum:
         raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
+    save_generator(folder / "generator.safetensors", config, state, base_sum)
+    with state.averaged() as generator:
+        result, table = task.finish(
+            SimpleNamespace(folder=folder, config=config, generator=generator)
+        )
+    result |= {"seconds": time.perf_counter() - started, "peak_rss_mb": memory_mb("cpu")}
+    write_json(folder / "result.json", result | {"seed": config.seed})
+    print(table)
+    return folder
 
 
-# ---- 10. Command line ----------------------------------------------------------------------------
+def finite(iterations, state):
+    """The numbers of each iteration as floats, with the samples' std and motion by the data's."""
+    try:
+        for stats in iterations:
+            line = {name: float(x) for name, x in stats.items()}
+            for name in ("std", "motion"):
+                if line.get(f"data_{name}"):  # 0 where there are captions alone
+                    line[f"{name}_ratio"] = line[f"gen_{name}"] / line[f"data_{name}"]
+            yield line
+    except FloatingPointError as error:
+        clips = ", ".join(
+            f"{clip}, sigma {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads
+        )
+        where = f"in iteration {state.iteration + 1}: {error}; it read {clips}"
+        cure = "go on from the last checkpoint with --resume and lower rates"
+        raise Refused(f"Stopped {where}; {cure}, or without that clip.") from error
+
+
+# ---- 10. Sample, export, command line ------------------------------------------------------------
+
+
+def read_generator(run, at=None):
+    """The tensors and the header of a run's generator: the newest, or that of iteration `at`."""
+    saved = sorted(Path(run).glob("generator-*.safetensors"))
+    path = saved[-1] if saved else Path(run) / "generator.safetensors"
+    if at is not None:
+        path = Path(run) / f"generator-{at:06}.safetensors"
+    if not path.exists():
+        steps = ", ".join(str(int(p.stem[-6:])) for p in saved) or "none"
+        raise Refused(f"There is no {path}; saved iterations, for --at: {steps}.")
+    return read_safetensors(path)
+
+
+def sample(run, out, seed, at=None, **given):
+    """Draw samples of a run's generator, with the grid of its header, into `out`."""
+    config, out = read_run(run), Path(out)
+    if not out.parent.is_dir():
+        raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
+    task, generator = load_task(config), read_generator(run, at)
+    wrong = set(given) - ({"n"} if config.model == "toy" else {"prompt", "lora_scale", "compare"})
+    if wrong:
+        raise Refused(f"{', '.join(wrong)} does not fit {run}, a run of --model {config.model}.")
+    print(task.sample(*generator, out, seed, **given))
+
+
+# HunyuanVideo's own layers, as ComfyUI names them, out of diffusers' parts
+DOUBLE = {
+    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn_proj": ("attn.to_out.0",),
+    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn_proj": ("attn.to_add_out",),
+    "img_mlp.fc1": ("ff.net.0.proj",),
+    "img_mlp.fc2": ("ff.net.2",),
+    "txt_mlp.fc1": ("ff_context.net.0.proj",),
+    "txt_mlp.fc2": ("ff_context.net.2",),
+}
+SINGLE = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",)}
+
+
+def to_comfyui(tensors, mlp):
+    """The adapter under the original names. Fused layers: A stacked, B block-diagonal, exact.
+
+    mlp: rows of proj_mlp, which stay 0 in linear1 where the adapter leaves that part alone.
+    """
+    converted = {}
+    for kind, i in sorted({tuple(name.split(".")[1:3]) for name in tensors}):
+        theirs = "single_blocks" if kind.startswith("single") else "double_blocks"
+        for layer, parts in (SINGLE if kind.startswith("single") else DOUBLE).items():
+            names = [f"transformer.{kind}.{i}.{part}" for part in parts]
+            names = [name for name in names if f"{name}.lora_A.weight" in tensors]
+            A, B = ([tensors[f"{name}.lora_{x}.weight"] for name in names] for x in "AB")
+            if not names:
+                continue
+            if len(names) < len(parts):
+                B.append(torch.zeros(mlp, 0))
+            converted[f"diffusion_model.{theirs}.{i}.{layer}.lora_A.weight"] = torch.cat(A)
+            converted[f"diffusion_model.{theirs}.{i}.{layer}.lora_B.weight"] = torch.block_diag(*B)
+    return converted
+
+
+CARD = """---
+base_model: {checkpoint}
+library_name: diffusers
+license: other
+tags: [text-to-video, step-distillation, w2svd]
+---
+# A {steps}-step HunyuanVideo, distilled by W2SVD (arXiv 2503.13319)
+
+For {format}. Generator: {kind}, rank {rank}; {step} updates, seed {seed}, alpha_weak {alpha_weak}.
+The base model's licence goes for these weights. With its HunyuanVideoPipeline in diffusers:
+
+    {use}
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+    torch.manual_seed(0)  # the renoising draws from torch's global generator
+    pipe(prompt, sigmas={path}, guidance_scale={embedded_guidance}, height={height},
+         width={width}, num_frames={frames}, generator=torch.Generator().manual_seed(0))
+"""
+USE = {
+    "diffusers": 'pipe.load_lora_weights("this folder")',
+    "comfyui": "# the format named diffusers does this; in ComfyUI, load it at strength 1",
+    "merged": 'pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained("this folder")',
+}
+
+
+def export(run, format, out, at=None):
+    """Write a run's generator for diffusers, ComfyUI or as a whole transformer, with a card."""
+    config, (tensors, info), out = read_run(run), read_generator(run, at), Path(out)
+    if config.model != "hunyuan":
+        raise Refused(f"Only runs of --model hunyuan are exported, not of {config.model}.")
+    if info["kind"] == "full" and format != "merged":
+        raise Refused("A generator trained in full is no LoRA: use --format merged.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Refused(f"{out} is in use: name a new folder as --out.")
+    task = load_task(config)
+    out.mkdir(parents=True, exist_ok=True)
+    if format == "merged":
+        pipe = load_pipeline(config.checkpoint, (*TEXT, "vae"))
+        if info["kind"] == "full":
+            pipe.transformer.load_state_dict(tensors)
+        else:
+            pipe.load_lora_weights(dict(tensors))
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
+        pipe.transformer.save_pretrained(out)
+    elif format == "comfyui":
+        sizes = task.backbone.module.config
+        mlp = int(sizes.num_attention_heads * sizes.attention_head_dim * sizes.mlp_ratio)
+        write_safetensors(out / "w2svd_comfyui.safetensors", to_comfyui(tensors, mlp), info)
+    else:
+        lora = {"r": info["rank"], "lora_alpha": info["lora_alpha"]}
+        lora |= {"target_modules": task.backbone.lora_targets}
+        adapter = json.dumps({f"transformer.{name}": value for name, value in lora.items()})
+        path = out / "pytorch_lora_weights.safetensors"
+        write_safetensors(path, tensors, info, lora_adapter_metadata=adapter)
+    words = {"format": format, "use": USE[format], "path": info["sigmas"][:-1]}
+    (out / "README.md").write_text(CARD.format(**dataclasses.asdict(config) | info | words))
+    print(f"wrote {out}, for {format}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1057,20 +1499,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_settings(command, names):
-    """A flag for each line of Config that is named, its comment the help."""
-    meaning = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    types = typing.get_type_hints(Config)
+    """A flag for each line of Config that is named, under its heading."""
+    types, group = typing.get_type_hints(Config), None
     for field in dataclasses.fields(Config):
-        kind, flag = types[field.name], "--" + field.name.replace("_", "-")
-        how = {"type": kind}
+        if field.metadata["group"]:
+            group = command.add_argument_group(field.metadata["group"])
+        kind, how = types[field.name], {"choices": typing.get_args(types[field.name])}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif typing.get_origin(kind) is Literal:
-            how = {"choices": typing.get_args(kind)}
+        elif kind in (int, float, str):
+            how = {"type": kind, "metavar": kind.__name__[0].upper()}
         presets = [f"; {name}: {p[field.name]}" for name, p in PRESETS.items() if field.name in p]
-        text = f"{meaning[field.name]} [{field.default}{''.join(presets)}]".replace("%", "%%")
+        text = f"{field.metadata['text']} [{field.default}{''.join(presets)}]".replace("%", "%%")
         if field.name in names:
-            command.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+            flag = "--" + field.name.replace("_", "-")
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+
+
+RUN = {"required": True, "help": "a run folder, as runs/mine"}
+AT = {"type": int, "help": "the generator of that iteration [the newest]"}
 
 
 def parser():
@@ -1079,113 +1526,117 @@ def parser():
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     def command(name, text):
-        return commands.add_parser(name, help=text, description=text, allow_abbrev=False,
-                                   argument_default=argparse.SUPPRESS)  # fmt: skip
+        how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+        how["usage"] = f"w2svd.py {name} [--flag VALUE ...]"
+        how["formatter_class"] = lambda prog: argparse.HelpFormatter(
+            prog, max_help_position=28, width=80
+        )
+        return commands.add_parser(name, help=text, description=text, **how)
 
     distil = command("train", "distil a backbone")
+    distil.add_argument("--resume", action="store_true", help="go on in --out, with its settings")
+    distil.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    distil.add_argument("--gpu-memory", type=float, metavar="F", help="GiB to plan for [the GPU's]")
     add_settings(distil, [field.name for field in dataclasses.fields(Config)])
-    read = command("encode", "videos and captions into latents and embeddings, once")
-    add_settings(read, ["model", *ENCODED])
-    read.add_argument("--out", required=True, help="folder of the encoded clips, train's --data")
-    read.add_argument("--videos", help="folder: a.mp4 + a.txt, metadata.jsonl or .csv, or lists")
-    read.add_argument("--prompts", help="or a file of captions, a line each: data-free training")
-    draw = command("sample", "sample a finished run")
-    draw.add_argument("--run", required=True, help="a run folder, as runs/toy")
-    draw.add_argument("--out", required=True, help=".png, .gif, .safetensors; or .mp4, a folder")
+    read = command("encode", "clips into latents and text, once; train does it by itself")
+    add_settings(read, "model data checkpoint height width frames fps cache".split())
+    draw = command("sample", "sample a run")
+    draw.add_argument("--run", **RUN)
+    draw.add_argument("--at", **AT)
+    draw.add_argument("--out", required=True, help="toy: .png, .gif, .safetensors; hunyuan: .mp4")
     draw.add_argument("--seed", type=int, default=0, help="of the noise [0]")
     draw.add_argument("--n", type=int, help="toy: number of samples [1000]")
-    draw.add_argument("--prompt", help="hunyuan: what to show, in one .mp4")
-    draw.add_argument("--prompts", help="hunyuan: a file, a prompt a line; --out is a folder")
-    draw.add_argument("--videos-per-prompt", type=int, help="hunyuan: 5 for VBench [1]")
+    draw.add_argument("--prompt", help="hunyuan: what to show")
     draw.add_argument("--lora-scale", type=float, help="hunyuan: of the generator's adapter [1]")
     draw.add_argument("--compare", action="store_true", help="hunyuan: the backbone's 28 steps too")
-    give = command("export", "a finished HunyuanVideo run for other programs")
-    give.add_argument("--run", required=True, help="a run folder, as runs/portrait")
+    give = command("export", "a HunyuanVideo run for other programs")
+    give.add_argument("--run", **RUN)
+    give.add_argument("--at", **AT)
     give.add_argument("--out", required=True, help="a new folder")
-    give.add_argument("--format", required=True, choices=("diffusers", "comfyui", "merged"),
-                      help="a LoRA for diffusers or ComfyUI, a whole transformer")  # fmt: skip
-    return top
+    give.add_argument("--format", required=True, choices=tuple(USE), help="merged: all weights")
+    return top, commands.choices
+
+
+def parse(argv):
+    """What was given, a dictionary; a flag that does not exist is refused with the nearest one."""
+    top, commands = parser()
+    given, unknown = top.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], commands[given.command]._option_string_actions)
+        hint = f"; did you mean {near[0]}" if near else ""
+        raise Refused(f"There is no {unknown[0]}{hint}; see w2svd.py {given.command} --help.")
+    return vars(given)
+
+
+# what --resume may change: it touches no bits, or is said in metrics.jsonl
+FREE = (
+    "out iterations log_every save_every checkpointing compile cache generator_lr fake_lr".split()
+)
+
+
+def resumed(given):
+    """The run's own Config with the given changes, and those of its learning rates."""
+    base = read_run(given.get("out", ""))
+    differ = {name: x for name, x in given.items() if x != getattr(base, name)}
+    fixed = set(differ) - set(FREE)
+    if "iterations" in differ and {base.alpha_weak_schedule, base.lr_schedule} != {"constant"}:
+        fixed.add("iterations")  # a schedule depends on them
+    if fixed:
+        was = ", ".join(f"--{n.replace('_', '-')} {getattr(base, n)}" for n in sorted(fixed))
+        raise Refused(f"{given['out']} was made with {was}, which --resume cannot change.")
+    rates = {n: [getattr(base, n), x] for n, x in differ.items() if n.endswith("_lr")}
+    return dataclasses.replace(base, **given), rates
 
 
 def resolve(given):
-    """A whole Config: defaults, the model's preset, the given flags; or the resumed run's."""
-    if given.get("resume") and not (given.get("out") and Path(given["out"]).is_dir()):
-        raise Refused(f"--resume found no folder {given.get('out')}; name the run's --out.")
-    model, data = given.get("model", Config.model), given.get("data", Config.data)
-    base = Config(**PRESETS[model] | PRESETS.get(f"{model} {data}", {}))
-    if model == "hunyuan":
-        import hunyuan
-
-        base = dataclasses.replace(base, **hunyuan.encoded_with(given.get("data", base.data)))
-    if given.get("resume") and (Path(given["out"]) / "config.json").exists():
-        base = read_run(given["out"])
-        free = ("iterations", "resume", "out", "cache", "dry_run", "gpu_memory", "tflops",
-                "sample_every", "compare", "tensorboard", "checkpointing")  # fmt: skip
-        differ = [f"--{k.replace('_', '-')} is {getattr(base, k)} there, not {v}"
-                  for k, v in given.items() if k not in free and v != getattr(base, k)]  # fmt: skip
-        if differ:
-            raise Refused(f"{given['out']} was made with other settings: {'; '.join(differ)}.")
-        goal = given.get("iterations", base.iterations)
-        if goal < base.iterations:
-            raise Refused(f"--resume can only raise --iterations; they are {base.iterations}.")
-        if goal > base.iterations and {base.alpha_weak_schedule, base.lr_schedule} != {"constant"}:
-            raise Refused("--iterations cannot be raised here: the run has a schedule over them.")
-    config = dataclasses.replace(base, **given)
-    # a full fake's real DiT is the plain backbone, and a decay would pull all weights to 0
-    fits = {"alpha_weak": 0.0, "fake_weight_decay": 0.0} if config.fake == "full" else {}
+    """A whole Config: defaults, the model's preset, the given settings, a free run folder."""
+    model, data = given.get("model", Config.model), str(given.get("data", ""))
+    kind = "captions" if data.endswith(".txt") else data
+    config = Config(**PRESETS[model] | PRESETS.get(f"{model} {kind}", {}) | given)
+    fits = {}
+    if config.fake == "full":  # its real DiT is the plain backbone; a decay would pull weights to 0
+        fits |= {"alpha_weak": 0.0, "fake_weight_decay": 0.0}
     if config.generator_input == "paired":  # its last exit knows its ground truth: learn from all
-        fits["fake_samples"] = "all"
-    if not given.get("resume"):
-        fits = {name: value for name, value in fits.items() if name not in given}
-        config = dataclasses.replace(config, **fits)
-    check(config, given)
-    return config
-
-
-def read_generator(run):
-    """The tensors and the header of a finished run's generator."""
-    config, (tensors, info) = read_run(run), read_safetensors(Path(run) / "generator.safetensors")
-    wanted = generator_info(config, info.get("base_sum"), info.get("step"))
-    if any(info.get(name) != wanted[name] for name in ("model", "kind", "rank", "sigmas")):
-        raise Refused(f"{run}/generator.safetensors is not a generator of this run: its header "
-                      f"says {info}.")  # fmt: skip
-    return tensors, info
-
-
-def sample(run, out, seed, **given):
-    """Draw samples of a finished run's generator, with the grid of its header, into `out`."""
-    config, out = read_run(run), Path(out)
-    if not 0 <= seed < 2**53:
-        raise Refused("--seed must lie in [0, 2**53).")
-    if not out.parent.is_dir():
-        raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
-    tensors, info = read_generator(run)
-    task = load_task(config)
-    foreign = set(given) - set(inspect.signature(task.sample).parameters)
-    if foreign:
-        flag = min(foreign).replace("_", "-")
-        raise Refused(f"--{flag} does not fit {run}, a run of --model {config.model}.")
-    print(task.sample(tensors, info, out, seed, **given))
+        fits |= {"fake_samples": "all"}
+    fits = {name: value for name, value in fits.items() if name not in given}
+    if model == "hunyuan" and data:  # a run can be resumed from elsewhere
+        fits["data"] = str(Path(data).resolve())
+    if Path(config.checkpoint).is_dir():
+        fits["checkpoint"] = str(Path(config.checkpoint).resolve())
+    out, k = config.out or f"runs/{model}", 2
+    while not config.out and Path(out).exists():
+        out, k = f"runs/{model}-{k}", k + 1
+    if any(Path(out).glob("*")):
+        raise Refused(f"{out} is in use: name another --out, or go on in it with --resume.")
+    return dataclasses.replace(config, out=out, **fits)
 
 
 def main(argv=None):
-    """Run a command; 0, 1 where encode skipped clips, or 2 after a sentence about what failed."""
+    """Run a command; 0, or another status after a sentence about what failed."""
     status, again = 2, "train goes on with --resume --out, encode with the same command."
     try:
-        given = vars(parser().parse_args(argv))
+        given = parse(argv)
         command = given.pop("command")
-        if command in ("encode", "export"):
-            return getattr(importlib.import_module("hunyuan"), command)(**given)
-        train(resolve(given)) if command == "train" else sample(**given)
+        how = {n: given.pop(n) for n in ("resume", "dry_run", "gpu_memory") if n in given}
+        if command in ("sample", "export"):
+            (sample if command == "sample" else export)(**given)
+            return 0
+        config, changed = resumed(given) if how.get("resume") else (resolve(given), None)
+        check(config)
+        if command == "train":
+            train(config, **how, changed=changed)
+        else:
+            encoded_clips(config)
         return 0
     except Refused as error:
-        reason = error
+        reason, status = error, error.status
     except torch.OutOfMemoryError:
-        reason = ("out of GPU memory: see train's plan (--dry-run); less need --fp8-base, "
-                  "--checkpointing, a lower --lora-rank, smaller clips at encode.")  # fmt: skip
-    except ImportError as error:
-        reason = f"{error}: pip install -r requirements.txt, and tensorboard for --tensorboard."
-    except OSError as error:  # no space left, a folder that went away
+        reason = "out of GPU memory; the plan (train --dry-run) says what needs less."
+    except ModuleNotFoundError as error:
+        reason = (
+            f"{error}: pip install -r requirements.txt; --model toy needs toy/ beside w2svd.py."
+        )
+    except OSError as error:  # no space left, a folder that went away, no such checkpoint
         reason = f"{error}; what was written before is whole: once that is mended, {again}"
     except KeyboardInterrupt as stop:
         reason = f"stopped; {again}"

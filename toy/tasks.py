@@ -7,8 +7,8 @@ named after a hash of everything that its bits depend on.
 import dataclasses
 import hashlib
 import json
-import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,8 +160,9 @@ def cached_backbone(mixture, recipe, config):
         **dataclasses.asdict(recipe),
     }
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    path = Path(config.cache).expanduser() / f"{config.data}-{name}.safetensors"
-    if path.is_file():  # a pipe would never end
+    folder = Path(config.cache or "~/.cache/w2svd").expanduser()
+    path = folder / f"{config.data}-{name}.safetensors"
+    if path.exists():
         module = build(mixture, recipe)
         try:
             module.load_state_dict(read_safetensors(path)[0])
@@ -169,23 +170,22 @@ def cached_backbone(mixture, recipe, config):
         except (Refused, RuntimeError) as error:  # damaged, or another's
             print(f"w2svd: {error} The backbone is trained anew.", file=sys.stderr)
     try:  # before the minute of training, not after it
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / f".{os.getpid()}").touch()
-        (path.parent / f".{os.getpid()}").unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise Refused(f"{path.parent} cannot be written ({error}); name a --cache.") from error
+        raise Refused(f"{folder} cannot be written ({error}); name a --cache.") from error
     module = train_backbone(mixture, recipe, config.seed)
     write_safetensors(path, module.state_dict(), settings)
     return module
 
 
 class Task:
-    """What w2svd.train() needs of a model and its data; see section 7 there.
+    """What w2svd.train() needs of a model and its data; see section 8 there.
 
     The backbone has learnt `learnt`, which is the mixture itself unless the data have moved since.
     """
 
-    device = "cpu"
+    device, clips = "cpu", ()  # its samples are drawn, not read
 
     def __init__(self, config, recipe, mixture, learnt=None):
         self.config, self.recipe, self.mixture = config, recipe, mixture
@@ -200,14 +200,14 @@ class Task:
         module = cached_backbone(self.learnt, self.recipe, self.config)
         self.backbone.module = module.requires_grad_(False)
 
-    def costs(self, forwards, with_gradient):
+    def costs(self, *_):
         return {}  # too small to plan for
 
     def prepare(self):
         if self.config.fp8_base or self.config.compile:
             raise Refused("--fp8-base and --compile are HunyuanVideo's; the toy needs neither.")
 
-    def batches(self, rng):
+    def batches(self, rng, taken=0):
         while True:
             cond = captions(self.mixture, self.recipe, self.config.batch, rng)
             yield {"x0": self.mixture.sample(self.config.batch, rng, cond), "cond": cond}
@@ -226,6 +226,8 @@ class Task:
 
     def on_log(self, step, generator):
         """Keep a few samples in the run folder: frames of the animation, also after a resume."""
+        if step % self.config.log_every and step != self.config.iterations:
+            return
         folder = Path(self.config.out) / "frames"
         folder.mkdir(exist_ok=True)
         n = 6 if len(self.shape) > 1 else 1000
@@ -263,10 +265,8 @@ class Task:
         metric, name = ("clip_frechet", "clip Fréchet") if video else ("sliced_w2", "sliced W2")
         panels = [(f"{k}\n{name} {values[k][metric]:.3f}", x) for k, x in samples.items()]
         frames = []
-        for path in sorted(filter(Path.is_file, (folder / "frames").glob("[0-9]*.safetensors"))):
-            drawn = read_safetensors(path)[0].get("samples", torch.zeros(0))
-            if drawn.shape[1:] != self.shape:
-                raise Refused(f"{path} holds no samples of this run; delete it.")
+        for path in sorted((folder / "frames").glob("[0-9]*.safetensors")):
+            drawn = read_safetensors(path)[0]["samples"]
             frames.append((f"{student}, iteration {int(path.stem)}", drawn))
         if video:
             plots.samples_videos(folder / "samples.png", panels)
