@@ -873,17 +873,17 @@ def find_clips(data):
     """
     if data.is_file():
         return [(None, caption) for caption in read_lines(data)], {}
-    lists = [data / n for n in ("metadata.jsonl", "metadata.csv", "videos.txt", "prompt.txt")]
-    jsonl, table, videos, prompts = lists
+    jsonl, table = data / "metadata.jsonl", data / "metadata.csv"
+    videos, prompts, known = data / "videos.txt", data / "prompt.txt", set()
     try:
         if jsonl.exists():
-            rows = [json.loads(line) for line in read_lines(jsonl)]
+            rows, known = [json.loads(line) for line in read_lines(jsonl)], {jsonl}
         elif table.exists():
-            text = table.read_text(encoding="utf-8-sig")
-            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+            text = io.StringIO(table.read_text(encoding="utf-8-sig"), newline="")
+            rows, known = list(csv.DictReader(text)), {table}
         elif videos.exists():
-            both = zip(read_lines(videos), read_lines(prompts), strict=True)
-            rows = [{"file_name": name, "text": text} for name, text in both]
+            both, known = (read_lines(videos), read_lines(prompts)), {videos, prompts}
+            rows = [{"file_name": n, "text": t} for n, t in zip(*both, strict=True)]
         else:
             films = [path for path in sorted(data.iterdir()) if path.suffix.lower() in FILMS]
             rows = [{"file_name": path.name, "text": path.with_suffix(".txt")} for path in films]
@@ -891,7 +891,7 @@ def find_clips(data):
         found = sorted(path for path in data.iterdir() if not path.name.startswith("."))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"--data {data} cannot be read ({error}); it needs {FORMS}.") from error
-    known = [*lists, *(p for path, _ in clips for p in (path, path.with_suffix(".txt")))]
+    known |= {p for path, _ in clips for p in (path, path.with_suffix(".txt"))}
     return clips, {p.name: "no clip, nor a caption of one" for p in found if p not in known}
 
 
@@ -969,6 +969,8 @@ def encoded_clips(config):
             left_out[name] = str(error)
     missing = [file for file in files if not file.exists()]
     pipe = load_pipeline(config.checkpoint, ("transformer",)) if missing else None
+    if pipe:
+        pipe.vae.float()  # bf16 would round the latents
     for file in tqdm(missing, desc="encode", unit="clip", disable=not missing):
         name, path, caption = files[file]
         try:
@@ -1137,6 +1139,8 @@ class HunyuanTask:
         """A video of the prompt; with `compare` one of the backbone's 28 steps beside it."""
         if not prompt or out.suffix != ".mp4":
             raise Refused("Name a --prompt, and an .mp4 as --out.")
+        if info["kind"] == "full" and lora_scale != 1:
+            raise Refused("--lora-scale is an adapter's; this generator was trained in full.")
         cond = encode_text(load_pipeline(self.config.checkpoint, ("transformer", "vae")), prompt)
         self.load_weights()
         roles = Roles(self.backbone, info["rank"], 0.0, 1.0, info["kind"])
@@ -1312,7 +1316,7 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):
     size = restore(folder, state, base_sum, clips) if resume else 0
     log = open(folder / "metrics.jsonl", "a")
     log.truncate(size)  # later lines come again
-    if changed:
+    if changed and state.iteration < config.iterations:
         print(json.dumps({"step": state.iteration, "changed": changed}), file=log, flush=True)
     write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
 
