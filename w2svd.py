@@ -1055,9 +1055,13 @@ class HunyuanTask:
         return {"x0": x0, "cond": cond, "name": clip.name}
 
     def batches(self, rng, taken=0):
-        while True:
-            i = torch.randint(len(self.clips), (1,), generator=rng, device=rng.device)
-            yield self.read(self.clips[int(i)])
+        """Each clip once an epoch, in an order of its own, from seed and epoch; endless."""
+        for epoch in itertools.count(taken // len(self.clips)):
+            order = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
+            permutation = torch.randperm(len(self.clips), generator=order).tolist()
+            for i in permutation[taken % len(self.clips) :]:
+                yield self.read(self.clips[i])
+            taken = 0
 
     def costs(self, forwards, backwards, generator, fake):
         """Memory, time and disk by formulas: simulated or published figures, nothing measured.
