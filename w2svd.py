@@ -87,8 +87,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import torch
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
+# NOTE silent: torch reads it when it is imported; without it fragments take 9 GiB at 544x960x129
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import torch  # noqa: E402
+from torch.utils.checkpoint import checkpoint as recompute_in_backward  # noqa: E402
 
 # ---- 1. Config -----------------------------------------------------------------------------------
 
@@ -146,18 +149,14 @@ class Config:
     alpha_weak: float = setting(0.25, "the fake adapter's weight in the real DiT; 0: DMD / paper")
     alpha_weak_schedule: Schedule = setting("constant", "to 0 at half of the run / peer: DMDR")
     alpha_strong: float = setting(1.0, "the fake adapter's weight in the fake DiT / author-code")
-    fake_samples: Samples = setting(
-        "all", "a rollout's fake learns all levels' or final ones / ours"
-    )
+    fake_samples: Samples = setting("all", "of a rollout: all levels' or final ones / ours")
     fake_updates: int = setting(5, "for each update of the generator / author-code, peer")
     fake_warmup: int = setting(0, "fake updates before the generator's first one / ours")
     fake_weight_decay: float = setting(0.0, "pulls its adapter to 0, to the backbone / ours")
 
     gt_weight: float = setting(0.0, "ground truth: quality for motion; try .05 / paper", "losses")
     gt_skip_noise: bool = setting(False, "none of it where the input is pure noise / ours")
-    guidance: float = setting(
-        1.0, "classifier-free, of the real DiT; 1 is off (elsewhere 0) / peer"
-    )
+    guidance: float = setting(1.0, "of the real DiT; 1 is off, which others call 0 / peer")
     embedded_guidance: float = setting(6.0, "read by a guidance-distilled backbone / peer")
     sigma_low: float = setting(0.02, "both losses read x_t at U[low, high], shifted / author-code")
     sigma_high: float = setting(0.98, "see --sigma-low / author-code")
@@ -218,8 +217,13 @@ def check(c: Config):
         )
     if c.generator_input == "paired" and c.fake_samples == "final":
         raise Refused("--fake-samples final needs --generator-input rollout: paired learns all.")
-    if c.model == "toy":
-        return
+    if c.model == "hunyuan":
+        check_hunyuan(c)
+
+
+def check_hunyuan(c: Config):
+    if c.data.endswith(".txt") and c.generator_input == "paired":
+        raise Refused(f"{c.data} has captions alone, without clips: --generator-input rollout.")
     if c.height % 16 or c.width % 16 or c.frames % 4 != 1 or c.frames < 5:
         raise Refused("--height and --width must be multiples of 16, --frames 4 k + 1: 61, 129.")
     if c.batch != 1 or c.guidance != 1:
@@ -858,7 +862,9 @@ def read_safetensors(path):
 
 
 FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
-FORMS = "a.mp4 with a.txt, metadata.jsonl or .csv (file_name, text), or videos.txt with prompt.txt"
+ACCEPTED = (
+    "a.mp4 with a.txt, metadata.jsonl or .csv (file_name, text), or videos.txt with prompt.txt"
+)
 
 
 def read_lines(path):
@@ -890,7 +896,7 @@ def find_clips(data):
         clips = [(data / row["file_name"], row["text"]) for row in rows]
         found = sorted(path for path in data.iterdir() if not path.name.startswith("."))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"--data {data} cannot be read ({error}); it needs {FORMS}.") from error
+        raise Refused(f"--data {data} cannot be read ({error}); it needs {ACCEPTED}.") from error
     known |= {p for path, _ in clips for p in (path, path.with_suffix(".txt"))}
     return clips, {p.name: "no clip, nor a caption of one" for p in found if p not in known}
 
@@ -953,14 +959,16 @@ def encoded_clips(config):
     from diffusers.training_utils import free_memory
     from tqdm import tqdm
 
+    if not config.data:
+        raise Refused(f"Name a folder of your clips, {ACCEPTED}: {HunyuanTask.START}")
     clips, left_out = find_clips(Path(config.data))
     files = {}  # file: (name, path, caption)
     for path, caption in clips:
         name = path.name if path else caption
         try:
-            caption = (
-                " ".join(read_lines(caption)) if isinstance(caption, Path) else caption.strip()
-            )
+            if isinstance(caption, Path):
+                caption = " ".join(read_lines(caption))
+            caption = caption.strip()
             file = latents_file(config, path, caption)
             if not caption or file in files:
                 raise ValueError("it is listed twice" if caption else "it has no caption")
@@ -987,7 +995,7 @@ def encoded_clips(config):
     for name, reason in left_out.items():
         print(f"  left out, {name}: {reason}")
     if not files:
-        raise Refused(f"No clip of {config.data} can be used; it needs {FORMS}.", status=1)
+        raise Refused(f"No clip of {config.data} can be used; it needs {ACCEPTED}.", status=1)
     return list(files)
 
 
@@ -1028,8 +1036,6 @@ class HunyuanTask:
         """Encode what is missing, then read the weights."""
         if DEVICE == "cpu" and len_of(self.backbone.module.parameters()) > 1e9:
             raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {self.START}")
-        if not self.config.data:
-            raise Refused(f"Name a folder of your clips, {FORMS}: {self.START}")
         self.clips = encoded_clips(self.config)
         self.load_weights()
 
@@ -1057,7 +1063,8 @@ class HunyuanTask:
     def batches(self, rng, taken=0):
         """Each clip once an epoch, in an order of its own, from seed and epoch; endless."""
         for epoch in itertools.count(taken // len(self.clips)):
-            order = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
+            seed = (1_000_003 * self.config.seed + epoch) % 2**63
+            order = torch.Generator().manual_seed(seed)
             permutation = torch.randperm(len(self.clips), generator=order).tolist()
             for i in permutation[taken % len(self.clips) :]:
                 yield self.read(self.clips[i])
@@ -1097,9 +1104,10 @@ class HunyuanTask:
         saved = 3 * (4 * generator + 3 * fake) + (c.iterations // c.save_every + 1) * generator
         return {
             "GPU memory, GiB": memory,
-            "PFLOP an iteration": linear + attention,
+            "in all, GiB": sum(memory.values()),
             "hours on one H100": seconds * c.iterations / 3600,
             "seconds an iteration": seconds,
+            "PFLOP an iteration": linear + attention,
             "disk for the run, GiB": 4 * saved / GiB,
             "download, once, GB": 42 if c.checkpoint == HUNYUAN else 0,
             "host memory while loading, GiB": host,
@@ -1184,6 +1192,11 @@ def memory_mb(device):
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def gib_of_the_gpu():
+    """The memory of the GPU at hand; 0 where there is none."""
+    return torch.cuda.mem_get_info()[1] / 2**30 if torch.cuda.is_available() else 0.0
 
 
 def commit():
@@ -1290,19 +1303,16 @@ def signals():
             signal.signal(number, handler)
 
 
-def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):
+def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):  # noqa: C901
     """Distil: the whole run, from the backbone to result.json. Returns the run's folder."""
     from tqdm import tqdm
 
     started, folder = time.perf_counter(), Path(config.out)
     task = load_task(config)
     numbers = plan(config, task)
-    need = sum(numbers.get("GPU memory, GiB", {}).values())
-    room = torch.cuda.mem_get_info()[1] / 2**30 if task.device == "cuda" else math.inf
-    room = gpu_memory or room
-    show({"plan": numbers, "GPU memory, GiB": {"in all": need, "of": room}})
-    show({"config": dataclasses.asdict(config)})
-    if need > room:
+    show({"plan": numbers, "config": dataclasses.asdict(config)})
+    need, room = numbers.get("in all, GiB", 0.0), gpu_memory or gib_of_the_gpu()
+    if need > room > 0:
         cure = "try --fp8-base, fewer --frames, a smaller --height and --width, a lower --lora-rank"
         raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}: {cure}.", status=1)
     if dry_run:
@@ -1318,11 +1328,11 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):
     clips = [clip.name for clip in task.clips]
     folder.mkdir(parents=True, exist_ok=True)
     size = restore(folder, state, base_sum, clips) if resume else 0
+    write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
     log = open(folder / "metrics.jsonl", "a")
-    log.truncate(size)  # later lines come again
+    log.truncate(min(size, os.path.getsize(log.name)))  # later lines come again
     if changed and state.iteration < config.iterations:
         print(json.dumps({"step": state.iteration, "changed": changed}), file=log, flush=True)
-    write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
 
     def picture():
         with state.averaged() as generator:
@@ -1339,7 +1349,7 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):
         for line in finite(distil(config, roles, state, data), state):
             tick, line["seconds"] = time.perf_counter(), time.perf_counter() - tick
             line["memory_mb"] = memory_mb(task.device)
-            bar.set_postfix(loss=line["fake_loss"], gap=line["relative_gap"])
+            bar.set_postfix(None, False, loss=line["fake_loss"], gap=line["relative_gap"])
             bar.update()
             if due(config.log_every):
                 print(json.dumps({"step": state.iteration, **line}), file=log, flush=True)
@@ -1353,9 +1363,8 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):
         raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
     save_generator(folder / "generator.safetensors", config, state, base_sum)
     with state.averaged() as generator:
-        result, table = task.finish(
-            SimpleNamespace(folder=folder, config=config, generator=generator)
-        )
+        run = SimpleNamespace(folder=folder, config=config, generator=generator)
+        result, table = task.finish(run)
     result |= {"seconds": time.perf_counter() - started, "peak_rss_mb": memory_mb("cpu")}
     write_json(folder / "result.json", result | {"seed": config.seed})
     print(table)
@@ -1372,9 +1381,7 @@ def finite(iterations, state):
                     line[f"{name}_ratio"] = line[f"gen_{name}"] / line[f"data_{name}"]
             yield line
     except FloatingPointError as error:
-        clips = ", ".join(
-            f"{clip}, sigma {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads
-        )
+        clips = ", ".join(f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads)
         where = f"in iteration {state.iteration + 1}: {error}; it read {clips}"
         cure = "go on from the last checkpoint with --resume and lower rates"
         raise Refused(f"Stopped {where}; {cure}, or without that clip.") from error
@@ -1536,9 +1543,7 @@ def parser():
     def command(name, text):
         how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
         how["usage"] = f"w2svd.py {name} [--flag VALUE ...]"
-        how["formatter_class"] = lambda prog: argparse.HelpFormatter(
-            prog, max_help_position=28, width=80
-        )
+        how["formatter_class"] = functools.partial(argparse.HelpFormatter, width=80)
         return commands.add_parser(name, help=text, description=text, **how)
 
     distil = command("train", "distil a backbone")
@@ -1577,16 +1582,14 @@ def parse(argv):
 
 
 # what --resume may change: it touches no bits, or is said in metrics.jsonl
-FREE = (
-    "out iterations log_every save_every checkpointing compile cache generator_lr fake_lr".split()
-)
+FREE = "out cache iterations log_every save_every checkpointing compile generator_lr fake_lr"
 
 
 def resumed(given):
     """The run's own Config with the given changes, and those of its learning rates."""
     base = read_run(given.get("out", ""))
     differ = {name: x for name, x in given.items() if x != getattr(base, name)}
-    fixed = set(differ) - set(FREE)
+    fixed = set(differ) - set(FREE.split())
     if "iterations" in differ and {base.alpha_weak_schedule, base.lr_schedule} != {"constant"}:
         fixed.add("iterations")  # a schedule depends on them
     if fixed:
@@ -1629,23 +1632,25 @@ def main(argv=None):
         if command in ("sample", "export"):
             (sample if command == "sample" else export)(**given)
             return 0
+        if command == "encode":
+            given = {"model": "hunyuan"} | given
         config, changed = resumed(given) if how.get("resume") else (resolve(given), None)
         check(config)
         if command == "train":
             train(config, **how, changed=changed)
-        else:
+        elif config.model == "hunyuan":
             encoded_clips(config)
+        else:
+            raise Refused("encode is for --model hunyuan: the toy draws its samples.")
         return 0
     except Refused as error:
         reason, status = error, error.status
     except torch.OutOfMemoryError:
         reason = "out of GPU memory; the plan (train --dry-run) says what needs less."
     except ModuleNotFoundError as error:
-        reason = (
-            f"{error}: pip install -r requirements.txt; --model toy needs toy/ beside w2svd.py."
-        )
+        reason = f"{error}: pip install -r requirements.txt; the toy needs toy/ beside this file."
     except OSError as error:  # no space left, a folder that went away, no such checkpoint
-        reason = f"{error}; what was written before is whole: once that is mended, {again}"
+        reason = f"{str(error).splitlines()[0]}; what was written before is whole: {again}"
     except KeyboardInterrupt as stop:
         reason = f"stopped; {again}"
         status = 128 + (stop.args or [signal.SIGINT])[0]
