@@ -692,6 +692,11 @@ def micro_batches(config, state, data):
         yield x0, batch["cond"], sigma, eps
 
 
+def mean_of(stats):
+    """The mean of dictionaries of numbers, over the forwards of an update."""
+    return {name: sum(one[name] for one in stats) / len(stats) for name in stats[0]}
+
+
 def distil(config, roles, state, data):
     """Algorithm 1: every next() is one iteration, and yields its numbers, detached.
 
@@ -732,11 +737,6 @@ def distil(config, roles, state, data):
         state.iteration += 1
         norms = {"fake_grad_norm": fake_norm, "grad_norm": norm}
         yield mean_of(fake_stats) | mean_of(stats) | norms | {"alpha_weak": roles.alpha_weak}
-
-
-def mean_of(stats):
-    """The mean of dictionaries of numbers, over the forwards of an update."""
-    return {name: sum(one[name] for one in stats) / len(stats) for name in stats[0]}
 
 
 # ---- 7. HunyuanVideo (13B) by diffusers ----------------------------------------------------------
@@ -862,9 +862,8 @@ def read_safetensors(path):
 
 
 FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
-ACCEPTED = (
-    "a.mp4 with a.txt, metadata.jsonl or .csv (file_name, text), or videos.txt with prompt.txt"
-)
+START = "python w2svd.py train --model hunyuan --data my_clips/"
+ACCEPTED = "a.mp4 with a.txt, metadata.jsonl or .csv (file_name, text), videos.txt with prompt.txt"
 
 
 def read_lines(path):
@@ -960,7 +959,7 @@ def encoded_clips(config):
     from tqdm import tqdm
 
     if not config.data:
-        raise Refused(f"Name a folder of your clips, {ACCEPTED}: {HunyuanTask.START}")
+        raise Refused(f"Name a folder of your clips, {ACCEPTED}: {START}")
     clips, left_out = find_clips(Path(config.data))
     files = {}  # file: (name, path, caption)
     for path, caption in clips:
@@ -999,6 +998,11 @@ def encoded_clips(config):
     return list(files)
 
 
+def len_of(parameters):
+    """How many numbers these parameters have."""
+    return sum(p.numel() for p in parameters)
+
+
 # A task is a model and its data. It has .backbone (see Roles), whose weights come with .load();
 # .device; .shape of a sample; .clips, their files; .batches(rng, taken), endless {'x0': (B, ...),
 # 'cond', 'name'} from the clip of that number on; .prepare() for what must follow the adapters;
@@ -1009,7 +1013,7 @@ def encoded_clips(config):
 class HunyuanTask:
     """HunyuanVideo and a folder of clips, as a task."""
 
-    device, START = DEVICE, "python w2svd.py train --model hunyuan --data my_clips/"
+    device = DEVICE
 
     def __init__(self, config):
         import diffusers
@@ -1035,7 +1039,7 @@ class HunyuanTask:
     def load(self):
         """Encode what is missing, then read the weights."""
         if DEVICE == "cpu" and len_of(self.backbone.module.parameters()) > 1e9:
-            raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {self.START}")
+            raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {START}")
         self.clips = encoded_clips(self.config)
         self.load_weights()
 
@@ -1163,11 +1167,6 @@ class HunyuanTask:
             beside, sigmas = out.with_stem(f"{out.stem}-28-steps"), few_step_sigmas(28, 7.0)
             self.film(beside, self.backbone.velocity, sigmas, cond, seed, euler=True)
         return f"wrote {out}"
-
-
-def len_of(parameters):
-    """How many numbers these parameters have."""
-    return sum(p.numel() for p in parameters)
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
@@ -1303,6 +1302,22 @@ def signals():
             signal.signal(number, handler)
 
 
+def finite(iterations, state):
+    """The numbers of each iteration as floats, with the samples' std and motion by the data's."""
+    try:
+        for stats in iterations:
+            line = {name: float(x) for name, x in stats.items()}
+            for name in ("std", "motion"):
+                if line.get(f"data_{name}"):  # 0 where there are captions alone
+                    line[f"{name}_ratio"] = line[f"gen_{name}"] / line[f"data_{name}"]
+            yield line
+    except FloatingPointError as error:
+        clips = ", ".join(f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads)
+        where = f"in iteration {state.iteration + 1}: {error}; it read {clips}"
+        cure = "go on from the last checkpoint with --resume and lower rates"
+        raise Refused(f"Stopped {where}; {cure}, or without that clip.") from error
+
+
 def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):  # noqa: C901
     """Distil: the whole run, from the backbone to result.json. Returns the run's folder."""
     from tqdm import tqdm
@@ -1369,22 +1384,6 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):  #
     write_json(folder / "result.json", result | {"seed": config.seed})
     print(table)
     return folder
-
-
-def finite(iterations, state):
-    """The numbers of each iteration as floats, with the samples' std and motion by the data's."""
-    try:
-        for stats in iterations:
-            line = {name: float(x) for name, x in stats.items()}
-            for name in ("std", "motion"):
-                if line.get(f"data_{name}"):  # 0 where there are captions alone
-                    line[f"{name}_ratio"] = line[f"gen_{name}"] / line[f"data_{name}"]
-            yield line
-    except FloatingPointError as error:
-        clips = ", ".join(f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads)
-        where = f"in iteration {state.iteration + 1}: {error}; it read {clips}"
-        cure = "go on from the last checkpoint with --resume and lower rates"
-        raise Refused(f"Stopped {where}; {cure}, or without that clip.") from error
 
 
 # ---- 10. Sample, export, command line ------------------------------------------------------------
