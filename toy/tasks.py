@@ -192,6 +192,8 @@ class Task:
         self.shape, self.learnt = mixture.shape, learnt or mixture
         if config.guidance != 1 and not self.recipe.labels:
             raise Refused("--guidance needs captions to guide by; of the toys, videos has them.")
+        if config.fp8_base or config.compile:
+            raise Refused("--fp8-base and --compile are HunyuanVideo's; the toy needs neither.")
         self.backbone = Backbone(build(self.mixture, self.recipe))
         self.sigmas = few_step_sigmas(config.steps, config.shift)
 
@@ -204,8 +206,7 @@ class Task:
         return {}  # too small to plan for
 
     def prepare(self):
-        if self.config.fp8_base or self.config.compile:
-            raise Refused("--fp8-base and --compile are HunyuanVideo's; the toy needs neither.")
+        """Nothing has to follow the adapters."""
 
     def batches(self, rng, taken=0):
         while True:
