@@ -73,6 +73,7 @@ import importlib.metadata
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import shlex
@@ -82,7 +83,7 @@ import sys
 import time
 import typing
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -113,12 +114,11 @@ Layers = Literal["all", "attention"]
 
 # Named methods, as rows of settings on top of a preset
 #   W2SVD (paper)                          --alpha-weak .25, the default
-#   W2SVD with reg. loss (paper)           --gt-weight .05 --generator-input paired
+#   W2SVD with reg. loss (paper)           --gt-weight .05 (author-code) --generator-input paired
 #   DMD with a LoRA fake (peer)            --alpha-weak 0
 #   DMD2 without its discriminator (peer)  --fake full --generator full
 #   DMDR's schedule (peer)                 --alpha-weak .75 --alpha-weak-schedule cosine
 #   LCM                                    toy/study/baselines.py, on the toy only
-#   the paper's first stage, fine-tuning   not built
 
 
 def setting(default, text, group=None):
@@ -154,7 +154,9 @@ class Config:
     fake_warmup: int = setting(0, "fake updates before the generator's first one / ours")
     fake_weight_decay: float = setting(0.0, "pulls its adapter to 0, to the backbone / ours")
 
-    gt_weight: float = setting(0.0, "ground truth: quality for motion; try .05 / paper", "losses")
+    gt_weight: float = setting(
+        0.0, "ground truth (paper): quality for motion; .05 / author-code", "losses"
+    )
     gt_skip_noise: bool = setting(False, "none of it where the input is pure noise / ours")
     guidance: float = setting(1.0, "of the real DiT; 1 is off, which others call 0 / peer")
     embedded_guidance: float = setting(6.0, "read by a guidance-distilled backbone / peer")
@@ -178,7 +180,7 @@ class Config:
 
     out: str = setting("", "run folder; the next free runs/<model>-k if empty / ours", "the run")
     log_every: int = setting(50, "iterations between lines of metrics.jsonl / ours")
-    save_every: int = setting(250, "iterations between checkpoints / peer")
+    save_every: int = setting(250, "iterations between checkpoints / ours")
 
 
 # ring: expect sliced_w2 .060, precision .99; a minute on 2 CPU cores. Trials: toy/README.md
@@ -194,6 +196,9 @@ PRESETS = {
     "hunyuan captions": dict(generator_input="rollout", fake_samples="final"),
 }
 MAY_BE_0 = "alpha_weak ema gt_weight guidance embedded_guidance sigma_low fake_warmup seed"
+# what --resume may change: it touches no bits, or is said in metrics.jsonl
+FREE = "out data checkpoint cache iterations log_every save_every checkpointing compile"
+FREE += " generator_lr fake_lr"
 
 
 def check(c: Config):
@@ -211,10 +216,7 @@ def check(c: Config):
     if c.ema >= 1:
         raise Refused(f"--ema must lie in [0, 1), not {c.ema}; 0 is off.")
     if c.gt_weight and (c.generator_input == "rollout" or c.steps == 1):
-        raise Refused(
-            "--gt-weight needs --generator-input paired and --steps above 1: no ground "
-            "truth belongs to a sample that starts from pure noise."
-        )
+        raise Refused("--gt-weight needs --generator-input paired and --steps > 1, not pure noise.")
     if c.generator_input == "paired" and c.fake_samples == "final":
         raise Refused("--fake-samples final needs --generator-input rollout: paired learns all.")
     if c.model == "hunyuan":
@@ -273,11 +275,8 @@ def few_step_sigmas(steps, shift):
 
 
 def sample_sigma(n, low, high, shift, rng):
-    """n noise levels, uniform in [low, high] and then shifted, (n,), on the device of rng.
-
-    Not clamped: at shift 5, [.02, .98] becomes [.093, .996].
-    """
-    # peer: Self-Forcing and others shift U[0, 1] and clamp to [.02, .98]
+    """n noise levels, uniform in [low, high] and then shifted, (n,), on the device of rng."""
+    # not clamped: [.02, .98] is [.093, .996] at shift 5. peer: U[0, 1], shifted, then clamped
     u = torch.rand(n, generator=rng, device=rng.device)
     return shift_sigma(low + (high - low) * u, shift)
 
@@ -308,8 +307,7 @@ class Roles:
         self.adapters = [role for role in kinds if kinds[role] == "lora"]
         for role in self.adapters:  # alpha = rank: loads at the right strength without metadata
             lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=backbone.lora_targets)
-            with warnings.catch_warnings():  # peft warns of a second adapter, which is the method
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            with warnings.catch_warnings(action="ignore"):  # of a second adapter, the method itself
                 inject_adapter_in_model(lora, backbone.module, adapter_name=role)
         self.layers = [m for m in backbone.module.modules() if isinstance(m, BaseTunerLayer)]
         for layer in self.layers:  # or inputs would be made float32, for autocast to undo it
@@ -415,10 +413,7 @@ def at_least_float32(x):
 
 
 def mean_abs(x):
-    """mean_i |x_i| of each sample, (B, 1, ...).
-
-    Floored at 1e-6, so that a perfect match is no 0 / 0; what bounds the gradient is clipping.
-    """
+    """mean_i |x_i| of each sample, (B, 1, ...), floored so that a perfect match is no 0 / 0."""
     return x.abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True).clamp_min(1e-6)
 
 
@@ -434,11 +429,9 @@ def dmd_gradient(x_gen, x0_real, x0_fake):
 
 
 def gt_gradient(x0_fake, x0_gt):
-    """g = (x0_fake - x0_gt) / mean_i |x0_fake - x0_gt|: towards the sample behind the input.
-
-    (B, ...). Its mean absolute value is 1 whatever the distance: the weight alone decides.
-    """
-    # paper: ground truth against fake video (figure). author-code: the denominator
+    """g = (x0_fake - x0_gt) / mean_i |x0_fake - x0_gt|, (B, ...): towards the input's sample."""
+    # paper: ground truth against fake video (figure). author-code: the denominator, which makes
+    # the gradient's size 1 at any distance, so that the weight alone decides
     difference = at_least_float32(x0_fake) - at_least_float32(x0_gt)
     return difference / mean_abs(difference)
 
@@ -489,8 +482,9 @@ def euler_sample(velocity, noise, sigmas, cond=None):
 
 
 def paired_input(x0, sigmas, rngs):
-    """x_in (B, ...): the real samples x0 noised, each to a random level (B,) of the grid. paper.
+    """x_in (B, ...): the real samples x0 noised, each to a random level (B,) of the grid.
 
+    paper: noised real samples (figure). peer: the levels, as in CausVid.
     rngs: generators 'input', of the noise, and 'exit', of the levels, on the device of x0.
     """
     noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
@@ -500,10 +494,8 @@ def paired_input(x0, sigmas, rngs):
 
 
 def rollout_input(generator, x0, cond, sigmas, rngs, final=False):
-    """x_in (B, ...): where few-step sampling from noise has come to at a random exit. peer.
-
-    One exit for the batch (Self-Forcing), or with `final` the last one. x0 gives the shape only.
-    """
+    """x_in (B, ...): where few-step sampling from noise is at a random exit, or the last. peer."""
+    # one exit for the batch, as in Self-Forcing; x0 gives the shape only
     noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
     exit = int(torch.randint(len(sigmas) - 1, (1,), generator=rngs["exit"], device=x0.device))
     if final:
@@ -529,16 +521,7 @@ def fake_step(roles, x_gen, cond, sigma, eps):
 
 
 def generator_step(
-    roles,
-    x_in,
-    sigma_in,
-    cond,
-    sigma,
-    eps,
-    x0_gt=None,
-    gt_weight=0,
-    gt_skip_noise=False,
-    guidance=1,
+    roles, x_in, sigma_in, cond, sigma, eps, x0_gt=None, gt_weight=0, gt_skip_noise=0, guidance=1
 ):
     """One backward of the DMD loss, and the GT loss, through the generator's one evaluation.
 
@@ -594,7 +577,7 @@ def alpha_weak_at(config, iteration):
     return config.alpha_weak * falling[config.alpha_weak_schedule]
 
 
-MAX_GRAD_NORM = 1.0  # peer. Gradients are clipped to it
+MAX_GRAD_NORM = 1.0  # peer. Gradients are clipped to it, which alone bounds them
 
 
 class State:
@@ -604,24 +587,19 @@ class State:
         self.config, self.roles, self.device = config, roles, device
         self.iteration, self.taken = 0, 0  # updates of the generator; clips read so far
         self.reads = []  # (clip, sigma) of the update at work, for an error to name
-        self.optimizers = {  # author-code: betas. No momentum, as the gradients' target moves
-            role: torch.optim.AdamW(
-                roles.parameters(role), betas=(0.0, 0.999), weight_decay=decay, fused=True
-            )
-            for role, decay in (("generator", 0.0), ("fake", config.fake_weight_decay))
-        }
+        # author-code: betas. No momentum, as the gradients' target moves
+        adam = functools.partial(torch.optim.AdamW, betas=(0.0, 0.999), fused=True)
+        decay = {"generator": 0.0, "fake": config.fake_weight_decay}
+        self.optimizers = {r: adam(roles.parameters(r), weight_decay=decay[r]) for r in decay}
         self.average = {n: p.detach().clone() for n, p in roles.state("generator").items()}
-        self.rngs = {
-            name: torch.Generator(device).manual_seed(config.seed * 1000 + stream)
-            for stream, name in enumerate(("data", "input", "exit", "level", "noise"))
-        }
+        streams = enumerate("data input exit level noise".split(), start=config.seed * 1000)
+        self.rngs = {name: torch.Generator(device).manual_seed(i) for i, name in streams}
 
     def update(self, role, lr):
         """One optimizer step of the role on the mean of the gradients added up; their norm."""
         optimizer, parameters = self.optimizers[role], self.roles.parameters(role)
-        if self.config.accumulate > 1:
-            for parameter in parameters:
-                parameter.grad /= self.config.accumulate
+        for parameter in parameters:
+            parameter.grad /= self.config.accumulate
         norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient of the {role} is not finite")
@@ -674,7 +652,7 @@ class State:
                 parameter.copy_(flat[f"{role}/{name}"])
                 for slot in ("step", "exp_avg", "exp_avg_sq"):
                     x = flat[f"optimizer/{role}/{name}/{slot}"]
-                    optimizer.state[parameter][slot] = x.to(parameter.device)
+                    optimizer.state[parameter][slot] = x.to(parameter.device, copy=True)
 
 
 def micro_batches(config, state, data):
@@ -765,8 +743,7 @@ class HunyuanVideo:
         return (*args[:3], None, *args[4:])
 
     def checkpoint_with(self, function):
-        self.module.gradient_checkpointing = True
-        self.module._gradient_checkpointing_func = function
+        self.module.enable_gradient_checkpointing(function)
 
     def velocity(self, x_t, sigma, cond):
         """x_t: latents (B, C, T, H, W); cond: prompt_embeds (B, L, D), trimmed; pooled (B, P)."""
@@ -791,6 +768,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
+@contextmanager
+def reading(checkpoint):
+    """What diffusers cannot read inside is refused in one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise Refused(f"--checkpoint {checkpoint} is no HunyuanVideo: {reason}") from error
+
+
 def load_pipeline(checkpoint, without):
     """diffusers' pipeline of the checkpoint; the parts named in `without` stay unread."""
     import diffusers
@@ -798,7 +785,8 @@ def load_pipeline(checkpoint, without):
     diffusers.utils.logging.disable_progress_bar()  # its bars would cut through ours
     how = {"dtype": torch.bfloat16 if DEVICE == "cuda" else torch.float32, "use_safetensors": True}
     load = diffusers.HunyuanVideoPipeline.from_pretrained
-    pipe = load(checkpoint, **how, **dict.fromkeys(without)).to(DEVICE)
+    with reading(checkpoint):
+        pipe = load(checkpoint, **how, **dict.fromkeys(without)).to(DEVICE)
     if pipe.vae:
         pipe.vae.enable_tiling()
     return pipe
@@ -861,9 +849,13 @@ def read_safetensors(path):
         raise Refused(f"{path} is missing, damaged or not of w2svd ({error}).") from error
 
 
+READING = 1  # raised whenever reading or encoding changes: latents made before are made again
 FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
 START = "python w2svd.py train --model hunyuan --data my_clips/"
 ACCEPTED = "a.mp4 with a.txt, metadata.jsonl or .csv (file_name, text), videos.txt with prompt.txt"
+# No playlist, which would read other files or a network: ffmpeg guesses the format from the content
+FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif"
+GUARD = ["-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-timelimit", "600"]
 
 
 def read_lines(path):
@@ -872,15 +864,12 @@ def read_lines(path):
 
 
 def find_clips(data):
-    """[(path, caption)] of a folder in one of the usual forms, or [(None, caption)] of a .txt.
-
-    Second, {name: reason} of what else lies in the folder.
-    """
-    if data.is_file():
-        return [(None, caption) for caption in read_lines(data)], {}
+    """[(path, caption)] of a folder, [(None, caption)] of a .txt; {name: reason} of other files."""
     jsonl, table = data / "metadata.jsonl", data / "metadata.csv"
     videos, prompts, known = data / "videos.txt", data / "prompt.txt", set()
     try:
+        if data.is_file() and data.suffix == ".txt":
+            return [(None, caption) for caption in read_lines(data)], {}
         if jsonl.exists():
             rows, known = [json.loads(line) for line in read_lines(jsonl)], {jsonl}
         elif table.exists():
@@ -892,17 +881,12 @@ def find_clips(data):
         else:
             films = [path for path in sorted(data.iterdir()) if path.suffix.lower() in FILMS]
             rows = [{"file_name": path.name, "text": path.with_suffix(".txt")} for path in films]
-        clips = [(data / row["file_name"], row["text"]) for row in rows]
+        clips = [(data / row["file_name"].strip(), row["text"] or "") for row in rows]
         found = sorted(path for path in data.iterdir() if not path.name.startswith("."))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         raise Refused(f"--data {data} cannot be read ({error}); it needs {ACCEPTED}.") from error
     known |= {p for path, _ in clips for p in (path, path.with_suffix(".txt"))}
     return clips, {p.name: "no clip, nor a caption of one" for p in found if p not in known}
-
-
-# No playlist, which would read other files or a network: ffmpeg guesses the format from the content
-FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif"
-GUARD = ["-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-timelimit", "600"]
 
 
 def read_clip(path, config):
@@ -913,23 +897,22 @@ def read_clip(path, config):
     # cropped before it is scaled: a picture of 8000 x 2 would be scaled to 192,000 x 48
     crop = f"crop=max(1\\,min(iw\\,ih*{w}/{h})):max(1\\,min(ih\\,iw*{h}/{w}))"
     fit = ["-vf", f"fps={config.fps},{crop},scale={w}:{h}"]
+    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it tells every change of size
     # the whole path, or a name like 'concat:a' would be read as a protocol
     film = iio.imiter(path.resolve(), plugin="FFMPEG", input_params=GUARD, output_params=fit)
     frames = [torch.from_numpy(frame) for frame in itertools.islice(film, config.frames)]
     if len(frames) < config.frames:
-        raise ValueError(
-            f"too short: {len(frames)} of {config.frames} frames at {config.fps:g} fps"
-        )
+        raise ValueError(f"too short: {len(frames)} of {config.frames} frames, {config.fps:g} fps")
     return torch.stack(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 
 @torch.no_grad()
-def encode_clip(pipe, path, caption, config):
-    """Text and, of a film, scaled latents (C, T, H, W) of one clip, as tensors without a batch."""
+def encode_clip(pipe, video, caption):
+    """Text and, of a video (1, 3, T, H, W), scaled latents (C, T, H, W), without a batch."""
     tensors = encode_text(pipe, caption)
-    if path:
-        video = read_clip(path, config).to(pipe.device, pipe.vae.dtype)
-        latents = pipe.vae.encode(video).latent_dist.mode()
+    if video is not None:
+        vae = pipe.vae.float()  # bf16 would round the latents
+        latents = vae.encode(video.to(pipe.device)).latent_dist.mode()
         tensors["latents"] = latents.float() * pipe.vae.config.scaling_factor
     for name, x in tensors.items():
         if not x.isfinite().all() or not x.numel():
@@ -937,20 +920,20 @@ def encode_clip(pipe, path, caption, config):
     return {name: x[0] for name, x in tensors.items()}
 
 
-READING = 1  # raised whenever reading or encoding changes: latents made before are made again
-
-
 def latents_file(config, path, caption):
     """Where a clip's latents and text are kept: a name that hashes all that they depend on."""
-    data = Path(config.data)
+    data, checkpoint = Path(config.data), Path(config.checkpoint)
     parts = [READING, caption, config.checkpoint, HunyuanVideo.prompt_template]
+    encoders = sorted(checkpoint.glob("vae/*")) + sorted(checkpoint.glob("text_encoder*/*"))
+    for file in [*encoders, *([path] if path else [])]:
+        stat = file.stat()
+        parts += [file.name, stat.st_size, stat.st_mtime_ns]
     if path:
-        stat = path.stat()
-        parts += [str(path.relative_to(data)), stat.st_size, stat.st_mtime_ns]
+        parts += [os.path.relpath(path, data)]
         parts += [config.height, config.width, config.frames, config.fps]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     folder = Path(config.cache or (data if path else data.parent) / ".w2svd").expanduser()
-    return folder / f"{path.stem[:60] if path else 'caption'}-{digest}.safetensors"
+    return folder / f"{path.stem[:40] if path else 'caption'}-{digest}.safetensors"
 
 
 def encoded_clips(config):
@@ -963,7 +946,7 @@ def encoded_clips(config):
     clips, left_out = find_clips(Path(config.data))
     files = {}  # file: (name, path, caption)
     for path, caption in clips:
-        name = path.name if path else caption
+        name = os.path.relpath(path, config.data) if path else caption
         try:
             if isinstance(caption, Path):
                 caption = " ".join(read_lines(caption))
@@ -975,13 +958,15 @@ def encoded_clips(config):
         except (OSError, ValueError, AttributeError) as error:
             left_out[name] = str(error)
     missing = [file for file in files if not file.exists()]
-    pipe = load_pipeline(config.checkpoint, ("transformer",)) if missing else None
-    if pipe:
-        pipe.vae.float()  # bf16 would round the latents
+    pipe = None  # read once there is something to encode
     for file in tqdm(missing, desc="encode", unit="clip", disable=not missing):
         name, path, caption = files[file]
         try:
-            tensors = encode_clip(pipe, path, caption, config)
+            video = read_clip(path, config) if path else None
+            pipe = pipe or load_pipeline(config.checkpoint, ("transformer",))
+            tensors = encode_clip(pipe, video, caption)
+        except (Refused, ImportError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # each clip is an island: the others go on
             left_out[name] = (str(error).strip().splitlines() or [repr(error)])[-1]
             del files[file]
@@ -992,15 +977,10 @@ def encoded_clips(config):
     free_memory()
     print(f"{config.data}: {len(files)} clips, {len(missing)} not in the cache before")
     for name, reason in left_out.items():
-        print(f"  left out, {name}: {reason}")
+        print(f"  left out: {name!r}, {reason}")
     if not files:
         raise Refused(f"No clip of {config.data} can be used; it needs {ACCEPTED}.", status=1)
     return list(files)
-
-
-def len_of(parameters):
-    """How many numbers these parameters have."""
-    return sum(p.numel() for p in parameters)
 
 
 # A task is a model and its data. It has .backbone (see Roles), whose weights come with .load();
@@ -1022,7 +1002,8 @@ class HunyuanTask:
         Model = diffusers.HunyuanVideoTransformer3DModel
         self.config, self.Model, found = config, Model, {}  # the released model: all defaults
         if config.checkpoint != HUNYUAN:
-            found = Model.load_config(config.checkpoint, subfolder="transformer")
+            with reading(config.checkpoint):
+                found = Model.load_config(config.checkpoint, subfolder="transformer")
         name = found.get("_class_name", Model.__name__)
         if name != Model.__name__ or found.get("image_condition_type"):
             raise Refused(f"--checkpoint {config.checkpoint} is no text-to-video HunyuanVideo.")
@@ -1038,7 +1019,7 @@ class HunyuanTask:
 
     def load(self):
         """Encode what is missing, then read the weights."""
-        if DEVICE == "cpu" and len_of(self.backbone.module.parameters()) > 1e9:
+        if DEVICE == "cpu" and self.backbone.module.num_parameters() > 1e9:
             raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {START}")
         self.clips = encoded_clips(self.config)
         self.load_weights()
@@ -1046,7 +1027,8 @@ class HunyuanTask:
     def load_weights(self):
         dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
         how = {"subfolder": "transformer", "dtype": dtype, "use_safetensors": True}
-        module = self.Model.from_pretrained(self.config.checkpoint, **how)
+        with reading(self.config.checkpoint):
+            module = self.Model.from_pretrained(self.config.checkpoint, **how)
         self.wrap(module.to(DEVICE, dtype).requires_grad_(False), dtype)
 
     def prepare(self):
@@ -1060,19 +1042,21 @@ class HunyuanTask:
 
     def read(self, clip):
         """A clip as a batch of one; x0 is 0 where there is a caption alone."""
-        cond = {name: x[None].to(DEVICE) for name, x in read_safetensors(clip)[0].items()}
+        try:
+            tensors, _ = read_safetensors(clip)
+        except Refused as error:
+            raise Refused(f"{error} Delete it: --resume makes it again.") from error
+        cond = {name: x[None].to(DEVICE) for name, x in tensors.items()}
         x0 = cond.pop("latents", torch.zeros(1, *self.shape, device=DEVICE))
         return {"x0": x0, "cond": cond, "name": clip.name}
 
     def batches(self, rng, taken=0):
         """Each clip once an epoch, in an order of its own, from seed and epoch; endless."""
-        for epoch in itertools.count(taken // len(self.clips)):
-            seed = (1_000_003 * self.config.seed + epoch) % 2**63
-            order = torch.Generator().manual_seed(seed)
-            permutation = torch.randperm(len(self.clips), generator=order).tolist()
-            for i in permutation[taken % len(self.clips) :]:
-                yield self.read(self.clips[i])
-            taken = 0
+        for count in itertools.count(taken):
+            epoch, place = divmod(count, len(self.clips))
+            order = torch.Generator().manual_seed((1_000_003 * self.config.seed + epoch) % 2**63)
+            permutation = torch.randperm(len(self.clips), generator=order)
+            yield self.read(self.clips[permutation[place]])
 
     def costs(self, forwards, backwards, generator, fake):
         """Memory, time and disk by formulas: simulated or published figures, nothing measured.
@@ -1083,7 +1067,7 @@ class HunyuanTask:
         n, width = len(self.backbone.blocks), m.num_attention_heads * m.attention_head_dim
         tokens = math.prod(self.shape[1:]) // m.patch_size**2 // m.patch_size_t + 256
         base = [p for p in self.backbone.module.parameters() if not p.requires_grad]
-        host = 2 * len_of(base) / GiB
+        host = sum(p.nbytes for p in base) / GiB
         if c.fp8_base:
             self.backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
         one = 2 * tokens * width / GiB  # a bf16 tensor of a block, of which backward needs 37.2
@@ -1124,14 +1108,14 @@ class HunyuanTask:
 
         rng = torch.Generator(DEVICE).manual_seed(seed)
         noise = torch.randn(1, *self.shape, generator=rng, device=DEVICE)
-        if euler:
-            x0 = euler_sample(velocity, noise, sigmas, cond)
-        else:
-            x0 = few_step_sample(velocity, noise, sigmas, cond, rng)
+        given = velocity, noise, sigmas, cond
+        x0 = euler_sample(*given) if euler else few_step_sample(*given, rng)
         pipe = load_pipeline(self.config.checkpoint, (*TEXT, "transformer"))
         with torch.no_grad():
             x0 = x0.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
             frames = pipe.vae.decode(x0, return_dict=False)[0]
+        if not frames.isfinite().all():
+            raise Refused("The sampled video is not finite; nothing is written.")
         frames = pipe.video_processor.postprocess_video(frames, output_type="np")[0]
         path.parent.mkdir(exist_ok=True)
         with atomic_write(path) as part:  # frames (T', H', W', 3) in [0, 1]
@@ -1140,10 +1124,10 @@ class HunyuanTask:
 
     def on_log(self, step, generator):
         """At every save: the first clip's caption, always from the same noise."""
-        c, cond = self.config, self.read(self.clips[0])["cond"]
-        path, sigmas = Path(c.out) / f"samples/{step:06}.mp4", few_step_sigmas(c.steps, c.shift)
+        c = self.config
         if step % c.save_every == 0 or step == c.iterations:
-            self.film(path, generator, sigmas, cond, c.seed)
+            cond, sigmas = self.read(self.clips[0])["cond"], few_step_sigmas(c.steps, c.shift)
+            self.film(Path(c.out) / f"samples/{step:06}.mp4", generator, sigmas, cond, c.seed)
 
     def finish(self, run):
         """No exact answer here: the last logged numbers."""
@@ -1153,19 +1137,29 @@ class HunyuanTask:
 
     def sample(self, tensors, info, out, seed, prompt="", lora_scale=1.0, compare=False):
         """A video of the prompt; with `compare` one of the backbone's 28 steps beside it."""
-        if not prompt or out.suffix != ".mp4":
+        from diffusers.training_utils import free_memory
+
+        if not prompt.strip() or out.suffix != ".mp4":
             raise Refused("Name a --prompt, and an .mp4 as --out.")
         if info["kind"] == "full" and lora_scale != 1:
             raise Refused("--lora-scale is an adapter's; this generator was trained in full.")
-        cond = encode_text(load_pipeline(self.config.checkpoint, ("transformer", "vae")), prompt)
+        pipe = load_pipeline(self.config.checkpoint, ("transformer", "vae"))
+        cond = encode_text(pipe, prompt)
+        del pipe
+        free_memory()  # before the transformer comes
         self.load_weights()
-        roles = Roles(self.backbone, info["rank"], 0.0, 1.0, info["kind"])
-        scale = {name: lora_scale if "lora_B" in name else 1.0 for name in tensors}
-        roles.load("generator", {name: scale[name] * x for name, x in tensors.items()})
-        self.film(out, roles.generator, torch.tensor(info["sigmas"]), cond, seed)
-        if compare:  # outside of any role there is no adapter; 7 is the released shift
+        velocity = self.backbone.velocity
+        if compare:  # before the generator is in; 7 is the released shift
             beside, sigmas = out.with_stem(f"{out.stem}-28-steps"), few_step_sigmas(28, 7.0)
-            self.film(beside, self.backbone.velocity, sigmas, cond, seed, euler=True)
+            self.film(beside, velocity, sigmas, cond, seed, euler=True)
+        if info["kind"] == "full":
+            self.backbone.module.load_state_dict(tensors)
+        else:
+            roles = Roles(self.backbone, info["rank"], 0.0, 1.0)
+            scaled = {n: lora_scale * x if "lora_B" in n else x for n, x in tensors.items()}
+            roles.load("generator", scaled)
+            velocity = roles.generator
+        self.film(out, velocity, torch.tensor(info["sigmas"]), cond, seed)
         return f"wrote {out}"
 
 
@@ -1193,11 +1187,6 @@ def memory_mb(device):
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def gib_of_the_gpu():
-    """The memory of the GPU at hand; 0 where there is none."""
-    return torch.cuda.mem_get_info()[1] / 2**30 if torch.cuda.is_available() else 0.0
-
-
 def commit():
     """The git commit of this file, for config.json; or git's word on why there is none."""
     return subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD")
@@ -1205,14 +1194,14 @@ def commit():
 
 def plan(config, task):
     """What a run takes: its costs first, then the numbers that follow from the config."""
-    backbone = len_of(task.backbone.module.parameters())
+    backbone = sum(p.numel() for p in task.backbone.module.parameters())
     with torch.device("meta"):  # nothing is loaded yet; load() brings one without these adapters
         roles = Roles(task.backbone, config.lora_rank, 0.0, 1.0, config.generator, config.fake)
     once = (config.steps - 1) / 2 if config.generator_input == "rollout" else 0  # the mean exit
     fake_once = 2 * once if config.fake_samples == "final" else once
     forwards = config.fake_updates * (1 + fake_once) + once + 2 + (config.guidance != 1)
     backwards = config.fake_updates + 1
-    trained = [len_of(roles.parameters(role)) for role in ("generator", "fake")]
+    trained = [sum(p.numel() for p in roles.parameters(r)) for r in ("generator", "fake")]
     names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
     return task.costs(forwards, backwards, *trained) | {
@@ -1260,7 +1249,8 @@ def save(folder, config, state, base_sum, clips):
     step = f"{state.iteration:06}.safetensors"
     save_generator(folder / f"generator-{step}", config, state, base_sum)
     info = {"iteration": state.iteration, "taken": state.taken, "base_sum": base_sum}
-    info |= {"clips": clips, "metrics_bytes": (folder / "metrics.jsonl").stat().st_size}
+    info |= {"rates": [config.generator_lr, config.fake_lr], "clips": clips}
+    info |= {"metrics_bytes": (folder / "metrics.jsonl").stat().st_size}
     write_safetensors(folder / f"checkpoint-{step}", state.tensors(), info)
     for kind in ("checkpoint", "generator") if config.generator == "full" else ("checkpoint",):
         for path in sorted(folder.glob(f"{kind}-*"))[:-2]:
@@ -1268,7 +1258,7 @@ def save(folder, config, state, base_sum, clips):
 
 
 def restore(folder, state, base_sum, clips):
-    """Put the newest checkpoint that can be read into `state`; the length of its metrics.jsonl."""
+    """Put the newest checkpoint that can be read into `state`; its header, or {} without any."""
     for path in sorted(folder.glob("checkpoint-*"), reverse=True):
         try:
             tensors, info = read_safetensors(path)
@@ -1280,10 +1270,11 @@ def restore(folder, state, base_sum, clips):
             raise Refused(f"{path} was made from another backbone; see --checkpoint or --cache.")
         state.restore(tensors, info["iteration"], info["taken"])
         gone, new = set(info["clips"]) - set(clips), set(clips) - set(info["clips"])
-        if gone or new:
+        if info["clips"] != clips:
             print(f"w2svd: the data have changed: {len(gone)} clips gone, {len(new)} new.")
-        return info["metrics_bytes"]
-    return 0
+        return info
+    print(f"w2svd: there is no checkpoint in {folder}: from the beginning.", file=sys.stderr)
+    return {}
 
 
 @contextmanager
@@ -1294,12 +1285,10 @@ def signals():
     def note(number, _):
         os._exit(128 + number) if stop else stop.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with ExitStack() as at_the_end:  # the handlers before come back
+        for number in (signal.SIGTERM, signal.SIGINT):
+            at_the_end.callback(signal.signal, number, signal.signal(number, note))
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def finite(iterations, state):
@@ -1318,7 +1307,7 @@ def finite(iterations, state):
         raise Refused(f"Stopped {where}; {cure}, or without that clip.") from error
 
 
-def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):  # noqa: C901
+def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
     """Distil: the whole run, from the backbone to result.json. Returns the run's folder."""
     from tqdm import tqdm
 
@@ -1326,12 +1315,16 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):  #
     task = load_task(config)
     numbers = plan(config, task)
     show({"plan": numbers, "config": dataclasses.asdict(config)})
-    need, room = numbers.get("in all, GiB", 0.0), gpu_memory or gib_of_the_gpu()
+    room = gpu_memory or (torch.cuda.mem_get_info()[1] / 2**30 if DEVICE == "cuda" else 0.0)
+    need = numbers.get("in all, GiB", 0.0)
     if need > room > 0:
-        cure = "try --fp8-base, fewer --frames, a smaller --height and --width, a lower --lora-rank"
+        cure = (
+            "use --checkpointing, --fp8-base, adapters, fewer --frames, a smaller --height, --width"
+        )
         raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}: {cure}.", status=1)
     if dry_run:
         return None
+    folder.mkdir(parents=True, exist_ok=True)
     task.load()
     torch.manual_seed(config.seed)
     alphas = config.alpha_weak, config.alpha_strong
@@ -1341,12 +1334,15 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):  #
     task.prepare()
     state, base_sum = State(config, roles, task.device), roles.base_sum()
     clips = [clip.name for clip in task.clips]
-    folder.mkdir(parents=True, exist_ok=True)
-    size = restore(folder, state, base_sum, clips) if resume else 0
+    before = restore(folder, state, base_sum, clips) if resume else {}
+    if state.iteration > config.iterations:
+        raise Refused(f"{folder} has {state.iteration} iterations; --iterations cannot be less.")
     write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
     log = open(folder / "metrics.jsonl", "a")
-    log.truncate(min(size, os.path.getsize(log.name)))  # later lines come again
-    if changed and state.iteration < config.iterations:
+    log.truncate(min(before.get("metrics_bytes", 0), os.path.getsize(log.name)))
+    rates = [config.generator_lr, config.fake_lr]
+    if before and before["rates"] != rates and state.iteration < config.iterations:
+        changed = {"generator_lr, fake_lr": [before["rates"], rates]}
         print(json.dumps({"step": state.iteration, "changed": changed}), file=log, flush=True)
 
     def picture():
@@ -1356,13 +1352,13 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):  #
     def due(every):
         return state.iteration == config.iterations or state.iteration % every == 0
 
-    if size:  # it comes after that checkpoint, and may be missing
+    if before:  # it comes after that checkpoint, and may be missing
         picture()
     data, tick = task.batches(state.rngs["data"], state.taken), time.perf_counter()
     bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
     with log, bar, signals() as stop:
         for line in finite(distil(config, roles, state, data), state):
-            tick, line["seconds"] = time.perf_counter(), time.perf_counter() - tick
+            line["seconds"] = time.perf_counter() - tick
             line["memory_mb"] = memory_mb(task.device)
             bar.set_postfix(None, False, loss=line["fake_loss"], gap=line["relative_gap"])
             bar.update()
@@ -1374,6 +1370,7 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, changed=None):  #
                 picture()  # last, as it may fail
             if stop:
                 raise KeyboardInterrupt(stop[0])
+            tick = time.perf_counter()
     if roles.base_sum() != base_sum:
         raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
     save_generator(folder / "generator.safetensors", config, state, base_sum)
@@ -1404,15 +1401,40 @@ def read_generator(run, at=None):
 def sample(run, out, seed, at=None, **given):
     """Draw samples of a run's generator, with the grid of its header, into `out`."""
     config, out = read_run(run), Path(out)
+    if not 0 <= seed < 2**53:
+        raise Refused(f"--seed cannot be {seed}.")
     if not out.parent.is_dir():
         raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
     task, generator = load_task(config), read_generator(run, at)
     wrong = set(given) - ({"n"} if config.model == "toy" else {"prompt", "lora_scale", "compare"})
     if wrong:
-        raise Refused(f"{', '.join(wrong)} does not fit {run}, a run of --model {config.model}.")
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(wrong))
+        raise Refused(f"{flags} does not fit {run}, a run of --model {config.model}.")
     print(task.sample(*generator, out, seed, **given))
 
 
+CARD = """---
+base_model: {checkpoint}
+library_name: diffusers
+license: other
+tags: [text-to-video, step-distillation, w2svd]
+---
+# A {steps}-step HunyuanVideo, distilled by W2SVD (arXiv 2503.13319)
+
+For {format}. Generator: {kind}, rank {rank}; {step} updates, seed {seed}, alpha_weak {alpha_weak}.
+The base model's licence goes for these weights. With its HunyuanVideoPipeline in diffusers:
+
+    {use}
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+    torch.manual_seed(0)  # the renoising draws from torch's global generator
+    pipe(prompt, sigmas={path}, guidance_scale={embedded_guidance}, height={height},
+         width={width}, num_frames={frames}, generator=torch.Generator().manual_seed(0))
+"""
+USE = {
+    "diffusers": 'pipe.load_lora_weights("this folder")',
+    "comfyui": "# the format named diffusers does this; in ComfyUI, load it at strength 1",
+    "merged": 'pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained("this folder")',
+}
 # HunyuanVideo's own layers, as ComfyUI names them, out of diffusers' parts
 DOUBLE = {
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -1448,30 +1470,6 @@ def to_comfyui(tensors, mlp):
     return converted
 
 
-CARD = """---
-base_model: {checkpoint}
-library_name: diffusers
-license: other
-tags: [text-to-video, step-distillation, w2svd]
----
-# A {steps}-step HunyuanVideo, distilled by W2SVD (arXiv 2503.13319)
-
-For {format}. Generator: {kind}, rank {rank}; {step} updates, seed {seed}, alpha_weak {alpha_weak}.
-The base model's licence goes for these weights. With its HunyuanVideoPipeline in diffusers:
-
-    {use}
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
-    torch.manual_seed(0)  # the renoising draws from torch's global generator
-    pipe(prompt, sigmas={path}, guidance_scale={embedded_guidance}, height={height},
-         width={width}, num_frames={frames}, generator=torch.Generator().manual_seed(0))
-"""
-USE = {
-    "diffusers": 'pipe.load_lora_weights("this folder")',
-    "comfyui": "# the format named diffusers does this; in ComfyUI, load it at strength 1",
-    "merged": 'pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained("this folder")',
-}
-
-
 def export(run, format, out, at=None):
     """Write a run's generator for diffusers, ComfyUI or as a whole transformer, with a card."""
     config, (tensors, info), out = read_run(run), read_generator(run, at), Path(out)
@@ -1493,8 +1491,7 @@ def export(run, format, out, at=None):
             pipe.unload_lora_weights()
         pipe.transformer.save_pretrained(out)
     elif format == "comfyui":
-        sizes = task.backbone.module.config
-        mlp = int(sizes.num_attention_heads * sizes.attention_head_dim * sizes.mlp_ratio)
+        mlp = task.backbone.module.single_transformer_blocks[0].proj_mlp.out_features
         write_safetensors(out / "w2svd_comfyui.safetensors", to_comfyui(tensors, mlp), info)
     else:
         lora = {"r": info["rank"], "lora_alpha": info["lora_alpha"]}
@@ -1503,7 +1500,8 @@ def export(run, format, out, at=None):
         path = out / "pytorch_lora_weights.safetensors"
         write_safetensors(path, tensors, info, lora_adapter_metadata=adapter)
     words = {"format": format, "use": USE[format], "path": info["sigmas"][:-1]}
-    (out / "README.md").write_text(CARD.format(**dataclasses.asdict(config) | info | words))
+    card = CARD.format(**dataclasses.asdict(config) | info | words)
+    (out / "README.md").write_text(card, encoding="utf-8")
     print(f"wrote {out}, for {format}")
 
 
@@ -1530,10 +1528,6 @@ def add_settings(command, names):
             group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
 
 
-RUN = {"required": True, "help": "a run folder, as runs/mine"}
-AT = {"type": int, "help": "the generator of that iteration [the newest]"}
-
-
 def parser():
     """The four commands and their flags; what is not given is absent."""
     top = Parser(prog="w2svd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -1553,17 +1547,16 @@ def parser():
     read = command("encode", "clips into latents and text, once; train does it by itself")
     add_settings(read, "model data checkpoint height width frames fps cache".split())
     draw = command("sample", "sample a run")
-    draw.add_argument("--run", **RUN)
-    draw.add_argument("--at", **AT)
+    give = command("export", "a HunyuanVideo run for other programs")
+    for one in (draw, give):
+        one.add_argument("--run", required=True, help="a run folder, as runs/mine")
+        one.add_argument("--at", type=int, help="the generator of that iteration [the newest]")
     draw.add_argument("--out", required=True, help="toy: .png, .gif, .safetensors; hunyuan: .mp4")
     draw.add_argument("--seed", type=int, default=0, help="of the noise [0]")
     draw.add_argument("--n", type=int, help="toy: number of samples [1000]")
     draw.add_argument("--prompt", help="hunyuan: what to show")
     draw.add_argument("--lora-scale", type=float, help="hunyuan: of the generator's adapter [1]")
     draw.add_argument("--compare", action="store_true", help="hunyuan: the backbone's 28 steps too")
-    give = command("export", "a HunyuanVideo run for other programs")
-    give.add_argument("--run", **RUN)
-    give.add_argument("--at", **AT)
     give.add_argument("--out", required=True, help="a new folder")
     give.add_argument("--format", required=True, choices=tuple(USE), help="merged: all weights")
     return top, commands.choices
@@ -1580,13 +1573,19 @@ def parse(argv):
     return vars(given)
 
 
-# what --resume may change: it touches no bits, or is said in metrics.jsonl
-FREE = "out cache iterations log_every save_every checkpointing compile generator_lr fake_lr"
+def absolute(model, given):
+    """What was given with whole paths, so that a run can be resumed from elsewhere."""
+    names = [n for n in ("data", "checkpoint", "cache") if given.get(n) and Path(given[n]).exists()]
+    found = {n: str(Path(given[n]).resolve()) for n in names if (model, n) != ("toy", "data")}
+    return given | found
 
 
 def resumed(given):
-    """The run's own Config with the given changes, and those of its learning rates."""
-    base = read_run(given.get("out", ""))
+    """The run's own Config with the given changes."""
+    if not given.get("out"):
+        raise Refused("--resume needs the run's folder as --out.")
+    base = read_run(given["out"])
+    given = absolute(base.model, given)
     differ = {name: x for name, x in given.items() if x != getattr(base, name)}
     fixed = set(differ) - set(FREE.split())
     if "iterations" in differ and {base.alpha_weak_schedule, base.lr_schedule} != {"constant"}:
@@ -1594,13 +1593,14 @@ def resumed(given):
     if fixed:
         was = ", ".join(f"--{n.replace('_', '-')} {getattr(base, n)}" for n in sorted(fixed))
         raise Refused(f"{given['out']} was made with {was}, which --resume cannot change.")
-    rates = {n: [getattr(base, n), x] for n, x in differ.items() if n.endswith("_lr")}
-    return dataclasses.replace(base, **given), rates
+    return dataclasses.replace(base, **given)
 
 
 def resolve(given):
     """A whole Config: defaults, the model's preset, the given settings, a free run folder."""
-    model, data = given.get("model", Config.model), str(given.get("data", ""))
+    model = given.get("model", Config.model)
+    given = absolute(model, given)
+    data = given.get("data", "")
     kind = "captions" if data.endswith(".txt") else data
     config = Config(**PRESETS[model] | PRESETS.get(f"{model} {kind}", {}) | given)
     fits = {}
@@ -1609,14 +1609,10 @@ def resolve(given):
     if config.generator_input == "paired":  # its last exit knows its ground truth: learn from all
         fits |= {"fake_samples": "all"}
     fits = {name: value for name, value in fits.items() if name not in given}
-    if model == "hunyuan" and data:  # a run can be resumed from elsewhere
-        fits["data"] = str(Path(data).resolve())
-    if Path(config.checkpoint).is_dir():
-        fits["checkpoint"] = str(Path(config.checkpoint).resolve())
     out, k = config.out or f"runs/{model}", 2
-    while not config.out and Path(out).exists():
+    while not config.out and any(Path(out).glob("[!.]*")):
         out, k = f"runs/{model}-{k}", k + 1
-    if any(Path(out).glob("*")):
+    if any(Path(out).glob("[!.]*")):
         raise Refused(f"{out} is in use: name another --out, or go on in it with --resume.")
     return dataclasses.replace(config, out=out, **fits)
 
@@ -1633,10 +1629,10 @@ def main(argv=None):
             return 0
         if command == "encode":
             given = {"model": "hunyuan"} | given
-        config, changed = resumed(given) if how.get("resume") else (resolve(given), None)
+        config = resumed(given) if how.get("resume") else resolve(given)
         check(config)
         if command == "train":
-            train(config, **how, changed=changed)
+            train(config, **how)
         elif config.model == "hunyuan":
             encoded_clips(config)
         else:
@@ -1646,7 +1642,7 @@ def main(argv=None):
         reason, status = error, error.status
     except torch.OutOfMemoryError:
         reason = "out of GPU memory; the plan (train --dry-run) says what needs less."
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         reason = f"{error}: pip install -r requirements.txt; the toy needs toy/ beside this file."
     except OSError as error:  # no space left, a folder that went away, no such checkpoint
         reason = f"{str(error).splitlines()[0]}; what was written before is whole: {again}"
@@ -1658,6 +1654,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from w2svd import main
-
+    sys.modules["w2svd"] = sys.modules["__main__"]  # for toy/ to import, also from a renamed copy
     sys.exit(main())
