@@ -3,7 +3,7 @@
 Against: the rules of this file, and a fresh kernel in quick mode (W2SVD_QUICK=1). Run with
 `python -m pytest tests/test_notebooks.py`; 10 to 30 seconds for each notebook on one quiet core,
 and a minute more where the toy's backbones are not in their cache yet; all but the first are slow.
-`python tests/test_notebooks.py` runs them in full, 4 minutes, and stores their outputs.
+`python -m tests.test_notebooks` runs them in full, 4 to 6 minutes, and stores their outputs.
 """
 
 import ast
