@@ -12,20 +12,20 @@ import resource
 import signal
 from pathlib import Path
 
+import hunyuan
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+from hunyuan import HunyuanVideo
 from safetensors import safe_open
 from test_refusals import refused
 from test_train import lines, run, same_bits, tensors
-from tiny_hunyuan import film, save_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-import hunyuan
 import w2svd
-from hunyuan import HunyuanVideo
+from toy.tiny_hunyuan import film, save_tiny
 from w2svd import Config, Roles, fake_step, few_step_sample, generator_step
 
 PLAIN = ["--prompt-template", "{}", "--prompt-crop-start", 0]
@@ -326,7 +326,8 @@ def test_a_clip_is_the_vae_s_scaled_mode_and_its_trimmed_text(tiny, encoded):
         mode = pipe.vae.encode(video).latent_dist.mode()[0]
     torch.testing.assert_close(clip["latents"], mode * 0.476986)
     embeds, pooled, mask = pipe.encode_prompt(
-        info["caption"], prompt_template={"template": "{}", "crop_start": 0})
+        info["caption"], prompt_template={"template": "{}", "crop_start": 0}
+    )
     assert int(mask.sum()) == 7 and torch.equal(embeds[0, :7], clip["prompt_embeds"])
     assert torch.equal(pooled[0], clip["pooled"])
 
