@@ -1,13 +1,21 @@
-"""Memory, time and TFLOP/s of one W2SVD iteration at full scale, with random weights.
+"""Time, memory and TFLOP/s of HunyuanVideo's updates at full scale, with random weights.
 
-    python tests/benchmark_hunyuan.py [--cap 79] [--out benchmark.json]
+    python tests/benchmark_hunyuan.py [--sizes 480x832x61] [--options default cudnn] [--cap 79]
 
-One process for each case; needs a GPU with 80 GB, torch, diffusers and peft, and no download. On
---checkpoint (a small one) it also runs on a CPU, to show that it works. Ratios to the first case of
-each size say what an option buys. Three full copies, which do not fit, are added up, not run.
+Needs a GPU, torch, diffusers and peft, and no download. Every case is a process of its own. The
+first option of a size is what the others are held against, in the same call. On a small
+--checkpoint it also runs on a CPU, to show that it works:
+
+    python tests/benchmark_hunyuan.py --checkpoint tiny/ --sizes tiny
+
+Measured are the two updates of an iteration, from noise to the optimizer's step: 'fake' (a forward
+of the generator, forward and backward of the fake) and 'generator' (its forward and backward, a
+forward of fake and real); captions of two lengths take turns. An iteration is `fake_updates` and 1.
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -18,110 +26,173 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import hunyuan
-from w2svd import HUNYUAN, Config, Roles, State, fake_step, few_step_sigmas, generator_step
+import w2svd
+from w2svd import HUNYUAN, Config, HunyuanTask, Roles, State, fake_step, generator_step
 
-SIZES = {"480x832x61": (480, 832, 61), "544x960x129": (544, 960, 129), "tiny": (32, 32, 5)}
-OPTIONS = {  # settings, keep the text's mask, diffusers' attention backend
-    "default": ({}, False, None), "mask kept": ({}, True, None),
-    "fp8 base": ({"fp8_base": True}, False, None), "compile": ({"compile": True}, False, None),
-    "flash": ({}, False, "_native_flash"), "cudnn": ({}, False, "_native_cudnn"),
-    "efficient": ({}, False, "_native_efficient"),
-}  # fmt: skip
-REACHABLE = 790  # TFLOP/s in bf16 on an H100 or H200
+SIZES = {
+    "480x832x61": (480, 832, 61),
+    "544x960x129": (544, 960, 129),
+    "720x1280x129": (720, 1280, 129),
+    "tiny": (32, 32, 5),
+}
+OPTIONS = {  # settings that differ from the default, and diffusers' name of an attention backend
+    "default": ({}, None),  # torch's own choice
+    "cudnn": ({}, "_native_cudnn"),
+    "flash": ({}, "_native_flash"),
+    "efficient": ({}, "_native_efficient"),
+    "mask kept": ({}, None),
+    "fp8 base": ({"fp8_base": True}, None),
+    "compile": ({"compile": True}, None),
+    "no checkpointing": ({"checkpointing": False}, None),
+    "rank 16": ({"lora_rank": 16}, None),
+}
+TOKENS = 256, 131  # of the captions that take turns
 
 
-def seconds(step, repeats=2):
-    """Of one call after a first one that warms up."""
-    for i in range(repeats + 1):
-        if i == 1:
-            start = time.perf_counter()
+def random_weights(task):
+    """The task's model, which is on the meta device, with normal weights instead of a download."""
+    module = task.backbone.module.to_empty(device=w2svd.DEVICE)
+    dtype = torch.bfloat16 if w2svd.DEVICE == "cuda" else torch.float32
+    with torch.no_grad():
+        for parameter in module.to(dtype).requires_grad_(False).parameters():
+            parameter.normal_(std=0.02)
+    task.backbone.dtype = dtype
+
+
+def captions(task):
+    """Text of the lengths that take turns, endless."""
+    sizes = task.backbone.module.config
+    for length in itertools.cycle(TOKENS):
+        text = torch.randn(1, length, sizes.text_embed_dim, device=task.device)
+        pooled = torch.randn(1, sizes.pooled_projection_dim, device=task.device)
+        yield {"prompt_embeds": text, "pooled": pooled}
+
+
+def seconds(step, repeats):
+    """Of one call, after a first one for each length of captions."""
+    for i in range(len(TOKENS) + repeats):
+        if i == len(TOKENS):
+            started = time.perf_counter()
         step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
+    return (time.perf_counter() - started) / repeats
 
 
-def measure(size, option, checkpoint, cap):
+def gpu_memory():
+    """Peaks in GiB, and how often the allocator had to free its cache and try again."""
+    if not torch.cuda.is_available():
+        return {}
+    peaks = {
+        "allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+    }
+    retries = torch.cuda.memory_stats()["num_alloc_retries"]
+    return {name: round(x, 2) for name, x in peaks.items()} | {"allocator_retries": retries}
+
+
+def planned(config, roles, times):
+    """TFLOP/s of each update by the plan's formula, and its memory for the whole run."""
+    # costs() of fp8 prepares its model for it, so that it gets one of its own
+    plain = HunyuanTask(dataclasses.replace(config, fp8_base=False))
+    trained = [w2svd.len_of(roles.parameters(role)) for role in ("generator", "fake")]
+    memory = HunyuanTask(config).costs(0, 0, *trained)["in all, GiB"]
+    result = {"planned_gib": round(memory, 2)}
+    for name, forwards in (("fake", 1), ("generator", 2)):
+        pflop = plain.costs(forwards, 1, 0, 0)["PFLOP an iteration"]
+        result[f"{name}_tflops"] = round(pflop * 1e3 / times[name], 2)
+    return result
+
+
+def measure(size, option, checkpoint, cap, repeats):
     """The numbers of one case, as a dictionary."""
-    settings, mask, backend = OPTIONS[option]
-    height, width, frames = SIZES[size]
-    config = Config(model="hunyuan", weights="random", checkpoint=checkpoint, height=height,
-                    width=width, frames=frames, checkpointing=True, **settings)  # fmt: skip
-    gpu = torch.cuda.is_available()
-    if gpu:
+    (height, width, frames), (settings, backend) = SIZES[size], OPTIONS[option]
+    shape = {"height": height, "width": width, "frames": frames, "checkpoint": checkpoint}
+    config = Config(**{"model": "hunyuan", "checkpointing": True} | shape | settings)
+    if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total))
-    task = hunyuan.task(config)
-    costs = task.costs(1, 1)
-    task.load()
+    task = HunyuanTask(config)
+    random_weights(task)
     roles = Roles(task.backbone, config.lora_rank, config.alpha_weak, config.alpha_strong)
-    roles.use_checkpointing()
+    if config.checkpointing:
+        roles.use_checkpointing()
     task.prepare()
-    for block in task.backbone.blocks if mask else ():
+    for block in task.backbone.blocks if option == "mask kept" else ():
         block._forward_pre_hooks.clear()
     if backend:
         task.backbone.module.set_attention_backend(backend)
-    state, batch = State(config, roles, task.device), task.read(0)
-    sigma = few_step_sigmas(4, 5.0)[1:2].to(task.device)
-    draw = batch, torch.randn_like(batch["x0"]), sigma, sigma / 2, torch.randn_like(batch["x0"])
+    state, texts = State(config, roles, task.device), captions(task)
+    x, eps = torch.randn(2, 1, *task.shape, device=task.device)
+    sigma = torch.full((1,), 0.9375, device=task.device)
 
     def fake():
-        fake_step(roles, *draw)
-        state.update("fake", 1e-5, 1.0)
+        cond = next(texts)
+        with torch.no_grad():
+            x_gen = w2svd.x0_from_velocity(x, roles.generator(x, sigma, cond), sigma)
+        fake_step(roles, x_gen, cond, sigma / 2, eps)
+        state.update("fake", 1e-5)
 
     def generator():
-        generator_step(roles, *draw)
-        state.update("generator", 1e-5, 1.0)
+        generator_step(roles, x, sigma, next(texts), sigma / 2, eps)
+        state.update("generator", 1e-5)
 
-    times = {"fake": seconds(fake), "generator": seconds(generator)}
-    forward, trained = costs["pflop_per_forward"], costs["pflop_per_forward_with_gradient"]
-    pflop = {"fake": forward + trained, "generator": 2 * forward + trained}
-    result = {"size": size, "option": option, "planned_gib": round(costs["gib_in_all"], 1)}
-    result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1) if gpu else None
-    for name, t in times.items():
-        result |= {f"{name}_s": round(t, 3), f"{name}_tflops": round(pflop[name] * 1e3 / t, 1)}
-    result["iteration_s"] = round(5 * times["fake"] + times["generator"], 2)
-    share = [round(result[f"{name}_tflops"] / REACHABLE, 3) for name in times]
-    # generator and fake trained in full: weights, gradients, Adam in float32, and a bf16 backbone
-    n = task.backbone.module.num_parameters()
-    adapters = sum(p.numel() for role in ("generator", "fake") for p in roles.parameters(role))
-    copies = round((n - adapters) * (2 * 16 + 2) / 2**30, 1)
-    return result | {"share_of_reachable": share, "three_full_copies_gib": copies}
+    times = {"fake": seconds(fake, repeats), "generator": seconds(generator, repeats)}
+    result = {"size": size, "option": option}
+    result |= {f"{name}_s": round(t, 4) for name, t in times.items()}
+    iteration = config.fake_updates * times["fake"] + times["generator"]
+    result |= {"iteration_s": round(iteration, 3), **gpu_memory()}
+    return result | planned(config, roles, times)
+
+
+def run_case(size, option, flags):
+    """measure() in a process of its own; what it ended with, if it failed."""
+    command = [sys.executable, __file__, "--one", "--sizes", size, "--options", option]
+    done = subprocess.run(command + flags, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"size": size, "option": option, "failed": last[:300]}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main():
+    """Run the cases, print each one as it comes, and write them all to --out after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", default=HUNYUAN)
-    parser.add_argument("--cap", type=float, default=79, help="GiB for torch [79, an 80 GB card]")
-    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES)[:2])
-    parser.add_argument("--options", nargs="*", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--checkpoint", default=HUNYUAN, help="only its transformer's config")
+    parser.add_argument("--cap", type=float, default=79.0, help="GiB that torch may take [79]")
+    parser.add_argument("--repeats", type=int, default=2, help="timed calls of each update [2]")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES)[:2])
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"))
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        case = options.sizes[0], options.options[0]
-        print(json.dumps(measure(*case, options.checkpoint, options.cap)))
+    given = parser.parse_args()
+    if given.one:
+        case = given.sizes[0], given.options[0], given.checkpoint, given.cap, given.repeats
+        print(json.dumps(measure(*case)))
         return
-    rows = []
-    for size in options.sizes:
-        for option in options.options:
-            same = ["--checkpoint", options.checkpoint, "--cap", str(options.cap)]
-            done = subprocess.run(
-                [sys.executable, __file__, "--one", "--sizes", size, "--options", option, *same],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            row = {"size": size, "option": option, "failed": done.stderr.strip()[-200:]}
-            if not done.returncode:
-                row = json.loads(done.stdout.splitlines()[-1])
-                first = next((r for r in rows if r["size"] == size and "iteration_s" in r), row)
-                row["ratio"] = round(row["iteration_s"] / first["iteration_s"], 3)
-            rows.append(row)
-            print(row, flush=True)
-            name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-            result = {"hardware": name, "date": str(date.today()), "torch": torch.__version__,
-                      "command": sys.argv, "cap_gib": options.cap, "rows": rows}  # fmt: skip
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    gpu = torch.cuda.is_available()
+    head = {
+        "hardware": torch.cuda.get_device_name() if gpu else "CPU",
+        "date": str(date.today()),
+        "command": " ".join(["python", *sys.argv]),
+        "torch": torch.__version__,
+        "cap_gib": given.cap,
+    }
+    flags = ["--checkpoint", given.checkpoint, "--cap", str(given.cap)]
+    flags += ["--repeats", str(given.repeats)]
+    rows, baseline = [], {}
+    for size, option in itertools.product(given.sizes, given.options):
+        row = run_case(size, option, flags)
+        if "iteration_s" in row:
+            first = baseline.setdefault(size, row)
+            row["against"] = first["option"]
+            row["time_ratio"] = round(row["iteration_s"] / first["iteration_s"], 3)
+            if gpu:
+                ratio = row["reserved_gib"] / first["reserved_gib"]
+                row["memory_ratio"] = round(ratio, 3)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        given.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
