@@ -4,7 +4,8 @@
 
 Runs `w2svd.py train`, two processes of one thread at a time, and writes table.json (every result)
 and table.md (mean and standard deviation). A result that is there already is kept, so that the
-script goes on where it stopped. About 20 minutes on 2 CPU cores.
+script goes on where it stopped. About 20 minutes on 2 CPU cores. tests/remake.py makes the READMEs'
+tables of them.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from toy import tasks
 from w2svd import write_json
 
 CASES = {  # name: flags and seeds at most
@@ -79,6 +81,32 @@ def markdown(results):
     return "\n".join(lines)
 
 
+def printed(result):
+    """The table that `w2svd.py train --model toy` ends with, from its result.json."""
+    steps = result["student"]["steps"]
+    names = {k: f"Euler, {k} step{'s' * (k != '1')}" for k in result["euler"]}
+    values = {"exact": result["floor"]} | {names[k]: m for k, m in result["euler"].items()}
+    values[f"student, {steps} step{'s' * (steps > 1)}"] = result["student"]
+    return tasks.table(values, (0, *map(int, names), steps))
+
+
+def summary(results):
+    """The first page's table: one number for each kind of data, 4-step student against Euler."""
+    lines = ["| data, distance | student, 4 steps | Euler, 4 steps | Euler, 28 steps | exact |"]
+    lines.append("|---" * 5 + "|")
+    for data, metric, places in [
+        ("ring", "sliced_w2", 3),
+        ("grid", "sliced_w2", 3),
+        ("videos", "clip_frechet", 1),
+    ]:
+        runs = list(results[f"{data}-4"].values())
+        rows = [[r["student"] for r in runs], *([r["euler"][k] for r in runs] for k in ("4", "28"))]
+        rows.append([r["floor"] for r in runs])
+        cells = [spread([m[metric] for m in row], places) for row in rows]
+        lines.append(f"| {data}, {metric} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def spread(values, places):
     """'mean ± standard deviation'."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -105,7 +133,7 @@ def main():
         for (case, seed), result in zip(jobs, finished):
             results.setdefault(case, {})[str(seed)] = result
             write_json(path, results)
-    (options.out / "table.md").write_text(markdown(results))
+    (options.out / "table.md").write_text(markdown(results), encoding="utf-8")
     print(markdown(results))
 
 

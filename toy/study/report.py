@@ -514,16 +514,22 @@ def filled(text, parts):
     return re.sub(PLACE, table_of, text, flags=re.S)
 
 
-def write(folder):
-    """tables.md and figures beside a study.json; for the stored one also the READMEs' tables."""
+def write_tables(folder):
+    """tables.md beside a study.json; for the stored one also the tables of its README."""
     study = Study(json.loads((folder / "study.json").read_text()))
     parts = sections(study)
     text = "\n".join(f"## {title}\n\n{part}\n" for title, part in parts.items())
-    (folder / "tables.md").write_text(text)
-    readmes = (STORED.parent / "README.md", ROOT / "README.md")
-    for readme in readmes if folder.resolve() == STORED else ():
-        readme.write_text(filled(readme.read_text(), parts))
-    figures(study, folder)
+    (folder / "tables.md").write_text(text, encoding="utf-8")
+    if folder.resolve() == STORED:
+        readme = STORED.parent / "README.md"
+        before = readme.read_text(encoding="utf-8")
+        readme.write_text(filled(before, parts), encoding="utf-8")
+    return study
+
+
+def write(folder):
+    """The tables, and the figures beside them."""
+    figures(write_tables(folder), folder)
 
 
 def main():

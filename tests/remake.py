@@ -1,0 +1,230 @@
+"""Remakes everything stored in the repository that follows from its code, with one command.
+
+    python tests/remake.py --quick    tables, plans, links to lines: 20 seconds
+    python tests/remake.py            also three runs of the toy, the pictures, the notebooks
+
+The second takes about ten minutes on 2 CPU cores. Both change only what is out of date, and say
+what they changed. In a README it is what stands between <!-- remade: NAME --> and <!-- end -->, and
+the numbers of lines in links like [`Roles`](w2svd.py#L300), also in notebooks.
+
+Results of hours are not remade but read: toy/results/table.json (python -m toy.table) and
+toy/study/results/study.json (python -m toy.study). Seed 0 of the first is run again; where its
+numbers differ by more than other arithmetic would explain, the exit status is 1.
+"""
+
+import argparse
+import ast
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # before the imports below, wherever it is started from
+
+import w2svd  # noqa: E402
+from toy import table  # noqa: E402
+from toy.study import report  # noqa: E402
+
+READMES = [ROOT / "README.md", ROOT / "toy/README.md", ROOT / "tests/README.md"]
+STORED = ROOT / "toy/results/table.json"
+RUNS = {  # of the toy, for the pictures: name, flags, which result of STORED it is
+    "ring": ("--data ring", "ring-4"),
+    "dmd": ("--data ring --alpha-weak 0", None),
+    "videos": ("--data videos", "videos-4"),
+}
+LONG = "--height 544 --width 960 --frames 129"
+
+
+def write(path, text):
+    """Write what has changed, and say so."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8", newline="\n")
+        print(f"remade {path.relative_to(ROOT)}")
+
+
+# ---- what stands in the READMEs ------------------------------------------------------------------
+
+
+def plan_of(flags):
+    """The numbers that `train --model hunyuan --dry-run` shows."""
+    given = w2svd.parse(["train", "--model", "hunyuan", *flags.split()])
+    del given["command"]
+    config = w2svd.resolve(given)
+    return w2svd.plan(config, w2svd.load_task(config))
+
+
+def plan_as_printed():
+    """The lines that the command begins with, down to the tokens, which are the first of ours."""
+    numbers = plan_of("")
+    names = list(numbers)
+    costs = {name: numbers[name] for name in names[: names.index("tokens")]}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        w2svd.show({"plan": costs})
+    return code(printed.getvalue())
+
+
+def in_short(flags):
+    """What a size takes, in one sentence."""
+    numbers = plan_of(flags)
+    gib, seconds = numbers["in all, GiB"], numbers["seconds an iteration"]
+    hours = numbers["hours on one H100"]
+    return f"`{flags}` {gib:.1f} GiB, {seconds:.0f} s an iteration, {hours:.0f} h"
+
+
+def tests_table():
+    """Each test file with the first line of its docstring."""
+    lines = ["| file | what |", "|---|---|"]
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[
+            0
+        ]
+        lines.append(f"| [`{path.name}`]({path.name}) | {first} |")
+    return "\n".join(lines)
+
+
+def code(text):
+    return textwrap.indent(text.rstrip(), "    ")
+
+
+def parts():
+    """{name: text} of every marked place of a README."""
+    results = json.loads(STORED.read_text())
+    return {
+        "toy": code(table.printed(results["ring-4"]["0"])),
+        "plan": plan_as_printed(),
+        "sizes": f"{in_short(LONG)}; {in_short('--fp8-base')}.",
+        "expect": table.summary(results).rstrip(),
+        "table": table.markdown(results).rstrip(),
+        "tests": tests_table(),
+    }
+
+
+def filled(text, made):
+    """`text` with each place of these names filled in; a name that nobody makes is an error."""
+
+    def fill(place):
+        text = made[place[2]]
+        gap = "\n" if "\n" in text else ""  # a sentence stays in its line
+        return place[1] + gap + text + gap + place[3]
+
+    return re.sub(r"(<!-- remade: (\w+) -->).*?(<!-- end -->)", fill, text, flags=re.S)
+
+
+def line_of(path, name):
+    """The number of the line that defines a function, class, method or constant."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    definition = re.compile(rf"\s*((def|class) {name}\b|{name} = )")
+    found = [number for number, line in enumerate(lines, start=1) if definition.match(line)]
+    if not found:
+        raise SystemExit(f"remake: there is no {name} in {path.relative_to(ROOT)}, to link to")
+    return found[0]
+
+
+def linked(text, folder):
+    """`text`, which lies in `folder`, with every link to a line leading to what it names."""
+
+    def link(found):
+        return f"{found[1]}#L{line_of((folder / found[3]).resolve(), found[2])}"
+
+    return re.sub(r"(\[`(\w+)`\]\(([\w./]+\.py))#L\d+", link, text)
+
+
+# ---- what takes seconds, and what takes minutes --------------------------------------------------
+
+
+def tables():
+    """Everything that is text: the tables of stored results, the READMEs, the links to lines."""
+    write(STORED.with_suffix(".md"), table.markdown(json.loads(STORED.read_text())))
+    study = [report.STORED / "tables.md", report.STORED.parent / "README.md"]
+    before = [path.read_text(encoding="utf-8") for path in study]
+    report.write_tables(report.STORED)
+    for path, text in zip(study, before):
+        if path.read_text(encoding="utf-8") != text:
+            print(f"remade {path.relative_to(ROOT)}")
+    made = parts()
+    for path in READMES:
+        write(path, filled(path.read_text(encoding="utf-8"), made))
+    for path in [*READMES, study[1], *sorted((ROOT / "notebooks").glob("*.ipynb"))]:
+        write(path, linked(path.read_text(encoding="utf-8"), path.parent))
+
+
+def python(*arguments):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"remake: {' '.join(arguments)}:\n{done.stderr[-3000:]}")
+
+
+def toy_run(folder, name):
+    """Train one of RUNS in `folder`; its result."""
+    flags, case = RUNS[name]
+    python("w2svd.py", "train", "--model", "toy", *flags.split(), "--out", str(folder / name))
+    print(f"ran {name}")
+    return case, json.loads((folder / name / "result.json").read_text())
+
+
+def keep(case, result):
+    """Put a run into STORED where its numbers are new; whether they differ by more than digits."""
+    results, shown = json.loads(STORED.read_text()), ("student", "euler", "floor")
+    before = results[case]["0"]
+    if all(before[part] == result[part] for part in shown):
+        return False
+    results[case]["0"] = result | {"commit": w2svd.commit()}
+    w2svd.write_json(STORED, results)
+    print(f"remade {STORED.relative_to(ROOT)}: {case}, seed 0")
+    old, new = before["student"], result["student"]
+    return any(not math.isclose(old[k], new[k], rel_tol=0.1, abs_tol=0.01) for k in new)
+
+
+def notebook(path):
+    """Run a notebook from top to bottom in a new kernel and keep its outputs."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    content = nbformat.read(path, as_version=4)
+    how = {"timeout": 1800, "startup_timeout": 300, "kernel_name": "python3"}
+    how |= {"record_timing": False, "coalesce_streams": True}  # or no two runs would be the same
+    NotebookClient(content, resources={"metadata": {"path": path.parent}}, **how).execute()
+    content.metadata.language_info = {"name": "python"}  # not the version at hand
+    write(path, nbformat.writes(content).rstrip() + "\n")
+    print(f"ran {path.name}")
+
+
+def everything():
+    """The runs and notebooks, two at a time; then pictures, figures, and what hangs on them."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(toy_run, Path(folder), name) for name in reversed(RUNS)]
+        paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+        for done in [pool.submit(notebook, path) for path in paths]:
+            done.result()
+        results = dict(run.result() for run in runs)
+        python("-m", "toy.picture", *(f"{folder}/{name}" for name in ("dmd", "ring", "videos")))
+    report.write(report.STORED)
+    return [case for case, result in results.items() if case and keep(case, result)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="only what takes seconds")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ.pop("W2SVD_QUICK", None)  # of notebooks: small sizes, for tests
+    other = [] if options.quick else everything()
+    tables()
+    if other:
+        cure = "delete toy/results/table.json and run python -m toy.table"
+        print(f"remake: {', '.join(other)}: the other seeds are of older code; {cure}")
+    return 1 if other else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
