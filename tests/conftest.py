@@ -60,14 +60,37 @@ def new_roles(new_backbone):
 
 @pytest.fixture
 def draw():
-    """draw(shape): the arguments of fake_step and generator_step, always the same numbers."""
+    """draw(shape): the arguments of the two steps, by name and role, always the same numbers."""
 
     def make(shape=POINT, n=4):
         rng = torch.Generator().manual_seed(9)
         x0, x_in, eps = torch.randn(3, n, *shape, generator=rng)
         cond = torch.randint(TWO_CAPTIONS, (n,), generator=rng)
         sigma_in = few_step_sigmas(4, 5.0)[torch.arange(n) % 4]  # the first is pure noise
-        sigma = 0.1 + 0.8 * torch.rand(n, generator=rng)
-        return {"x0": x0, "cond": cond}, x_in, sigma_in, sigma, eps
+        both = {"cond": cond, "sigma": 0.1 + 0.8 * torch.rand(n, generator=rng), "eps": eps}
+        generator = {"x_in": x_in, "sigma_in": sigma_in, "x0_gt": x0}
+        return {"fake": {"x_gen": x0} | both, "generator": generator | both}
+
+    return make
+
+
+@pytest.fixture
+def merged():
+    """merged(module, adapter, alpha): weights W + alpha B A of a plain module, {name: tensor}.
+
+    With a whole copy's weights in place of an adapter's these are it, whatever alpha is.
+    """
+
+    def make(module, trained, alpha):
+        weights = dict(module.named_parameters())
+        for name, x in trained.items():
+            layer = name.replace("lora_A.", "")
+            if layer != name:
+                weights[layer] = (
+                    weights[layer] + alpha * trained[name.replace("lora_A", "lora_B")] @ x
+                )
+            elif name in weights:
+                weights[name] = x
+        return weights
 
     return make

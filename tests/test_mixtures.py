@@ -135,18 +135,28 @@ def test_the_kinds_of_covariance_agree_on_one_matrix():
     eye = torch.eye(D, dtype=torch.float64)
     means, weights = torch.randn(K, D, generator=generator()).double(), torch.ones(K)
     empty = torch.zeros(K, D, 0, dtype=torch.float64)
-    isotropic = [variance, variance[:, None].expand(K, D), variance[:, None, None] * eye,
-                 LowRank(empty, variance), LowRank(0 * factors, variance)]
+    isotropic = [
+        variance,
+        variance[:, None].expand(K, D),
+        variance[:, None, None] * eye,
+        LowRank(empty, variance),
+        LowRank(0 * factors, variance),
+    ]
     spread = [LowRank(factors, variance), factors @ factors.mT + variance[:, None, None] * eye]
     x = torch.randn(40, D, generator=generator(3)).double()
     for same in (isotropic, spread):
         results = []
         for covariances in same:
             mixture = GaussianMixture(weights, means, covariances)
-            results.append([
-                mixture.velocity(x, 0.3), mixture.log_prob(x, 0.1), mixture.mahalanobis(x),
-                mixture.covariance(), mixture.project(eye[:, :2]).covariance(),
-            ])
+            results.append(
+                [
+                    mixture.velocity(x, 0.3),
+                    mixture.log_prob(x, 0.1),
+                    mixture.mahalanobis(x),
+                    mixture.covariance(),
+                    mixture.project(eye[:, :2]).covariance(),
+                ]
+            )
         for result in results[1:]:
             assert all(relative(*pair) < 1e-11 for pair in zip(result, results[0]))
 
@@ -229,8 +239,11 @@ def test_a_condition_is_the_mixture_of_its_own_components():
     assert torch.allclose(mixture.posterior_mean(x, 0.4, ones), alone.posterior_mean(x, 0.4))
     assert torch.allclose(mixture.log_prob(x, 0.4, ones), alone.log_prob(x, 0.4))
     mixed = torch.arange(10) % 2
-    both = torch.where((mixed == 1)[:, None, None], mixture.velocity(x, 0.4, ones),
-                       mixture.velocity(x, 0.4, 0 * ones))
+    both = torch.where(
+        (mixed == 1)[:, None, None],
+        mixture.velocity(x, 0.4, ones),
+        mixture.velocity(x, 0.4, 0 * ones),
+    )
     assert torch.allclose(mixture.velocity(x, 0.4, mixed), both)
 
 

@@ -6,6 +6,7 @@ without checkpointing, hashes of the frozen weights. Run: python -m pytest tests
 """
 
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from w2svd import Refused, fake_step, generator_step
 POINT, VIDEO = (2,), (2, 4, 4, 4)
 SHAPES = pytest.mark.parametrize("shape", [POINT, VIDEO], ids=["points", "videos"])
 ROLES = ("generator", "real", "fake")
+STEPS = {"fake": fake_step, "generator": generator_step}
 
 
 def inputs(draw, shape=POINT):
-    batch, x_in, _, sigma, _ = draw(shape)
-    return x_in, sigma, batch["cond"]
+    given = draw(shape)["generator"]
+    return given["x_in"], given["sigma"], given["cond"]
 
 
 def frozen_hash(module):
@@ -34,20 +36,9 @@ def frozen_hash(module):
     return digest.hexdigest()
 
 
-def merged(plain, state, alpha):
-    """The plain module's weights with alpha B A added, {name: tensor}."""
-    weights = dict(plain.named_parameters())
-    for name, A in state.items():
-        if name.endswith(".lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            B = state[f"{layer}.lora_B.weight"]
-            weights[f"{layer}.weight"] = weights[f"{layer}.weight"] + alpha * B @ A
-    return weights
-
-
 def step_both(roles, draws, optimizers):
-    for step, role in ((fake_step, "fake"), (generator_step, "generator")):
-        step(roles, *draws)
+    for role, step in STEPS.items():
+        step(roles, **draws[role])
         optimizers[role].step()
         optimizers[role].zero_grad()
 
@@ -61,14 +52,13 @@ def adam(roles):
 
 @SHAPES
 def test_each_role_is_the_plain_backbone_with_its_merged_weights(
-    new_roles, new_backbone, draw, shape
+    new_roles, new_backbone, merged, draw, shape
 ):
     roles, plain = new_roles(shape, alpha_weak=0.25, alpha_strong=1.5), new_backbone(shape).module
     x_t, sigma, cond = inputs(draw, shape)
     base, outputs = plain(x_t, sigma, cond), {}
-    for role, adapter, alpha in (
-        ("generator", "generator", 1.0), ("real", "fake", 0.25), ("fake", "fake", 1.5)
-    ):  # fmt: skip
+    for role, alpha in (("generator", 1.0), ("real", 0.25), ("fake", 1.5)):
+        adapter = "generator" if role == "generator" else "fake"
         weights = merged(plain, roles.state(adapter), alpha)
         expected = functional_call(plain, weights, (x_t, sigma, cond))
         outputs[role] = getattr(roles, role)(x_t, sigma, cond)
@@ -95,7 +85,7 @@ def test_new_adapters_change_nothing_until_they_are_trained(new_backbone, draw):
 
 
 def test_alpha_weak_may_change_at_run_time_and_moves_the_real_dit_alone(
-    new_roles, new_backbone, draw
+    new_roles, new_backbone, merged, draw
 ):
     roles, plain, at = new_roles(alpha_weak=0.25), new_backbone().module, inputs(draw)
     before = {role: getattr(roles, role)(*at) for role in ROLES}
@@ -124,7 +114,7 @@ def test_roles_nest_and_the_one_before_comes_back(new_roles, draw):
             roles.real(*at)
             assert active() == ["generator"]
         assert active() == ["fake"]
-        with roles.use(None):
+        with roles.use(None, 0.0):
             assert active() == []
         assert active() == ["fake"]
     assert roles.role is None and active() == []
@@ -185,10 +175,8 @@ def test_adapters_of_a_bf16_backbone_are_trained_in_float32(new_backbone, new_ro
 @pytest.mark.parametrize("kinds", [{}, {"generator": "full"}, {"fake": "full"}], ids=str)
 def test_each_step_gives_gradients_to_its_own_role_alone(new_roles, draw, kinds):
     roles = new_roles(VIDEO, **kinds)
-    for step, own, other in (
-        (fake_step, "fake", "generator"), (generator_step, "generator", "fake")
-    ):  # fmt: skip
-        step(roles, *draw(VIDEO))
+    for own, other in (("fake", "generator"), ("generator", "fake")):
+        STEPS[own](roles, **draw(VIDEO)[own])
         assert all(p.grad is None for p in roles.parameters(other))
         assert all(p.grad is not None for p in roles.parameters(own))
         assert sum(p.grad.abs().sum() for p in roles.parameters(own)) > 0
@@ -200,11 +188,9 @@ def test_each_step_gives_gradients_to_its_own_role_alone(new_roles, draw, kinds)
 def test_optimizer_steps_move_the_own_role_and_never_the_other(new_roles, draw):
     roles = new_roles()
     optimizers = adam(roles)
-    for step, own, other in (
-        (fake_step, "fake", "generator"), (generator_step, "generator", "fake")
-    ):  # fmt: skip
+    for own, other in (("fake", "generator"), ("generator", "fake")):
         before = {r: [p.detach().clone() for p in roles.parameters(r)] for r in (own, other)}
-        step(roles, *draw())
+        STEPS[own](roles, **draw()[own])
         for role in (own, other):  # also the optimizer whose role should have no gradients
             optimizers[role].step()
             optimizers[role].zero_grad()
@@ -248,11 +234,8 @@ def test_full_roles_own_their_copies_and_the_real_dit_is_the_plain_backbone(
     generator, fake = roles.generator(*at), roles.fake(*at)
     assert not torch.equal(generator, plain) and not torch.equal(fake, plain)
     assert not torch.equal(generator, fake)
-    memory = [
-        {p.data_ptr() for p in ps}
-        for ps in (roles.parameters("generator"), roles.parameters("fake"),
-                   roles.backbone.module.parameters())
-    ]  # fmt: skip
+    trained = [roles.parameters("generator"), roles.parameters("fake")]
+    memory = [{p.data_ptr() for p in ps} for ps in (*trained, roles.backbone.module.parameters())]
     assert sum(map(len, memory)) == len(set.union(*memory))  # they share nothing
     names = [n for n, _ in new_backbone().module.named_parameters()]
     assert list(roles.state("generator")) == list(roles.state("fake")) == names
@@ -282,7 +265,7 @@ def gradients(roles, role, at, situation):
             result = torch.autograd.grad(loss, trained)
         roles.alpha_weak = before
         return result
-    with roles.use(situation):
+    with roles.use(situation, None if situation else 0.0):
         return torch.autograd.grad(loss, trained)
 
 
@@ -338,14 +321,14 @@ def test_checkpointing_does_recompute_the_blocks(new_roles, draw):
 
 
 @pytest.mark.parametrize("kinds", [{}, {"generator": "full", "fake": "full"}], ids=["lora", "full"])
-@pytest.mark.parametrize("step", [fake_step, generator_step])
+@pytest.mark.parametrize("step", STEPS)
 def test_steps_with_and_without_checkpointing_give_the_same_gradients(new_roles, draw, kinds, step):
     found = []
     for checkpointing in (False, True):
         roles = new_roles(VIDEO, **kinds)
         if checkpointing:
             roles.use_checkpointing()
-        step(roles, *draw(VIDEO))
+        STEPS[step](roles, **draw(VIDEO)[step])
         found.append([p.grad for r in ("generator", "fake") for p in roles.parameters(r)])
     for plain, recomputed in zip(*found):
         assert (plain is None and recomputed is None) or torch.equal(plain, recomputed)
@@ -362,9 +345,10 @@ def test_the_gradient_that_enters_the_generators_backward_has_no_graph(
         return backward(x, gradient, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "backward", watched)
-    generator_step(new_roles(), *draw(), gt_weight=0.5, guidance=2.0)
+    given = draw()["generator"]
+    generator_step(new_roles(), **given, gt_weight=0.5, guidance=2.0)
     (gradient,) = entered
-    assert gradient.shape == draw()[1].shape and not gradient.requires_grad
+    assert gradient.shape == given["x_in"].shape and not gradient.requires_grad
 
 
 # -------------------------------------------------------------------- names and files
@@ -396,6 +380,27 @@ def test_loaded_weights_give_the_same_generator_and_leave_the_rest(new_roles, dr
     roles.load("generator", saved)
     for role in ROLES:
         assert torch.equal(getattr(roles, role)(*at), before[role])
+
+
+class WithPrefix(torch.nn.Module):
+    """A module whose layers have the name that files put in front of diffusers' names."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("written", ["transformer.", ""])
+@pytest.mark.parametrize("own", ["transformer.", ""])
+def test_weights_load_with_and_without_the_prefix_of_diffusers_files(own, written):
+    module = WithPrefix() if own else WithPrefix().transformer
+    backbone = SimpleNamespace(module=module, velocity=None, lora_targets=r"(.*\.)?[01]")
+    roles = w2svd.Roles(backbone, 2, 0.25, 1.0)
+    expected = {n.removeprefix(own): x.detach() + 1 for n, x in roles.state("generator").items()}
+    roles.load("generator", {written + name: x for name, x in expected.items()})
+    assert len(expected) == 4
+    for name, parameter in roles.state("generator").items():
+        assert torch.equal(parameter, expected[name.removeprefix(own)])
 
 
 def test_weights_with_other_names_or_shapes_are_refused_and_change_nothing(new_roles):

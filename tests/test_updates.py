@@ -2,7 +2,7 @@
 
 References: both updates written out again here with merged weights W + alpha B A and autograd, a
 separate copy of the backbone without adapters, and a one-layer network whose arithmetic is exact.
-Run: python -m pytest tests/test_updates.py, 8 seconds on one core.
+Run: python -m pytest tests/test_updates.py, 5 seconds on one core.
 """
 
 import pytest
@@ -18,12 +18,14 @@ from w2svd import (
     dmd_gradient,
     fake_step,
     few_step_sigmas,
-    generator_input,
     generator_step,
+    paired_input,
+    rollout_input,
 )
 
 POINT, VIDEO = (2,), (2, 4, 4, 4)
 SHAPES = pytest.mark.parametrize("shape", [POINT, VIDEO], ids=["points", "videos"])
+STEPS = {"fake": fake_step, "generator": generator_step}
 
 
 def gradients(roles, role):
@@ -34,33 +36,24 @@ def column(sigma, x):
     return sigma.reshape(-1, *[1] * (x.ndim - 1))
 
 
-class Reference:
-    """The three DiTs as a separate plain module with W + alpha B A merged, and no Roles."""
+@pytest.fixture
+def x0_of(new_backbone, merged):
+    """x0_of(roles, adapter, alpha, x_t, sigma, cond): by a plain module with merged weights."""
 
-    def __init__(self, plain, roles):
-        self.plain, self.roles = plain, roles
+    def x0(roles, adapter, alpha, x_t, sigma, cond):
+        plain = new_backbone(x_t.shape[1:]).module
+        weights = merged(plain, roles.state(adapter), alpha)
+        v = functional_call(plain, weights, (x_t, sigma, cond))
+        return x_t - column(sigma, x_t) * v
 
-    def x0(self, adapter, alpha, x_t, sigma, cond):
-        state = self.roles.state(adapter)
-        weights = dict(self.plain.named_parameters())
-        for name, A in state.items():
-            if name.endswith("lora_A.weight"):
-                B = state[name.replace("lora_A", "lora_B")]
-                layer = name.replace("lora_A.", "")
-                weights[layer] = weights[layer] + alpha * B @ A
-        return x_t - column(sigma, x_t) * functional_call(self.plain, weights, (x_t, sigma, cond))
+    return x0
 
 
-def watch_the_gradient(monkeypatch):
-    """A list that gets the gradient with which generator_step enters x_gen, times numel."""
-    entered, backward = [], torch.Tensor.backward
-
-    def watched(x, gradient=None, *args, **kwargs):
-        entered.append(gradient * gradient.numel())
-        return backward(x, gradient, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "backward", watched)
-    return entered
+def expect_gradients(roles, role, loss):
+    for got, exact in zip(
+        gradients(roles, role), torch.autograd.grad(loss, roles.parameters(role))
+    ):
+        torch.testing.assert_close(got, exact, rtol=1e-3, atol=2e-5 * exact.abs().max())
 
 
 # -------------------------------------------------------------------- the updates, written again
@@ -78,65 +71,59 @@ def watch_the_gradient(monkeypatch):
     ids=str,
 )
 def test_the_generators_update_is_autograd_of_its_loss_with_the_gradient_held_fixed(
-    new_roles, new_backbone, draw, shape, settings
+    new_roles, x0_of, draw, shape, settings
 ):
     """loss = mean(x_gen * stopgrad(g)), g of DMD with guidance, and the ground truth's."""
     roles = new_roles(shape, alpha_weak=0.25, alpha_strong=1.5)
-    batch, x_in, sigma_in, sigma, eps = draw(shape)
-    stats = generator_step(roles, batch, x_in, sigma_in, sigma, eps, **settings)
+    given = draw(shape)["generator"]
+    stats = generator_step(roles, **given, **settings)
 
-    net, cond, level = Reference(new_backbone(shape).module, roles), batch["cond"], sigma
-    x_gen = net.x0("generator", 1.0, x_in, sigma_in, cond)
+    level, cond, sigma_in = given["sigma"], given["cond"], given["sigma_in"]
+    x_gen = x0_of(roles, "generator", 1.0, given["x_in"], sigma_in, cond)
     x = x_gen.detach()
-    x_t = (1 - column(level, x)) * x + column(level, x) * eps
+    x_t = (1 - column(level, x)) * x + column(level, x) * given["eps"]
     with torch.no_grad():
-        x0_fake = net.x0("fake", 1.5, x_t, level, cond)
-        x0_real = net.x0("fake", 0.25, x_t, level, cond)
+        x0_fake = x0_of(roles, "fake", 1.5, x_t, level, cond)
+        x0_real = x0_of(roles, "fake", 0.25, x_t, level, cond)
         w = settings.get("guidance", 1.0)  # mixing clean samples mixes velocities
-        x0_real = w * x0_real + (1 - w) * net.x0("fake", 0.25, x_t, level, None)
+        x0_real = w * x0_real + (1 - w) * x0_of(roles, "fake", 0.25, x_t, level, None)
     g, gt_weight = torch.empty_like(x), settings.get("gt_weight", 0.0)
     for i in range(len(x)):
         g[i] = (x0_fake[i] - x0_real[i]) / (x[i] - x0_real[i]).abs().mean()
         if gt_weight and not (settings.get("gt_skip_noise") and sigma_in[i] == 1):
-            away = x0_fake[i] - batch["x0"][i]
+            away = x0_fake[i] - given["x0_gt"][i]
             g[i] += gt_weight * away / away.abs().mean()
-    loss = (x_gen * g).mean()
-    expected = torch.autograd.grad(loss, roles.parameters("generator"))
-    for gradient, exact in zip(gradients(roles, "generator"), expected):
-        torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=2e-5 * exact.abs().max())
+    expect_gradients(roles, "generator", (x_gen * g).mean())
     gap = (x0_fake - x0_real).square().mean().sqrt() / x0_real.square().mean().sqrt()
     torch.testing.assert_close(stats["relative_gap"], gap, rtol=1e-4, atol=0)
     torch.testing.assert_close(stats["gen_std"], x.std(), rtol=1e-4, atol=0)
 
 
 @SHAPES
-def test_the_fakes_update_is_autograd_of_flow_matching_on_the_generators_samples(
-    new_roles, new_backbone, draw, shape
+def test_the_fakes_update_is_autograd_of_flow_matching_on_the_samples_it_is_given(
+    new_roles, x0_of, draw, shape
 ):
-    roles = new_roles(shape, alpha_strong=1.5)
-    batch, x_in, sigma_in, sigma, eps = draw(shape)
-    stats = fake_step(roles, batch, x_in, sigma_in, sigma, eps)
+    roles, given = new_roles(shape, alpha_strong=1.5), draw(shape)["fake"]
+    stats = fake_step(roles, **given)
 
-    net, s = Reference(new_backbone(shape).module, roles), column(sigma, eps)
-    x_gen = net.x0("generator", 1.0, x_in, sigma_in, batch["cond"]).detach()
+    x_gen, eps, sigma = given["x_gen"], given["eps"], given["sigma"]
+    s = column(sigma, eps)
     x_t = (1 - s) * x_gen + s * eps
-    v_fake = (x_t - net.x0("fake", 1.5, x_t, sigma, batch["cond"])) / s
+    v_fake = (x_t - x0_of(roles, "fake", 1.5, x_t, sigma, given["cond"])) / s
     loss = (v_fake - (eps - x_gen)).square().sum() / eps.numel()
     torch.testing.assert_close(stats["fake_loss"], loss.detach(), rtol=1e-4, atol=0)
-    expected = torch.autograd.grad(loss, roles.parameters("fake"))
-    for gradient, exact in zip(gradients(roles, "fake"), expected):
-        torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=2e-5 * exact.abs().max())
+    expect_gradients(roles, "fake", loss)
 
 
-def test_both_updates_add_to_the_gradients_at_hand(new_roles, draw):
+@pytest.mark.parametrize("role", STEPS)
+def test_a_step_adds_to_the_gradients_at_hand(new_roles, draw, role):
     """Accumulation belongs to the caller: twice the step is twice the gradient."""
     roles = new_roles()
-    for step, role in ((fake_step, "fake"), (generator_step, "generator")):
-        step(roles, *draw())
-        once = [g.clone() for g in gradients(roles, role)]
-        step(roles, *draw())
-        for twice, gradient in zip(gradients(roles, role), once):
-            assert torch.equal(twice, 2 * gradient)
+    STEPS[role](roles, **draw()[role])
+    once = [g.clone() for g in gradients(roles, role)]
+    STEPS[role](roles, **draw()[role])
+    for twice, gradient in zip(gradients(roles, role), once):
+        assert torch.equal(twice, 2 * gradient)
 
 
 # -------------------------------------------------------------------- W2SVD and DMD
@@ -150,7 +137,9 @@ def test_alpha_weak_0_is_dmd_with_a_separate_real_dit_bit_for_bit(
     """The reference's real DiT is another copy of the backbone, in which no adapter ever was."""
     ours, reference, plain = new_roles(shape, 0.0), new_roles(shape, 0.7), new_backbone(shape)
     reference.real = plain.velocity
-    stats = [generator_step(r, *draw(shape), guidance=guidance) for r in (ours, reference)]
+    stats = [
+        generator_step(r, **draw(shape)["generator"], guidance=guidance) for r in (ours, reference)
+    ]
     for mine, exact in zip(gradients(ours, "generator"), gradients(reference, "generator")):
         assert exact.abs().sum() > 0
         assert torch.equal(mine, exact)
@@ -161,7 +150,7 @@ def test_alpha_weak_0_is_dmd_with_a_separate_real_dit_bit_for_bit(
 @SHAPES
 def test_equal_alphas_give_the_generator_a_gradient_of_exactly_zero(new_roles, draw, shape):
     roles = new_roles(shape, alpha_weak=0.6, alpha_strong=0.6)
-    stats = generator_step(roles, *draw(shape))
+    stats = generator_step(roles, **draw(shape)["generator"])
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(roles, "generator"))
     assert stats["relative_gap"] == 0
 
@@ -193,9 +182,8 @@ def difference_of_one_layer(alpha_weak, alpha_strong, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(w2svd, "dmd_gradient", watched)
         x_in, eps = torch.tensor([[1.0, -2.0], [3.0, 1.0]]), torch.tensor([[2.0, 1.0], [-1.0, 4.0]])
-        batch = {"x0": torch.zeros(2, 2), "cond": None}
-        levels = torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.25])
-        generator_step(roles, batch, x_in, levels[0], levels[1], eps)
+        sigma_in, sigma = torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.25])
+        generator_step(roles, x_in, sigma_in, None, sigma, eps)
     return seen[0]
 
 
@@ -225,11 +213,17 @@ def test_the_linear_networks_difference_by_hand(monkeypatch):
 def test_skipping_noise_leaves_the_ground_truth_out_where_the_input_is_pure_noise(
     new_roles, draw, monkeypatch, shape
 ):
-    entered, args = watch_the_gradient(monkeypatch), draw(shape)
+    entered, backward, given = [], torch.Tensor.backward, draw(shape)["generator"]
+
+    def watched(x, gradient=None, *args, **kwargs):
+        entered.append(gradient * gradient.numel())
+        return backward(x, gradient, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
     for gt_weight, skip in ((0.0, False), (0.5, True), (0.5, False)):
-        generator_step(new_roles(shape), *args, gt_weight=gt_weight, gt_skip_noise=skip)
+        generator_step(new_roles(shape), **given, gt_weight=gt_weight, gt_skip_noise=skip)
     dmd, skipped, everywhere = entered
-    noise = args[2] == 1
+    noise = given["sigma_in"] == 1
     assert noise.any() and not noise.all()
     assert torch.equal(skipped[noise], dmd[noise])
     assert torch.equal(skipped[~noise], everywhere[~noise])
@@ -247,10 +241,10 @@ def streams(seed=0):
 
 
 @SHAPES
-def test_paired_inputs_are_the_real_samples_noised_to_levels_of_the_grid(new_roles, shape):
+def test_paired_inputs_are_the_real_samples_noised_to_levels_of_the_grid(shape):
     sigmas, n = few_step_sigmas(4, 5.0), 64
-    x0, cond = torch.randn(n, *shape, generator=torch.Generator().manual_seed(5)), None
-    x_in, sigma = generator_input(new_roles(shape), x0, cond, sigmas, "paired", streams())
+    x0 = torch.randn(n, *shape, generator=torch.Generator().manual_seed(5))
+    x_in, sigma = paired_input(x0, sigmas, streams())
     noise = torch.randn(x0.shape, generator=streams()["input"])
     expected = (1 - column(sigma, x0)) * x0 + column(sigma, x0) * noise
     torch.testing.assert_close(x_in, expected, rtol=1e-6, atol=1e-6)
@@ -259,22 +253,15 @@ def test_paired_inputs_are_the_real_samples_noised_to_levels_of_the_grid(new_rol
     assert sum(counts) == n and min(counts) > 4  # each sample has its own level, all are visited
 
 
-def test_final_inputs_are_all_at_the_last_level_above_0(new_roles, draw):
-    batch, sigmas = draw(n=6)[0], few_step_sigmas(4, 5.0)
-    for kind in ("paired", "rollout"):
-        _, sigma = generator_input(
-            new_roles(), batch["x0"], batch["cond"], sigmas, kind, streams(), final=True
-        )
-        assert torch.equal(sigma, torch.full((6,), 0.625))
-
-
 @SHAPES
-def test_rollout_inputs_are_the_generators_own_states_at_one_random_exit(new_roles, draw, shape):
+@pytest.mark.parametrize("final", [False, True], ids=["all", "final"])
+def test_rollout_inputs_are_the_generators_own_states_at_one_exit(new_roles, draw, shape, final):
     """Written out: x0 = x - sigma v, then new noise; the input at exit k had k evaluations."""
-    roles, batch, sigmas = new_roles(shape), draw(shape)[0], few_step_sigmas(4, 5.0)
-    x0, cond, visited = batch["x0"], batch["cond"], set()
+    roles, given, sigmas = new_roles(shape), draw(shape)["generator"], few_step_sigmas(4, 5.0)
+    x0, cond, visited = given["x0_gt"], given["cond"], set()
     for seed in range(0, 40, 2):
-        x_in, sigma = generator_input(roles, x0, cond, sigmas, "rollout", streams(seed))
+        rngs = streams(seed)
+        x_in, sigma = rollout_input(roles.generator, x0, cond, sigmas, rngs, final)
         assert (sigma == sigma[0]).all() and sigma.shape == (len(x0),)
         exit_at = sigmas.tolist().index(sigma[0].item())
         visited.add(exit_at)
@@ -286,23 +273,26 @@ def test_rollout_inputs_are_the_generators_own_states_at_one_random_exit(new_rol
             x = (1 - sigmas[k + 1]) * x + sigmas[k + 1] * torch.randn(x0.shape, generator=rng)
         torch.testing.assert_close(x_in, x, rtol=1e-5, atol=1e-5)
         assert not x_in.requires_grad
-    assert visited == {0, 1, 2, 3}
+        assert torch.equal(rngs["input"].get_state(), rng.get_state())
+    assert visited == ({3} if final else {0, 1, 2, 3})
 
 
 def test_a_rollout_sees_nothing_of_the_real_samples(new_roles, draw):
-    roles, batch, sigmas = new_roles(), draw()[0], few_step_sigmas(4, 5.0)
+    roles, given, sigmas = new_roles(), draw()["generator"], few_step_sigmas(4, 5.0)
     first, second = (
-        generator_input(roles, x0, batch["cond"], sigmas, "rollout", streams(), final=True)[0]
-        for x0 in (batch["x0"], batch["x0"] + 1)
+        rollout_input(roles.generator, x0, given["cond"], sigmas, streams(), final=True)[0]
+        for x0 in (given["x0_gt"], given["x0_gt"] + 1)
     )
     assert torch.equal(first, second)
 
 
 def test_one_step_inputs_are_pure_noise(new_roles, draw):
-    x0, sigmas = draw()[0]["x0"], few_step_sigmas(1, 5.0)
+    x0, sigmas = draw()["generator"]["x0_gt"], few_step_sigmas(1, 5.0)
     noise = torch.randn(x0.shape, generator=streams()["input"])
-    for kind in ("paired", "rollout"):
-        x_in, sigma = generator_input(new_roles(), x0, None, sigmas, kind, streams())
+    for x_in, sigma in (
+        paired_input(x0, sigmas, streams()),
+        rollout_input(new_roles().generator, x0, None, sigmas, streams()),
+    ):
         assert torch.equal(x_in, noise) and (sigma == 1).all()
 
 
@@ -312,20 +302,21 @@ def test_one_step_inputs_are_pure_noise(new_roles, draw):
 @pytest.mark.parametrize(
     "step, poisoned, message",
     [
-        (fake_step, "generator", r"generator's sample in the fake update.*sigma 0\.8333"),
-        (fake_step, "fake", r"the fake's velocity.*sigma 0\.6250"),
-        (generator_step, "generator", r"the generator's sample.*sigma 0\.8333"),
-        (generator_step, "fake", r"the fake's velocity.*sigma 0\.6250"),
-        (generator_step, "real", r"the real DiT's velocity.*sigma 0\.6250"),
+        ("fake", "the samples", r"generator's sample in the fake update.*sigma 0\.6250"),
+        ("fake", "fake", r"the fake's velocity.*sigma 0\.6250"),
+        ("generator", "generator", r"the generator's sample.*sigma 0\.8333"),
+        ("generator", "fake", r"the fake's velocity.*sigma 0\.6250"),
+        ("generator", "real", r"the real DiT's velocity.*sigma 0\.6250"),
     ],
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_value_stops_the_step_with_stage_and_noise_level_and_no_gradient(
     new_roles, draw, step, poisoned, message, value
 ):
-    roles = new_roles()
-    batch, x_in, sigma_in, sigma, eps = draw()
-    sigma[2], velocity = 0.625, roles.backbone.velocity  # sigma_in[2] is 5/6
+    roles, given = new_roles(), draw()[step]
+    given["sigma"][2], velocity = 0.625, roles.backbone.velocity  # sigma_in[2] is 5/6
+    if poisoned == "the samples":
+        given["x_gen"][2, 0] = value
 
     def third_sample_fails(x_t, sigma, cond):
         v = velocity(x_t, sigma, cond)
@@ -335,41 +326,58 @@ def test_a_non_finite_value_stops_the_step_with_stage_and_noise_level_and_no_gra
 
     roles.backbone.velocity = third_sample_fails
     with pytest.raises(FloatingPointError, match=message):
-        step(roles, batch, x_in, sigma_in, sigma, eps)
+        STEPS[step](roles, **given)
     assert roles.role is None
-    assert all(g is None for r in ("generator", "fake") for g in gradients(roles, r))
+    assert all(g is None for r in STEPS for g in gradients(roles, r))
 
 
 # -------------------------------------------------------------------- numbers for the log
 
 
-def test_videos_have_a_motion_beside_the_datas_and_points_have_none(new_roles, draw):
-    roles, (batch, x_in, sigma_in, sigma, eps) = new_roles(VIDEO), draw(VIDEO)
-    stats = generator_step(roles, batch, x_in, sigma_in, sigma, eps)
+def test_videos_have_a_motion_and_points_have_none(new_roles, draw):
+    roles, given = new_roles(VIDEO), draw(VIDEO)["generator"]
+    stats, sigma_in = generator_step(roles, **given), given["sigma_in"]
     with torch.no_grad():
-        x_gen = x_in - column(sigma_in, x_in) * roles.generator(x_in, sigma_in, batch["cond"])
-    moves = [(x[:, :, 1:] - x[:, :, :-1]).abs().mean() for x in (x_gen, batch["x0"])]
-    torch.testing.assert_close(stats["gen_motion"], moves[0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(stats["data_motion"], moves[1], rtol=1e-5, atol=0)
-    assert "gen_motion" not in generator_step(new_roles(), *draw())
+        v = roles.generator(given["x_in"], sigma_in, given["cond"])
+    x_gen = given["x_in"] - column(sigma_in, v) * v
+    motion = (x_gen[:, :, 1:] - x_gen[:, :, :-1]).abs().mean()
+    torch.testing.assert_close(stats["gen_motion"], motion, rtol=1e-5, atol=0)
+    assert "gen_motion" not in generator_step(new_roles(), **draw()["generator"])
 
 
-def test_logged_numbers_are_detached_scalars(new_roles, draw):
-    for step in (fake_step, generator_step):
-        for value in step(new_roles(), *draw()).values():
-            assert value.shape == () and not value.requires_grad
+@pytest.mark.parametrize("role", STEPS)
+def test_logged_numbers_are_detached_scalars(new_roles, draw, role):
+    for value in STEPS[role](new_roles(), **draw()[role]).values():
+        assert value.shape == () and not value.requires_grad
 
 
-def test_the_moving_average_keeps_decay_of_the_old_weights(new_roles):
+@pytest.mark.parametrize("ema", [0.75, 0.0])
+def test_the_moving_average_keeps_decay_of_the_old_weights(new_roles, ema):
     roles = new_roles()
-    state = State(Config(), roles, "cpu")
+    state = State(Config(ema=ema), roles, "cpu")
     old = {name: p.detach().clone() for name, p in roles.state("generator").items()}
     with torch.no_grad():
         for parameter in roles.parameters("generator"):
             parameter.add_(1.0)
-    state.update_ema(0.75)
-    for name, average in state.ema.items():
-        torch.testing.assert_close(average, old[name] + 0.25, rtol=1e-5, atol=1e-6)
-    state.update_ema(0.0)  # off: the average is the weights
+    state.update_average()
+    for name, average in state.average.items():
+        torch.testing.assert_close(average, old[name] + 1 - ema, rtol=1e-5, atol=1e-6)
+
+
+def test_under_the_average_the_generator_has_its_weights_and_after_an_exception_its_own(
+    new_roles, draw
+):
+    roles, given = new_roles(), draw()["generator"]
+    at = given["x_in"], given["sigma_in"], given["cond"]
+    state = State(Config(), roles, "cpu")
+    own = {name: p.detach().clone() for name, p in roles.state("generator").items()}
+    for average in state.average.values():
+        average.mul_(0.5)
+    with pytest.raises(ZeroDivisionError), state.averaged() as velocity:
+        assert torch.equal(velocity(*at), roles.generator(*at))
+        for name, parameter in roles.state("generator").items():
+            assert torch.equal(parameter, 0.5 * own[name])
+        raise ZeroDivisionError
     for name, parameter in roles.state("generator").items():
-        torch.testing.assert_close(state.ema[name], parameter.detach(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(parameter, own[name])
+        assert torch.equal(state.average[name], 0.5 * own[name])
