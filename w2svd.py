@@ -2,7 +2,7 @@
 
 A video diffusion transformer (DiT) needs about 28 evaluations for a video. This file turns it into
 a GENERATOR that needs 4, or 1: from noise it predicts a clean video, which is noised again to the
-next of 4 levels, the grid, and so on. Distribution matching distillation (DMD) moves the
+next lower of 4 levels (the grid), and so on. Distribution matching distillation (DMD) moves the
 generator's samples along the difference of two scores: that of the data, known by a REAL DiT, and
 that of the generator's own samples, learnt on the way by a FAKE DiT. Both scores are read at noised
 samples, where the two densities overlap. W2SVD makes the two DiTs out of one frozen backbone that
@@ -17,7 +17,7 @@ it has to judge; with the generator an adapter too (ours), one backbone serves a
 
 Algorithm 1: W2SVD                                                          (`distil`, section 6)
 
-    repeat `iterations` times:
+    repeat `iterations` times:                     (each update draws its own x_in, sigma and eps)
         repeat `fake_updates` times:                         the fake learns the generator's samples
             x_gen = x_in - sigma_in v_generator(x_in, sigma_in)                         no gradient
             x_t   = (1 - sigma) x_gen + sigma eps
@@ -196,16 +196,17 @@ PRESETS = {
     "hunyuan captions": dict(generator_input="rollout", fake_samples="final"),
 }
 MAY_BE_0 = "alpha_weak ema gt_weight guidance embedded_guidance sigma_low fake_warmup seed"
+MAY_BE_0 += " fake_weight_decay"
 # what --resume may change: it touches no bits, or is said in metrics.jsonl
-FREE = "out data checkpoint cache iterations log_every save_every checkpointing compile"
-FREE += " generator_lr fake_lr"
+RESUMABLE = "out data checkpoint cache iterations log_every save_every checkpointing compile"
+RESUMABLE += " generator_lr fake_lr"
 
 
 def check(c: Config):
     """Refuse settings that contradict each other, with the reason."""
     for name, value in dataclasses.asdict(c).items():
-        least = 0 if name in (*MAY_BE_0.split(), "fake_weight_decay") else 1e-30
-        if type(value) in (int, float) and not least <= value < 2**53:
+        fits = type(value) not in (int, float) or 0 < value < 2**53  # not so: nan
+        if not fits and not (value == 0 and name in MAY_BE_0.split()):
             raise Refused(f"--{name.replace('_', '-')} cannot be {value}.")
     if c.alpha_weak > c.alpha_strong:
         raise Refused(f"--alpha-weak must be at most --alpha-strong = {c.alpha_strong}.")
@@ -235,8 +236,6 @@ def check_hunyuan(c: Config):
 
 
 # ---- 2. Flow matching ----------------------------------------------------------------------------
-
-
 def expand_as(sigma, x):
     """sigma, a float or (B,), shaped to multiply x (B, ...)."""
     return torch.as_tensor(sigma, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
@@ -282,8 +281,6 @@ def sample_sigma(n, low, high, shift, rng):
 
 
 # ---- 3. One backbone, three roles ----------------------------------------------------------------
-
-
 class Roles:
     """Generator, real and fake DiT out of one frozen backbone; each a velocity(x_t, sigma, cond).
 
@@ -298,19 +295,19 @@ class Roles:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self.backbone, self.role = backbone, None
+        self.backbone = backbone
         self.alpha_weak, self.alpha_strong = alpha_weak, alpha_strong
         kinds = {"generator": generator, "fake": fake}
         self.copies = {role: copy.copy(backbone) for role in kinds if kinds[role] == "full"}
         for owner in self.copies.values():
             owner.module = copy.deepcopy(backbone.module).float().requires_grad_(True)
         self.adapters = [role for role in kinds if kinds[role] == "lora"]
-        for role in self.adapters:  # alpha = rank: loads at the right strength without metadata
+        for role in self.adapters:  # alpha = rank, so that files need no metadata
             lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=backbone.lora_targets)
             with warnings.catch_warnings(action="ignore"):  # of a second adapter, the method itself
                 inject_adapter_in_model(lora, backbone.module, adapter_name=role)
         self.layers = [m for m in backbone.module.modules() if isinstance(m, BaseTunerLayer)]
-        for layer in self.layers:  # or inputs would be made float32, for autocast to undo it
+        for layer in self.layers:  # peft would cast inputs to float32, autocast back
             layer.cast_input_dtype_enabled = False
         # NOTE silent: adding the second adapter froze the first, so gradients are set after both
         backbone.module.requires_grad_(False)
@@ -344,7 +341,7 @@ class Roles:
     @contextmanager
     def use(self, role, alpha=None):
         """The backbone plays `role` inside; the role before comes back, also after an exception."""
-        # the docstring's table: at which weight a role carries its adapter
+        # the table of the file's docstring: at which weight a role carries its adapter
         table = {"generator": 1.0, "fake": self.alpha_strong, "real": self.alpha_weak}
         before = self.role, self.alpha
         self._switch(role, table[role] if alpha is None else alpha)
@@ -368,8 +365,8 @@ class Roles:
         # NOTE silent: without its context a block is recomputed under whatever role and alpha are
         # active at the time of the backward, and the gradient is wrong by tens of percent
         as_now = functools.partial(self.use, self.role, self.alpha)
-        context = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), as_now())}
-        return recompute_in_backward(block, *args, **context)
+        contexts = lambda: (nullcontext(), as_now())  # noqa: E731  of the forward, of the recomputation
+        return recompute_in_backward(block, *args, use_reentrant=False, context_fn=contexts)
 
     def use_checkpointing(self):
         """Keep only the blocks' inputs for the backward, in every role."""
@@ -399,14 +396,12 @@ class Roles:
             parameter.copy_(theirs[name])
 
     def base_sum(self):
-        """A cheap fingerprint of the frozen weights, to show that they did not move."""
+        """The sum over about eight frozen tensors, to show that they did not move."""
         frozen = [p for p in self.backbone.module.parameters() if not p.requires_grad]
         return sum(float(p.double().sum()) for p in frozen[:: max(1, len(frozen) // 8)])
 
 
 # ---- 4. Losses -----------------------------------------------------------------------------------
-
-
 def at_least_float32(x):
     """bf16 loses the small difference of two similar predictions."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -444,9 +439,8 @@ def fake_loss(v_fake, x_gen, eps):
 
 # ---- 5. The discriminator of the paper's figure is not built -------------------------------------
 
+
 # ---- 6. The updates, the samplers, the loop ------------------------------------------------------
-
-
 def require_finite(what, x, sigma):
     """Stop at the first non-finite value in x (B, ...), with its stage and noise level named."""
     bad = ~torch.isfinite(x.detach()).flatten(1).all(dim=1)
@@ -485,7 +479,7 @@ def paired_input(x0, sigmas, rngs):
     """x_in (B, ...): the real samples x0 noised, each to a random level (B,) of the grid.
 
     paper: noised real samples (figure). peer: the levels, as in CausVid.
-    rngs: generators 'input', of the noise, and 'exit', of the levels, on the device of x0.
+    rngs: torch.Generators 'input', of the noise, and 'exit', of the levels, on x0's device.
     """
     noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
     exits = torch.randint(len(sigmas) - 1, (len(x0),), generator=rngs["exit"], device=x0.device)
@@ -497,18 +491,19 @@ def rollout_input(generator, x0, cond, sigmas, rngs, final=False):
     """x_in (B, ...): where few-step sampling from noise is at a random exit, or the last. peer."""
     # one exit for the batch, as in Self-Forcing; x0 gives the shape only
     noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
-    exit = int(torch.randint(len(sigmas) - 1, (1,), generator=rngs["exit"], device=x0.device))
-    if final:
-        exit = len(sigmas) - 2
-    x_in = few_step_sample(generator, noise, sigmas[: exit + 1], cond, rngs["input"])
-    return x_in, sigmas[exit].expand(len(x0))
+    level = int(torch.randint(len(sigmas) - 1, (1,), generator=rngs["exit"], device=x0.device))
+    if final:  # drawn all the same, so that the stream is the same
+        level = len(sigmas) - 2
+    x_in = few_step_sample(generator, noise, sigmas[: level + 1], cond, rngs["input"])
+    return x_in, sigmas[level].expand(len(x0))
 
 
 def fake_step(roles, x_gen, cond, sigma, eps):
     """One backward of the fake's loss: it learns to denoise the generator's samples x_gen.
 
     x_gen, eps (B, ...), without gradient; sigma (B,) the level to which x_gen is noised. The
-    gradients add up; the caller owns the optimizer. Returns detached numbers.
+    gradients add up; the caller owns the optimizer. Returns {'fake_loss'}; FloatingPointError where
+    something is not finite.
     """
     require_finite("the generator's sample in the fake update", x_gen, sigma)
     x_t = add_noise(x_gen, eps, sigma)
@@ -527,8 +522,8 @@ def generator_step(
 
     x_in (B, ...) at sigma_in (B,) from paired_input or rollout_input; its sample is noised to sigma
     (B,) with eps (B, ...). With gt_weight, x0_gt is the real sample behind x_in (paired only).
-    Every gradient is taken at the detached sample and pushed through it at once. The gradients add
-    up; the caller owns the optimizer. Returns detached numbers.
+    g is computed without gradient and enters the backward at x_gen. The gradients add up; the
+    caller owns the optimizer. Returns detached numbers; FloatingPointError as fake_step.
     """
     with roles.use("generator"):
         x_gen = x0_from_velocity(x_in, roles.generator(x_in, sigma_in, cond), sigma_in)
@@ -544,11 +539,11 @@ def generator_step(
             x0_real = x0_from_velocity(x_t, v_real, sigma)
             g = dmd_gradient(x_gen, x0_real, x0_fake)
             if gt_weight:
-                counts = sigma_in < 1 if gt_skip_noise else torch.ones_like(sigma_in)
-                g = g + gt_weight * expand_as(counts, g) * gt_gradient(x0_fake, x0_gt)
+                keep = sigma_in < 1 if gt_skip_noise else torch.ones_like(sigma_in)
+                g = g + gt_weight * expand_as(keep, g) * gt_gradient(x0_fake, x0_gt)
             require_finite("the generator's gradient", g, sigma)
         # the gradient of mean(x_gen * stopgrad(g)): DMD2's scale. peer
-        # NOTE silent: the learning rate depends on this 1 / numel (in Adam: clipping, epsilon)
+        # NOTE silent: the learning rate depends on this 1 / numel (in Adam by clipping, epsilon)
         x_gen.backward(g.to(x_gen.dtype) / g.numel())
     v = [at_least_float32(v).flatten(1) for v in (v_fake, v_real)]
     gap = at_least_float32(x0_fake - x0_real).norm() / at_least_float32(x0_real).norm()
@@ -682,7 +677,7 @@ def distil(config, roles, state, data):
     between two iterations is in `state`; logging, files and signals are the caller's.
     """
     sigmas = few_step_sigmas(config.steps, config.shift).to(state.device)
-    weights = {n: getattr(config, n) for n in ("gt_weight", "gt_skip_noise", "guidance")}
+    terms = {n: getattr(config, n) for n in ("gt_weight", "gt_skip_noise", "guidance")}
 
     def generator_input(x0, cond, final=False):
         if config.generator_input == "paired":
@@ -695,7 +690,7 @@ def distil(config, roles, state, data):
         warmup = config.fake_warmup if state.iteration == 0 else 0
 
         for _ in range(warmup + config.fake_updates):  # the fake learns the generator's samples
-            fake_stats = []
+            fake_stats = []  # of the last update they are yielded
             for x0, cond, sigma, eps in micro_batches(config, state, data):
                 x_in, sigma_in = generator_input(x0, cond, config.fake_samples == "final")
                 with torch.no_grad():
@@ -708,7 +703,7 @@ def distil(config, roles, state, data):
         for x0, cond, sigma, eps in micro_batches(config, state, data):  # one of the generator
             x_in, sigma_in = generator_input(x0, cond)
             args = roles, x_in, sigma_in, cond, sigma, eps
-            stats.append(generator_step(*args, x0_gt=x0, **weights) | moments("data", x0))
+            stats.append(generator_step(*args, x0_gt=x0, **terms) | moments("data", x0))
         norm = state.update("generator", lr * config.generator_lr)
         state.update_average()
 
@@ -718,8 +713,6 @@ def distil(config, roles, state, data):
 
 
 # ---- 7. HunyuanVideo (13B) by diffusers ----------------------------------------------------------
-
-
 class HunyuanVideo:
     """diffusers' HunyuanVideoTransformer3DModel behind the contract of Roles."""
 
@@ -754,11 +747,11 @@ class HunyuanVideo:
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             v = self.module(
                 hidden_states=x_t.to(self.dtype),
-                timestep=1000 * sigma.float(),  # NOTE silent: bf16 would make 956 of 954.5
+                timestep=1000 * sigma.float(),  # NOTE silent: bf16 would round 954.5 to 956
                 encoder_hidden_states=text,
                 encoder_attention_mask=torch.ones(text.shape[:2], device=x_t.device),
                 pooled_projections=cond["pooled"].to(self.dtype),
-                guidance=guidance * 1000,  # 6016 in bf16, as in the stock pipeline
+                guidance=guidance * 1000,  # 6000 becomes 6016 in bf16, as in diffusers
                 return_dict=False,
             )[0]
         return v.to(x_t.dtype)
@@ -801,11 +794,9 @@ def encode_text(pipe, caption):
 
 
 # ---- 8. Files and data ---------------------------------------------------------------------------
-
-
 @contextmanager
 def atomic_write(path):
-    """A name to write to, which becomes `path` at the end; a failure leaves neither."""
+    """A name to write to, which becomes `path` at the end; a failure leaves `path` as it was."""
     part = path.with_name(f".part-{path.name}")
     umask = os.umask(0)
     os.umask(umask)
@@ -851,11 +842,11 @@ def read_safetensors(path):
 
 READING = 1  # raised whenever reading or encoding changes: latents made before are made again
 FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
-START = "python w2svd.py train --model hunyuan --data my_clips/"
-ACCEPTED = "a.mp4 with a.txt, metadata.jsonl or .csv (file_name, text), videos.txt with prompt.txt"
+EXAMPLE = "python w2svd.py train --model hunyuan --data my_clips/"
+LAYOUTS = "a.mp4 with a.txt, metadata.jsonl or .csv (file_name, text), videos.txt with prompt.txt"
 # No playlist, which would read other files or a network: ffmpeg guesses the format from the content
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif"
-GUARD = ["-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-timelimit", "600"]
+FFMPEG_FLAGS = ["-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-timelimit", "600"]
 
 
 def read_lines(path):
@@ -871,20 +862,23 @@ def find_clips(data):
         if data.is_file() and data.suffix == ".txt":
             return [(None, caption) for caption in read_lines(data)], {}
         if jsonl.exists():
-            rows, known = [json.loads(line) for line in read_lines(jsonl)], {jsonl}
+            known = {jsonl}
+            rows = [json.loads(line) for line in read_lines(jsonl)]
         elif table.exists():
+            known = {table}
             text = io.StringIO(table.read_text(encoding="utf-8-sig"), newline="")
-            rows, known = list(csv.DictReader(text)), {table}
+            rows = list(csv.DictReader(text))
         elif videos.exists():
-            both, known = (read_lines(videos), read_lines(prompts)), {videos, prompts}
-            rows = [{"file_name": n, "text": t} for n, t in zip(*both, strict=True)]
+            known = {videos, prompts}
+            both = zip(read_lines(videos), read_lines(prompts), strict=True)
+            rows = [{"file_name": name, "text": text} for name, text in both]
         else:
             films = [path for path in sorted(data.iterdir()) if path.suffix.lower() in FILMS]
             rows = [{"file_name": path.name, "text": path.with_suffix(".txt")} for path in films]
         clips = [(data / row["file_name"].strip(), row["text"] or "") for row in rows]
         found = sorted(path for path in data.iterdir() if not path.name.startswith("."))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
-        raise Refused(f"--data {data} cannot be read ({error}); it needs {ACCEPTED}.") from error
+        raise Refused(f"--data {data} cannot be read ({error}); it needs {LAYOUTS}.") from error
     known |= {p for path, _ in clips for p in (path, path.with_suffix(".txt"))}
     return clips, {p.name: "no clip, nor a caption of one" for p in found if p not in known}
 
@@ -899,7 +893,7 @@ def read_clip(path, config):
     fit = ["-vf", f"fps={config.fps},{crop},scale={w}:{h}"]
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it tells every change of size
     # the whole path, or a name like 'concat:a' would be read as a protocol
-    film = iio.imiter(path.resolve(), plugin="FFMPEG", input_params=GUARD, output_params=fit)
+    film = iio.imiter(path.resolve(), plugin="FFMPEG", input_params=FFMPEG_FLAGS, output_params=fit)
     frames = [torch.from_numpy(frame) for frame in itertools.islice(film, config.frames)]
     if len(frames) < config.frames:
         raise ValueError(f"too short: {len(frames)} of {config.frames} frames, {config.fps:g} fps")
@@ -942,13 +936,13 @@ def encoded_clips(config):
     from tqdm import tqdm
 
     if not config.data:
-        raise Refused(f"Name a folder of your clips, {ACCEPTED}: {START}")
+        raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
     clips, left_out = find_clips(Path(config.data))
     files = {}  # file: (name, path, caption)
     for path, caption in clips:
         name = os.path.relpath(path, config.data) if path else caption
         try:
-            if isinstance(caption, Path):
+            if isinstance(caption, Path):  # read here: a bad one leaves out its clip alone
                 caption = " ".join(read_lines(caption))
             caption = caption.strip()
             file = latents_file(config, path, caption)
@@ -979,7 +973,7 @@ def encoded_clips(config):
     for name, reason in left_out.items():
         print(f"  left out: {name!r}, {reason}")
     if not files:
-        raise Refused(f"No clip of {config.data} can be used; it needs {ACCEPTED}.", status=1)
+        raise Refused(f"No clip of {config.data} can be used; it needs {LAYOUTS}.", status=1)
     return list(files)
 
 
@@ -1020,7 +1014,7 @@ class HunyuanTask:
     def load(self):
         """Encode what is missing, then read the weights."""
         if DEVICE == "cpu" and self.backbone.module.num_parameters() > 1e9:
-            raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {START}")
+            raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {EXAMPLE}")
         self.clips = encoded_clips(self.config)
         self.load_weights()
 
@@ -1070,7 +1064,9 @@ class HunyuanTask:
         host = sum(p.nbytes for p in base) / GiB
         if c.fp8_base:
             self.backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
-        one = 2 * tokens * width / GiB  # a bf16 tensor of a block, of which backward needs 37.2
+        one = (
+            2 * tokens * width / GiB
+        )  # a bf16 tensor of a block, whose backward keeps 37.2 of them
         memory = {
             "backbone, frozen": sum(p.nbytes for p in base) / GiB,
             "generator and fake, float32": 4 * (generator + fake) / GiB,
@@ -1089,7 +1085,9 @@ class HunyuanTask:
         attention *= c.accumulate * (forwards + 2.5 * backwards)
         # on an H100 in TFLOP/s, published: 650 in large products, 350 in FlashAttention-2
         seconds = linear * 1e3 / 650 + attention * 1e3 / 350
-        saved = 3 * (4 * generator + 3 * fake) + (c.iterations // c.save_every + 1) * generator
+        saves = 2 if c.generator == "full" else c.iterations // c.save_every
+        # two checkpoints and the one being written; the generators
+        saved = 3 * (4 * generator + 3 * fake) + (saves + 1) * generator
         return {
             "GPU memory, GiB": memory,
             "in all, GiB": sum(memory.values()),
@@ -1164,8 +1162,6 @@ class HunyuanTask:
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
-
-
 def load_task(config):
     """The model and data that `config` names, as a task."""
     if config.model == "toy":
@@ -1219,10 +1215,12 @@ def plan(config, task):
 def show(items, indent=""):
     """Print a dictionary, a line an item; dictionaries in it are indented."""
     for name, value in items.items():
-        inner = isinstance(value, dict)
-        number = f"{value:.4g}" if isinstance(value, float) else value
-        print(f"{indent}{name}:" if inner else f"{indent + name:50} {number}")
-        show(value if inner else {}, indent + "  ")
+        if isinstance(value, dict):
+            print(f"{indent}{name}:")
+            show(value, indent + "  ")
+        else:
+            number = f"{value:.4g}" if isinstance(value, float) else value
+            print(f"{indent + name:50} {number}")
 
 
 def read_run(folder):
@@ -1283,7 +1281,9 @@ def signals():
     stop = []
 
     def note(number, _):
-        os._exit(128 + number) if stop else stop.append(number)
+        if stop:
+            os._exit(128 + number)
+        stop.append(number)
 
     with ExitStack() as at_the_end:  # the handlers before come back
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -1291,7 +1291,7 @@ def signals():
         yield stop
 
 
-def finite(iterations, state):
+def as_floats(iterations, state):
     """The numbers of each iteration as floats, with the samples' std and motion by the data's."""
     try:
         for stats in iterations:
@@ -1357,7 +1357,7 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
     data, tick = task.batches(state.rngs["data"], state.taken), time.perf_counter()
     bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
     with log, bar, signals() as stop:
-        for line in finite(distil(config, roles, state, data), state):
+        for line in as_floats(distil(config, roles, state, data), state):
             line["seconds"] = time.perf_counter() - tick
             line["memory_mb"] = memory_mb(task.device)
             bar.set_postfix(None, False, loss=line["fake_loss"], gap=line["relative_gap"])
@@ -1384,8 +1384,6 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
 
 
 # ---- 10. Sample, export, command line ------------------------------------------------------------
-
-
 def read_generator(run, at=None):
     """The tensors and the header of a run's generator: the newest, or that of iteration `at`."""
     saved = sorted(Path(run).glob("generator-*.safetensors"))
@@ -1460,9 +1458,9 @@ def to_comfyui(tensors, mlp):
         for layer, parts in (SINGLE if kind.startswith("single") else DOUBLE).items():
             names = [f"transformer.{kind}.{i}.{part}" for part in parts]
             names = [name for name in names if f"{name}.lora_A.weight" in tensors]
-            A, B = ([tensors[f"{name}.lora_{x}.weight"] for name in names] for x in "AB")
             if not names:
                 continue
+            A, B = ([tensors[f"{name}.lora_{x}.weight"] for name in names] for x in "AB")
             if len(names) < len(parts):
                 B.append(torch.zeros(mlp, 0))
             converted[f"diffusion_model.{theirs}.{i}.{layer}.lora_A.weight"] = torch.cat(A)
@@ -1539,26 +1537,26 @@ def parser():
         how["formatter_class"] = functools.partial(argparse.HelpFormatter, width=80)
         return commands.add_parser(name, help=text, description=text, **how)
 
-    distil = command("train", "distil a backbone")
-    distil.add_argument("--resume", action="store_true", help="go on in --out, with its settings")
-    distil.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    distil.add_argument("--gpu-memory", type=float, metavar="F", help="GiB to plan for [the GPU's]")
-    add_settings(distil, [field.name for field in dataclasses.fields(Config)])
-    read = command("encode", "clips into latents and text, once; train does it by itself")
-    add_settings(read, "model data checkpoint height width frames fps cache".split())
-    draw = command("sample", "sample a run")
-    give = command("export", "a HunyuanVideo run for other programs")
-    for one in (draw, give):
+    trains = command("train", "distil a backbone")
+    trains.add_argument("--resume", action="store_true", help="go on in --out, with its settings")
+    trains.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    trains.add_argument("--gpu-memory", type=float, metavar="F", help="GiB to plan for [the GPU's]")
+    add_settings(trains, [field.name for field in dataclasses.fields(Config)])
+    encodes = command("encode", "clips into latents and text, once; train does it by itself")
+    add_settings(encodes, "model data checkpoint height width frames fps cache".split())
+    samples = command("sample", "sample a run")
+    exports = command("export", "a HunyuanVideo run for other programs")
+    for one in (samples, exports):
         one.add_argument("--run", required=True, help="a run folder, as runs/mine")
         one.add_argument("--at", type=int, help="the generator of that iteration [the newest]")
-    draw.add_argument("--out", required=True, help="toy: .png, .gif, .safetensors; hunyuan: .mp4")
-    draw.add_argument("--seed", type=int, default=0, help="of the noise [0]")
-    draw.add_argument("--n", type=int, help="toy: number of samples [1000]")
-    draw.add_argument("--prompt", help="hunyuan: what to show")
-    draw.add_argument("--lora-scale", type=float, help="hunyuan: of the generator's adapter [1]")
-    draw.add_argument("--compare", action="store_true", help="hunyuan: the backbone's 28 steps too")
-    give.add_argument("--out", required=True, help="a new folder")
-    give.add_argument("--format", required=True, choices=tuple(USE), help="merged: all weights")
+    samples.add_argument("--out", required=True, help="toy: .png, .gif, .safetensors; else .mp4")
+    samples.add_argument("--seed", type=int, default=0, help="of the noise [0]")
+    samples.add_argument("--n", type=int, help="toy: number of samples [1000]")
+    samples.add_argument("--prompt", help="hunyuan: what to show")
+    samples.add_argument("--lora-scale", type=float, help="hunyuan: of the generator's adapter [1]")
+    samples.add_argument("--compare", action="store_true", help="hunyuan: the backbone's 28 steps")
+    exports.add_argument("--out", required=True, help="a new folder")
+    exports.add_argument("--format", required=True, choices=tuple(USE), help="merged: all weights")
     return top, commands.choices
 
 
@@ -1587,7 +1585,7 @@ def resumed(given):
     base = read_run(given["out"])
     given = absolute(base.model, given)
     differ = {name: x for name, x in given.items() if x != getattr(base, name)}
-    fixed = set(differ) - set(FREE.split())
+    fixed = set(differ) - set(RESUMABLE.split())
     if "iterations" in differ and {base.alpha_weak_schedule, base.lr_schedule} != {"constant"}:
         fixed.add("iterations")  # a schedule depends on them
     if fixed:

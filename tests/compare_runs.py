@@ -27,8 +27,8 @@ def weights(path):
 
 def optimizer_slots(tensors):
     """A sorted list of fingerprints, so that numbered and named slots compare."""
-    slots = [x for name, x in tensors.items() if name.startswith("optimizer/")]
-    return sorted((tuple(x.shape), x.double().sum().item(), x.double().norm().item()) for x in slots)
+    slots = [x.double() for name, x in tensors.items() if name.startswith("optimizer/")]
+    return sorted((tuple(x.shape), x.sum().item(), x.norm().item()) for x in slots)
 
 
 def without_times(numbers):

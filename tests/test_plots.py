@@ -69,7 +69,7 @@ def test_a_scored_panel_has_its_number_in_the_title(points):
 
 
 def test_2d_panels_move_together(tmp_path, points):
-    frames = [points[k:k + 2] for k in range(3)]
+    frames = [points[k : k + 2] for k in range(3)]
     gif = drawn(tmp_path, plots.samples_gif_2d, "a.gif", ring(), frames)
     plots.samples_2d(tmp_path / "a.gif.png", ring(), points[:2])
     assert gif.shape == (3, *iio.imread(tmp_path / "a.gif.png").shape)
@@ -115,7 +115,7 @@ def test_clips_play_in_their_own_colours(tmp_path, clips):
     assert len(gif) == 8
     corner = 8, gif.shape[2] - 8 - 8 * 64 - 7 * 4  # of the first clip in the first row
     for t in range(8):
-        seen = gif[t, corner[0] + 4:, corner[1] + 4:][:64:8, :64:8].astype(int)
+        seen = gif[t, corner[0] + 4 :, corner[1] + 4 :][:64:8, :64:8].astype(int)
         assert np.abs(seen - plots._rgb(clips[0][1][:1])[0, t]).max() < 40
 
 
@@ -150,8 +150,9 @@ def charts():
 def test_curves_on_a_logarithmic_axis_look_different(tmp_path):
     panels = [("ring", [("gap", [1, 2], [0.01, 1.0], [0.01, 0.9], [0.02, 1.1])])]
     plain = drawn(tmp_path, plots.curves, "a.png", panels, "iteration", ["gap"])
-    assert (drawn(tmp_path, plots.curves, "a.png", panels, "iteration", ["gap"], True)
-            != plain).any()
+    assert (
+        drawn(tmp_path, plots.curves, "a.png", panels, "iteration", ["gap"], True) != plain
+    ).any()
 
 
 def test_the_spread_of_runs_is_their_mean_least_and_greatest():
