@@ -1,0 +1,312 @@
+"""Section 6: the loop of Algorithm 1 and what one run of it leaves.
+
+Reference: `Reference`, the whole loop written again in plain torch, with weights W + alpha B A,
+autograd of each loss, clipping, AdamW and the average by hand, and random streams of its own, drawn
+from the same seeds. Run: python -m pytest tests/test_distil.py, 10 seconds on one core.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.func import functional_call
+
+import toy.tasks
+from w2svd import Config, State, distil, read_safetensors, save_generator
+
+POINT, VIDEO = (2,), (2, 4, 4, 4)
+N, ITERATIONS = 3, 3
+RATES = dict(generator_lr=3e-3, fake_lr=2e-3, lora_rank=3, fake_updates=2, iterations=6, seed=7)
+CASES = {
+    "the defaults": (VIDEO, {}),
+    "all of a paired run's settings": (
+        VIDEO,
+        dict(
+            gt_weight=0.3,
+            gt_skip_noise=True,
+            guidance=1.5,
+            accumulate=2,
+            alpha_weak=0.75,
+            alpha_weak_schedule="cosine",
+            fake_warmup=3,
+            ema=0.6,
+        ),
+    ),
+    "ground truth at every level": (POINT, dict(gt_weight=0.3, steps=2, shift=3.0, ema=0.0)),
+    "rollouts, a fake of final samples": (
+        POINT,
+        dict(
+            generator_input="rollout",
+            fake_samples="final",
+            lr_schedule="linear",
+            fake_weight_decay=2.0,
+            sigma_shift=5.0,
+            ema=0.5,
+            fake_warmup=1,
+        ),
+    ),
+    "rollouts, a fake of all samples": (
+        VIDEO,
+        dict(
+            generator_input="rollout",
+            alpha_weak_schedule="linear",
+            alpha_strong=1.3,
+            lr_schedule="linear",
+            sigma_low=0.3,
+            sigma_high=0.6,
+            accumulate=2,
+        ),
+    ),
+    "two whole copies, one step": (
+        VIDEO,
+        dict(generator="full", fake="full", alpha_weak=0.0, steps=1, ema=0.9),
+    ),
+    "a full fake beside an adapter": (
+        POINT,
+        dict(fake="full", alpha_weak=0.0, generator_input="rollout", guidance=2.0),
+    ),
+}
+
+
+def batches(shape, seed=11):
+    """Endless {'x0', 'cond'}, always the same ones."""
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        x0 = torch.randn(N, *shape, generator=rng)
+        yield {"x0": x0, "cond": torch.randint(2, (N,), generator=rng)}
+
+
+def column(sigma, x):
+    return sigma.reshape(-1, *[1] * (x.ndim - 1))
+
+
+class Reference:
+    """Algorithm 1 again: nothing of w2svd.py is called here."""
+
+    def __init__(self, config, plain, merged, roles):
+        self.c, self.plain, self.merged = config, plain, merged
+        self.weights = {  # {role: {name: tensor}}
+            role: {n: p.detach().clone().requires_grad_() for n, p in roles.state(role).items()}
+            for role in ("generator", "fake")
+        }
+        self.average = {n: p.detach().clone() for n, p in self.weights["generator"].items()}
+        self.squares = {
+            role: {name: torch.zeros_like(p) for name, p in named.items()}
+            for role, named in self.weights.items()
+        }
+        self.updates = {"generator": 0, "fake": 0}
+        self.streams = {
+            name: torch.Generator().manual_seed(1000 * config.seed + place)
+            for place, name in enumerate(["data", "input", "exit", "level", "noise"])
+        }
+        even = [1 - i / config.steps for i in range(config.steps + 1)]
+        self.grid = [config.shift * u / (1 + (config.shift - 1) * u) for u in even]
+
+    def x0(self, role, x_t, sigma, cond, alpha=1.0):
+        weights = self.merged(self.plain, self.weights[role], alpha)
+        return x_t - column(sigma, x_t) * functional_call(self.plain, weights, (x_t, sigma, cond))
+
+    def x0_real(self, x_t, sigma, cond, alpha):
+        """Of the real DiT: the backbone, with alpha_weak of the fake's adapter."""
+        if self.c.fake == "full":
+            return x_t - column(sigma, x_t) * self.plain(x_t, sigma, cond)
+        return self.x0("fake", x_t, sigma, cond, alpha)
+
+    def normal(self, x, stream):
+        return torch.randn(x.shape, generator=self.streams[stream])
+
+    def losses_noise(self, x0):
+        """Levels (B,) and noise at which the two scores, or the fake's loss, are read."""
+        c, u = self.c, torch.rand(len(x0), generator=self.streams["level"])
+        u = c.sigma_low + u * (c.sigma_high - c.sigma_low)
+        return u * c.sigma_shift / (1 + u * (c.sigma_shift - 1)), self.normal(x0, "noise")
+
+    def input(self, x0, cond, final):
+        x, count = self.normal(x0, "input"), len(self.grid) - 1
+        if self.c.generator_input == "paired":
+            exits = torch.randint(count, (len(x0),), generator=self.streams["exit"])
+            sigma = torch.tensor(self.grid)[exits]
+            return (1 - column(sigma, x)) * x0 + column(sigma, x) * x, sigma
+        exit_at = int(torch.randint(count, (1,), generator=self.streams["exit"]))
+        exit_at = count - 1 if final else exit_at
+        for here, after in zip(self.grid[:exit_at], self.grid[1:]):
+            with torch.no_grad():
+                clean = self.x0("generator", x, torch.full((len(x),), here), cond)
+            x = (1 - after) * clean + after * self.normal(x0, "input")
+        return x, torch.full((len(x),), self.grid[exit_at])
+
+    def fake_loss(self, x0, cond):
+        sigma, eps = self.losses_noise(x0)
+        x_in, sigma_in = self.input(x0, cond, self.c.fake_samples == "final")
+        x_gen, s = self.x0("generator", x_in, sigma_in, cond).detach(), column(sigma, eps)
+        x_t = (1 - s) * x_gen + s * eps
+        v_fake = (x_t - self.x0("fake", x_t, sigma, cond, self.c.alpha_strong)) / s
+        loss = (v_fake - (eps - x_gen)).square().mean()
+        return loss, {"fake_loss": loss.detach()}
+
+    def generator_loss(self, x0, cond, alpha_weak):
+        c, (sigma, eps) = self.c, self.losses_noise(x0)
+        x_in, sigma_in = self.input(x0, cond, final=False)
+        x_gen, s = self.x0("generator", x_in, sigma_in, cond), column(sigma, eps)
+        x = x_gen.detach()
+        x_t = (1 - s) * x + s * eps
+        with torch.no_grad():
+            x0_fake = self.x0("fake", x_t, sigma, cond, c.alpha_strong)
+            x0_real = self.x0_real(x_t, sigma, cond, alpha_weak)
+            blind = self.x0_real(x_t, sigma, None, alpha_weak)
+            x0_real = c.guidance * x0_real + (1 - c.guidance) * blind
+        g = torch.zeros_like(x)
+        for i in range(len(x)):
+            g[i] = (x0_fake[i] - x0_real[i]) / (x[i] - x0_real[i]).abs().mean()
+            if not (c.gt_skip_noise and sigma_in[i] == 1):
+                away = x0_fake[i] - x0[i]
+                g[i] += c.gt_weight * away / away.abs().mean()
+        v = [((x_t - x0) / s).flatten(1) for x0 in (x0_fake, x0_real)]
+        numbers = {
+            "relative_gap": (x0_fake - x0_real).norm() / x0_real.norm(),
+            "cos_fake_real": torch.cosine_similarity(*v).mean(),
+        }
+        for name, z in (("gen", x), ("data", x0)):
+            numbers |= {f"{name}_mean": z.mean(), f"{name}_std": z.std()}
+            if z.ndim == 5:
+                numbers[f"{name}_motion"] = (z[:, :, 1:] - z[:, :, :-1]).abs().mean()
+        return (x_gen * g).mean(), numbers
+
+    def update(self, role, loss_of, data, rate, decay=0.0):
+        """AdamW with beta 0 and .999 on the mean over `accumulate` batches, clipped to norm 1."""
+        named, total, all_numbers = self.weights[role], 0.0, []
+        for batch in itertools.islice(data, self.c.accumulate):
+            loss, numbers = loss_of(batch["x0"], batch["cond"])
+            total = total + loss / self.c.accumulate
+            all_numbers.append(numbers)
+        gradients = torch.autograd.grad(total, list(named.values()), materialize_grads=True)
+        norm = sum(g.square().sum() for g in gradients).sqrt()
+        self.updates[role] += 1
+        for (name, p), g in zip(named.items(), gradients):
+            g, square = g * min(1.0, 1 / (norm + 1e-6)), self.squares[role][name]
+            square.mul_(0.999).add_(0.001 * g**2)
+            unbiased = square / (1 - 0.999 ** self.updates[role])
+            p.data = (1 - rate * decay) * p.data - rate * g / (unbiased.sqrt() + 1e-8)
+        return {k: sum(one[k] for one in all_numbers) / len(all_numbers) for k in numbers}, norm
+
+    def iterate(self, data):
+        c = self.c
+        for i in range(c.iterations):
+            scale = 1 - 0.95 * i / c.iterations if c.lr_schedule == "linear" else 1
+            done = min(1, i / (c.iterations / 2))
+            falling = {"constant": 1.0, "linear": 1 - done}
+            falling["cosine"] = (1 + math.cos(math.pi * done)) / 2
+            alpha_weak = c.alpha_weak * falling[c.alpha_weak_schedule]
+            for _ in range(c.fake_updates + (c.fake_warmup if i == 0 else 0)):
+                rate = scale * c.fake_lr
+                numbers, norm = self.update("fake", self.fake_loss, data, rate, c.fake_weight_decay)
+            numbers["fake_grad_norm"] = norm
+
+            def loss_of(x0, cond, alpha_weak=alpha_weak):
+                return self.generator_loss(x0, cond, alpha_weak)
+
+            more, norm = self.update("generator", loss_of, data, scale * c.generator_lr)
+            for name, p in self.weights["generator"].items():
+                self.average[name] = c.ema * self.average[name] + (1 - c.ema) * p.detach()
+            yield numbers | more | {"grad_norm": norm, "alpha_weak": alpha_weak}
+
+
+@pytest.fixture
+def start(new_roles):
+    """start(shape, config): roles and state of a run that was not started from zero adapters."""
+
+    def make(shape, config):
+        alphas, kinds = (config.alpha_weak, config.alpha_strong), (config.generator, config.fake)
+        roles = new_roles(shape, *alphas, config.lora_rank, generator=kinds[0], fake=kinds[1])
+        return roles, State(config, roles, "cpu")
+
+    return make
+
+
+def expect_close(named, exact, squares):
+    """Except where the gradient is 0 in exact arithmetic, as that of a key's bias, which softmax
+    cancels: AdamW takes full steps along rounding errors."""
+    for name, x in named.items():
+        clear = squares[name] > 1e-13
+        torch.testing.assert_close(x[clear], exact[name][clear], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_loop_is_algorithm_1_written_again(start, new_backbone, merged, name):
+    shape, settings = CASES[name]
+    config = Config(**RATES | settings)
+    roles, state = start(shape, config)
+    reference = Reference(config, new_backbone(shape).module, merged, roles)
+    pairs = zip(distil(config, roles, state, batches(shape)), reference.iterate(batches(shape)))
+    for stats, expected in itertools.islice(pairs, ITERATIONS):
+        assert stats.keys() == expected.keys()
+        for key, exact in expected.items():
+            assert float(stats[key]) == pytest.approx(float(exact), rel=1e-4, abs=1e-5), key
+    for role, named in reference.weights.items():
+        expect_close(roles.state(role), named, reference.squares[role])
+    expect_close(state.average, reference.average, reference.squares["generator"])
+    for stream, rng in state.rngs.items():
+        assert torch.equal(rng.get_state(), reference.streams[stream].get_state()), stream
+    assert state.iteration == ITERATIONS
+
+
+def test_the_loop_ends_after_its_iterations_and_another_goes_on_from_its_state(start):
+    """All that is kept between two iterations is in the state: also no gradients lie about."""
+    config = Config(**RATES | dict(lr_schedule="linear", fake_warmup=2, iterations=4))
+    found = []
+    for cut in (4, 1):
+        (roles, state), data = start(POINT, config), batches(POINT)
+        stats = list(itertools.islice(distil(config, roles, state, data), cut))
+        assert all(p.grad is None for role in ("generator", "fake") for p in roles.parameters(role))
+        stats += distil(config, roles, state, data)
+        assert len(stats) == state.iteration == 4 and state.taken == N * (4 * 3 + 2)
+        found.append(state.tensors())
+    assert all(torch.equal(found[1][name], x) for name, x in found[0].items())
+
+
+def test_the_reads_of_the_update_at_work_are_named(start):
+    """For an error to name: a clip and its noise level for each batch of the update."""
+    config = Config(**RATES | dict(accumulate=2))
+    roles, state = start(POINT, config)
+    data = ({"name": f"clip {i}", **batch} for i, batch in enumerate(batches(POINT)))
+    next(distil(config, roles, state, data))
+    assert [name for name, _ in state.reads] == ["clip 4", "clip 5"]
+    assert all(sigma.shape == (N,) for _, sigma in state.reads)
+
+
+# -------------------------------------------------------------------- what a run shows and keeps
+
+
+@pytest.mark.parametrize("kind, prefix", [("lora", "transformer."), ("full", "")])
+def test_a_saved_generator_is_the_average_and_its_header_has_the_grid(
+    start, tmp_path, kind, prefix
+):
+    config = Config(**RATES | dict(steps=3, shift=2.0, generator=kind))
+    roles, state = start(POINT, config)
+    for _ in itertools.islice(distil(config, roles, state, batches(POINT)), 2):
+        pass
+    save_generator(tmp_path / "g.safetensors", config, state, base_sum=1.5)
+    tensors, info = read_safetensors(tmp_path / "g.safetensors")
+    assert tensors.keys() == {prefix + name for name in roles.state("generator")}
+    assert all(torch.equal(tensors[prefix + name], x) for name, x in state.average.items())
+    assert any(not torch.equal(tensors[prefix + n], p) for n, p in roles.state("generator").items())
+    assert info["sigmas"] == pytest.approx([1, 0.8, 0.5, 0])
+    assert (info["kind"], info["rank"], info["lora_alpha"], info["step"]) == (kind, 3, 3, 2)
+
+
+def test_the_toy_shows_the_run_s_grid_and_samples_with_the_header_s(tmp_path, monkeypatch):
+    config, levels = Config(data="ring", steps=3, shift=2.0, out=str(tmp_path)), []
+    task = toy.tasks.Task(config, toy.tasks.Recipe(width=8), toy.tasks.mixtures.ring())
+
+    def generator(x_t, sigma, cond):
+        levels.append(float(sigma[0]))
+        return x_t
+
+    task.on_log(config.log_every, generator)
+    assert levels == pytest.approx([1, 0.8, 0.5])
+    levels.clear()
+    monkeypatch.setattr(task, "load", lambda: None)
+    monkeypatch.setattr(task, "trained_generator", lambda *args: generator)
+    task.sample({}, {"sigmas": [1.0, 0.25, 0.0]}, tmp_path / "s.safetensors", seed=0, n=2)
+    assert levels == [1.0, 0.25]
