@@ -100,7 +100,7 @@ def planned(config, roles, times):
     result = {"planned_gib": round(memory, 2)}
     for name, forwards in (("fake", 1), ("generator", 2)):
         pflop = plain.costs(forwards, 1, 0, 0)["PFLOP an iteration"]
-        result[f"{name}_tflops"] = round(pflop * 1e3 / times[name], 2)
+        result[f"{name}_tflops"] = float(f"{pflop * 1e3 / times[name]:.4g}")
     return result
 
 

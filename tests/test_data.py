@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
+from helpers import run, same_bits
 
 import w2svd
-from toy.tiny_hunyuan import film, save_tiny
+from toy.tiny_hunyuan import SIZE, TEMPLATE, film, save_tiny
 from w2svd import Config, find_clips, read_clip
 
-PLAIN = {"template": "{}", "crop_start": 0}
-SIZE = ["--height", 32, "--width", 48, "--frames", 9, "--fps", 12]
 SMALL = ["--lora-rank", 2, "--fake-updates", 1, "--iterations", 2]
 
 
@@ -41,7 +40,7 @@ def films(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(w2svd.HunyuanVideo, "prompt_template", PLAIN)
+    monkeypatch.setattr(w2svd.HunyuanVideo, "prompt_template", TEMPLATE)
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def encode(tiny, monkeypatch, capsys):
         encoded.clear()
         capsys.readouterr()
         fixed = ["--model", "hunyuan", "--data", data, "--checkpoint", tiny, *SIZE]
-        assert w2svd.main([str(flag) for flag in (command, *fixed, *flags)]) == code
+        run(command, *fixed, *flags, code=code)
         said = capsys.readouterr()
         return said.out + said.err, len(encoded)
 
@@ -266,7 +265,7 @@ def test_a_clip_is_the_vae_s_scaled_mode_and_its_trimmed_text(encode, clips, tin
     with torch.no_grad():
         mode = pipe.vae.encode(video).latent_dist.mode()[0]
     torch.testing.assert_close(clip["latents"], mode * 0.476986)
-    embeds, pooled, mask = pipe.encode_prompt(caption, prompt_template=PLAIN)
+    embeds, pooled, mask = pipe.encode_prompt(caption, prompt_template=TEMPLATE)
     assert int(mask.sum()) == 7 and torch.equal(embeds[0, :7], clip["prompt_embeds"])
     assert torch.equal(pooled[0], clip["pooled"])
 
@@ -279,10 +278,10 @@ def test_the_released_template_is_used_where_none_is_set(monkeypatch):
             seen.append(how)
             return torch.ones(1, 3, 2), torch.ones(1, 2), torch.tensor([[1, 1, 0]])
 
-    for template in (None, PLAIN):
+    for template in (None, TEMPLATE):
         monkeypatch.setattr(w2svd.HunyuanVideo, "prompt_template", template)
         assert w2svd.encode_text(Pipe(), "a dog")["prompt_embeds"].shape == (1, 2, 2)
-    assert seen == [{}, {"prompt_template": PLAIN}]
+    assert seen == [{}, {"prompt_template": TEMPLATE}]
 
 
 def test_resampling_keeps_the_motion_s_speed(films):
@@ -414,8 +413,7 @@ def test_encode_and_then_train_equals_train_alone_bit_for_bit(encode, clips):
     assert encode(*SMALL, "--out", "then", "--cache", "two", command="train")[1] == 0
     assert cached("one") == cached("two")
     for name in ("checkpoint-000002.safetensors", "generator.safetensors"):
-        one, two = (w2svd.read_safetensors(Path(run, name))[0] for run in ("alone", "then"))
-        assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+        assert same_bits(Path("alone", name), Path("then", name))
 
 
 def test_data_that_changed_are_said_when_a_run_goes_on(encode, clips, capsys):
@@ -424,9 +422,9 @@ def test_data_that_changed_are_said_when_a_run_goes_on(encode, clips, capsys):
     (folder / "a.mp4").unlink()
     (folder / "a.txt").unlink()
     clips(c="a dog", d="a dog", e="a dog")
-    assert w2svd.main("train --resume --out r --iterations 3".split()) == 0
+    run(*"train --resume --out r --iterations 3".split())
     said = capsys.readouterr().out
     (line,) = [line for line in said.splitlines() if "the data have changed" in line]
     assert "1 clips gone" in line and "3 new" in line
-    assert w2svd.main("train --resume --out r --iterations 4".split()) == 0
+    run(*"train --resume --out r --iterations 4".split())
     assert "the data have changed" not in capsys.readouterr().out

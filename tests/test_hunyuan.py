@@ -18,15 +18,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
 from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from diffusers.loaders.lora_conversion_utils import _convert_hunyuan_video_lora_to_diffusers
 from diffusers.utils.torch_utils import randn_tensor
+from helpers import lines, refused, run, same_bits
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 import w2svd
-from toy.tiny_hunyuan import film, save_tiny
+from toy.tiny_hunyuan import SIZE, TEMPLATE, film, save_tiny
 from w2svd import Config, HunyuanTask, HunyuanVideo, Roles, few_step_sigmas, read_safetensors
 
-PLAIN = {"template": "{}", "crop_start": 0}
-SIZE = ["--height", 32, "--width", 48, "--frames", 9, "--fps", 12]
 SHAPE = (4, 3, 4, 6)  # of the latents
 SMALL = ["--lora-rank", 2, "--fake-updates", 2, "--log-every", 2, "--save-every", 2]
 # Rates at which a few steps show; and no default where a default could hide that it is ignored
@@ -45,7 +44,7 @@ def tiny(tmp_path_factory):
 def plain_text():
     """The tiny text encoder knows no template; for the whole session, as fixtures train."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HunyuanVideo, "prompt_template", PLAIN)
+        patch.setattr(HunyuanVideo, "prompt_template", TEMPLATE)
         yield
 
 
@@ -82,31 +81,6 @@ def trained(train, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch, plain_text):
     monkeypatch.chdir(tmp_path)
-
-
-def run(*flags, code=0):
-    assert w2svd.main([str(flag) for flag in flags]) == code
-
-
-def refused(capsys, *flags, status=2):
-    """The one sentence of a command that stops, before anything is written."""
-    capsys.readouterr()
-    before = sorted(Path().rglob("*"))
-    run(*flags, code=status)
-    assert sorted(Path().rglob("*")) == before
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("w2svd: ")
-    return last
-
-
-def lines(folder):
-    rows = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if k not in ("seconds", "memory_mb")} for row in rows]
-
-
-def same_bits(one, two):
-    one, two = read_safetensors(one)[0], read_safetensors(two)[0]
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def stock_transformer(tiny, dtype=torch.float32):
@@ -364,9 +338,9 @@ def test_the_plan_s_memory_is_that_of_a_simulated_iteration(size, fp8, simulated
 
 def test_what_does_not_fit_ends_with_1_and_the_cure(capsys):
     flags = ["train", "--model", "hunyuan", "--dry-run", "--gpu-memory"]
-    said = refused(capsys, *flags, 40, status=1)
+    said = refused(capsys, ".", *flags, 40, code=1)
     assert "--fp8-base" in said and "--frames" in said
-    refused(capsys, *flags, 80, "--height", 720, "--width", 1280, "--frames", 129, status=1)
+    refused(capsys, ".", *flags, 80, "--height", 720, "--width", 1280, "--frames", 129, code=1)
     run(*flags, 80)
     assert "in all" in capsys.readouterr().out and not list(Path().iterdir())
 
@@ -501,7 +475,7 @@ def one_stream(monkeypatch, seed):
 def stock_call(pipe, rng, prompt="a dog", **how):
     """Latents of a stock pipeline."""
     size = {"height": 32, "width": 48, "num_frames": 9, "guidance_scale": 3.0}
-    how |= {"prompt_template": PLAIN, "generator": rng} | size
+    how |= {"prompt_template": TEMPLATE, "generator": rng} | size
     return pipe(prompt, output_type=how.pop("output_type", "latent"), **how).frames
 
 
@@ -560,11 +534,11 @@ def test_lora_scale_seed_and_iteration_change_the_sample(tiny, trained, latents,
 
 def test_sample_refuses_what_it_cannot_do(trained, capsys):
     prompt = ["sample", "--run", trained, "--prompt", "a"]
-    refused(capsys, *prompt, "--out", "a.png")
-    refused(capsys, *prompt, "--out", "a.mp4", "--n", 3)
-    refused(capsys, *prompt, "--out", "a.mp4", "--at", 3)
-    refused(capsys, *prompt, "--out", "nowhere/a.mp4")
-    refused(capsys, "sample", "--run", trained, "--out", "a.mp4")
+    refused(capsys, ".", *prompt, "--out", "a.png")
+    refused(capsys, ".", *prompt, "--out", "a.mp4", "--n", 3)
+    refused(capsys, ".", *prompt, "--out", "a.mp4", "--at", 3)
+    refused(capsys, ".", *prompt, "--out", "nowhere/a.mp4")
+    refused(capsys, ".", "sample", "--run", trained, "--out", "a.mp4")
 
 
 # ---- export --------------------------------------------------------------------------------------
@@ -586,7 +560,7 @@ def test_the_card_s_code_draws_our_latents_with_the_exported_lora(tiny, trained)
     code = code.replace("this folder", "diffusers")
     code = code.replace("pipe(prompt,", 'x = pipe(prompt, output_type="latent", **how,')
     pipe = HunyuanVideoPipeline.from_pretrained(tiny)
-    names = {"pipe": pipe, "prompt": "a dog", "torch": torch, "how": {"prompt_template": PLAIN}}
+    names = {"pipe": pipe, "prompt": "a dog", "torch": torch, "how": {"prompt_template": TEMPLATE}}
     names["FlowMatchEulerDiscreteScheduler"] = Scheduler
     exec(code, names)
     tensors, info = w2svd.read_generator(trained)
@@ -663,18 +637,18 @@ def test_a_generator_trained_in_full_is_sampled_and_merged(train, tiny, capsys, 
     assert all(torch.equal(merged[name], average[name]) for name in merged)
     assert not torch.equal(merged["proj_out.weight"], base["proj_out.weight"])
     for format in ("diffusers", "comfyui"):
-        said = refused(capsys, "export", "--run", "r", "--format", format, "--out", "lora")
+        said = refused(capsys, ".", "export", "--run", "r", "--format", format, "--out", "lora")
         assert "--format merged" in said
     half = ["--prompt", "a dog", "--out", "b.mp4", "--lora-scale", 0.5]
-    assert "--lora-scale" in refused(capsys, "sample", "--run", "r", *half)
+    assert "--lora-scale" in refused(capsys, ".", "sample", "--run", "r", *half)
 
 
 def test_a_folder_in_use_is_not_exported_into(trained, capsys):
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
     flags = ["--run", trained, "--format", "merged", "--out"]
-    assert "in use" in refused(capsys, "export", *flags, "mine")
-    assert "in use" in refused(capsys, "export", *flags, "mine/thesis.txt")
+    assert "in use" in refused(capsys, ".", "export", *flags, "mine")
+    assert "in use" in refused(capsys, ".", "export", *flags, "mine/thesis.txt")
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -697,7 +671,7 @@ def test_a_folder_in_use_is_not_exported_into(trained, capsys):
 )
 def test_bad_settings_are_refused(tiny, clips, capsys, flags, says):
     fixed = ["train", "--model", "hunyuan", "--data", clips, "--checkpoint", tiny, "--out", "r"]
-    assert says in refused(capsys, *fixed, *flags.split())
+    assert says in refused(capsys, ".", *fixed, *flags.split())
 
 
 def test_a_checkpoint_that_is_not_hunyuanvideo_is_refused(clips, tiny, capsys):
@@ -709,7 +683,7 @@ def test_a_checkpoint_that_is_not_hunyuanvideo_is_refused(clips, tiny, capsys):
     ):
         Path("other/transformer/config.json").write_text(json.dumps(config | change))
         flags = ["--model", "hunyuan", "--data", clips, "--checkpoint", "other"]
-        assert "other is no text-to-video HunyuanVideo" in refused(capsys, "train", *flags)
+        assert "other is no text-to-video HunyuanVideo" in refused(capsys, ".", "train", *flags)
 
 
 def test_a_damaged_generator_is_refused(trained, capsys):
@@ -717,5 +691,5 @@ def test_a_damaged_generator_is_refused(trained, capsys):
     path = Path("run/generator-000004.safetensors")
     path.write_bytes(path.read_bytes()[:-4])
     for command in ("sample --prompt a --out a.mp4", "export --format merged --out lora"):
-        assert path.name in refused(capsys, *command.split(), "--run", "run")
+        assert path.name in refused(capsys, ".", *command.split(), "--run", "run")
     run("sample", "--run", "run", "--prompt", "a", "--out", "a.mp4", "--at", 2)

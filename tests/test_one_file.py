@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from toy.tiny_hunyuan import film, save_tiny
+from toy.tiny_hunyuan import SIZE, TEMPLATE, film, save_tiny
 
 FILE = Path(__file__).resolve().parent.parent / "w2svd.py"
-SIZE = ["--height", 32, "--width", 48, "--frames", 9, "--fps", 12]
 SMALL = ["--lora-rank", 2, "--fake-updates", 2, "--log-every", 1, "--save-every", 2]
 # Whoever asks for an address or a connection fails, and says so on its way out
 NO_NETWORK = """
@@ -27,9 +26,9 @@ def refuse(*args, **how):
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 """
 AS_SCRIPT = "import runpy; runpy.run_path('w2svd.py', run_name='__main__')"
-AS_MODULE = """
+AS_MODULE = f"""
 import w2svd
-w2svd.HunyuanVideo.prompt_template = {"template": "{}", "crop_start": 0}
+w2svd.HunyuanVideo.prompt_template = {TEMPLATE}
 for command in " ".join(sys.argv[1:]).split(" then "):
     assert w2svd.main(command.split()) == 0, command
 """
@@ -55,7 +54,7 @@ def start(folder, code, *flags):
     env = {name: x for name, x in os.environ.items() if name not in hidden}
     env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "no-hub"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", NO_NETWORK + code, *map(str, flags)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert "NETWORK" not in done.stderr, done.stderr
     return done
 

@@ -22,6 +22,10 @@ from transformers import (
 SPECIAL = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 WORDS = [*SPECIAL.values(), *"a the red blue square woman dog talks moves to camera left".split()]
 
+# Its text encoder follows no instructions: for HunyuanVideo.prompt_template
+TEMPLATE = {"template": "{}", "crop_start": 0}
+SIZE = "--height 32 --width 48 --frames 9 --fps 12".split()  # of clips that it takes quickly
+
 
 def tokenizer():
     table = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
