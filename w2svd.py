@@ -930,15 +930,10 @@ def latents_file(config, path, caption):
     return folder / f"{path.stem[:40] if path else 'caption'}-{digest}.safetensors"
 
 
-def encoded_clips(config):
-    """The files of all clips that can be used, encoded where they are missing; says what is not."""
-    from diffusers.training_utils import free_memory
-    from tqdm import tqdm
-
-    if not config.data:
-        raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
+def usable_clips(config):
+    """{file of latents: (name, path, caption)} of the clips, and {name: reason} of the others."""
     clips, left_out = find_clips(Path(config.data))
-    files = {}  # file: (name, path, caption)
+    files = {}
     for path, caption in clips:
         name = os.path.relpath(path, config.data) if path else caption
         try:
@@ -951,9 +946,20 @@ def encoded_clips(config):
             files[file] = name, path, caption
         except (OSError, ValueError, AttributeError) as error:
             left_out[name] = str(error)
+    return files, left_out
+
+
+def encoded_clips(config):
+    """The files of all clips that can be used, encoded where they are missing; says what is not."""
+    from diffusers.training_utils import free_memory
+    from tqdm import tqdm
+
+    if not config.data:
+        raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
+    files, left_out = usable_clips(config)
     missing = [file for file in files if not file.exists()]
     pipe = None  # read once there is something to encode
-    for file in tqdm(missing, desc="encode", unit="clip", disable=not missing):
+    for file in tqdm(missing, desc="encode", unit="clip") if missing else ():
         name, path, caption = files[file]
         try:
             video = read_clip(path, config) if path else None
@@ -1053,10 +1059,7 @@ class HunyuanTask:
             yield self.read(self.clips[permutation[place]])
 
     def costs(self, forwards, backwards, generator, fake):
-        """Memory, time and disk by formulas: simulated or published figures, nothing measured.
-
-        forwards without and backwards with gradient in an iteration; numbers of trained weights.
-        """
+        """Memory, time and disk by formulas: simulated or published figures, nothing measured."""
         c, m, GiB = self.config, self.backbone.module.config, 2**30
         n, width = len(self.backbone.blocks), m.num_attention_heads * m.attention_head_dim
         tokens = math.prod(self.shape[1:]) // m.patch_size**2 // m.patch_size_t + 256
@@ -1064,9 +1067,7 @@ class HunyuanTask:
         host = sum(p.nbytes for p in base) / GiB
         if c.fp8_base:
             self.backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
-        one = (
-            2 * tokens * width / GiB
-        )  # a bf16 tensor of a block, whose backward keeps 37.2 of them
+        one = 2 * tokens * width / GiB  # a block's bf16 tensor; its backward keeps 37.2
         memory = {
             "backbone, frozen": sum(p.nbytes for p in base) / GiB,
             "generator and fake, float32": 4 * (generator + fake) / GiB,
@@ -1296,9 +1297,8 @@ def as_floats(iterations, state):
     try:
         for stats in iterations:
             line = {name: float(x) for name, x in stats.items()}
-            for name in ("std", "motion"):
-                if line.get(f"data_{name}"):  # 0 where there are captions alone
-                    line[f"{name}_ratio"] = line[f"gen_{name}"] / line[f"data_{name}"]
+            known = [n for n in ("std", "motion") if line.get(f"data_{n}")]  # 0: captions alone
+            line |= {f"{n}_ratio": line[f"gen_{n}"] / line[f"data_{n}"] for n in known}
             yield line
     except FloatingPointError as error:
         clips = ", ".join(f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads)
@@ -1519,8 +1519,11 @@ def add_settings(command, names):
             how = {"action": argparse.BooleanOptionalAction}
         elif kind in (int, float, str):
             how = {"type": kind, "metavar": kind.__name__[0].upper()}
-        presets = [f"; {name}: {p[field.name]}" for name, p in PRESETS.items() if field.name in p]
-        text = f"{field.metadata['text']} [{field.default}{''.join(presets)}]".replace("%", "%%")
+        values = [f"{name}: {p[field.name]}" for name, p in PRESETS.items() if field.name in p]
+        values = [str(field.default)] * (field.default != "") + values
+        text = f"{field.metadata['text']} [{'; '.join(values)}]".replace("%", "%%").replace(
+            " []", ""
+        )
         if field.name in names:
             flag = "--" + field.name.replace("_", "-")
             group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
