@@ -977,7 +977,7 @@ def encoded_clips(config):
     free_memory()
     print(f"{config.data}: {len(files)} clips, {len(missing)} not in the cache before")
     for name, reason in left_out.items():
-        print(f"  left out: {name!r}, {reason}")
+        print(f"  left out, {name}: {reason}")
     if not files:
         raise Refused(f"No clip of {config.data} can be used; it needs {LAYOUTS}.", status=1)
     return list(files)
@@ -1243,12 +1243,17 @@ def save_generator(path, config, state, base_sum):
     write_safetensors(path, {prefix + name: x for name, x in state.average.items()}, info)
 
 
+def rates(config):
+    """The learning rates, which --resume may change."""
+    return {"generator_lr": config.generator_lr, "fake_lr": config.fake_lr}
+
+
 def save(folder, config, state, base_sum, clips):
     """Write the generator, and a checkpoint to resume from, of which the newest two stay."""
     step = f"{state.iteration:06}.safetensors"
     save_generator(folder / f"generator-{step}", config, state, base_sum)
     info = {"iteration": state.iteration, "taken": state.taken, "base_sum": base_sum}
-    info |= {"rates": [config.generator_lr, config.fake_lr], "clips": clips}
+    info |= {"rates": rates(config), "clips": clips}
     info |= {"metrics_bytes": (folder / "metrics.jsonl").stat().st_size}
     write_safetensors(folder / f"checkpoint-{step}", state.tensors(), info)
     for kind in ("checkpoint", "generator") if config.generator == "full" else ("checkpoint",):
@@ -1324,8 +1329,8 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
         raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}: {cure}.", status=1)
     if dry_run:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
     task.load()
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     alphas = config.alpha_weak, config.alpha_strong
     roles = Roles(task.backbone, config.lora_rank, *alphas, config.generator, config.fake)
@@ -1340,9 +1345,9 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
     write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
     log = open(folder / "metrics.jsonl", "a")
     log.truncate(min(before.get("metrics_bytes", 0), os.path.getsize(log.name)))
-    rates = [config.generator_lr, config.fake_lr]
-    if before and before["rates"] != rates and state.iteration < config.iterations:
-        changed = {"generator_lr, fake_lr": [before["rates"], rates]}
+    now, then = rates(config), before.get("rates", rates(config))
+    changed = {name: [then[name], now[name]] for name in now if then[name] != now[name]}
+    if changed and state.iteration < config.iterations:
         print(json.dumps({"step": state.iteration, "changed": changed}), file=log, flush=True)
 
     def picture():
@@ -1589,6 +1594,8 @@ def resumed(given):
     given = absolute(base.model, given)
     differ = {name: x for name, x in given.items() if x != getattr(base, name)}
     fixed = set(differ) - set(RESUMABLE.split())
+    if base.model == "toy":
+        fixed |= differ.keys() & {"data"}  # another mixture, not a moved folder
     if "iterations" in differ and {base.alpha_weak_schedule, base.lr_schedule} != {"constant"}:
         fixed.add("iterations")  # a schedule depends on them
     if fixed:
@@ -1613,7 +1620,7 @@ def resolve(given):
     out, k = config.out or f"runs/{model}", 2
     while not config.out and any(Path(out).glob("[!.]*")):
         out, k = f"runs/{model}-{k}", k + 1
-    if any(Path(out).glob("[!.]*")):
+    if Path(out).is_file() or any(Path(out).glob("[!.]*")):
         raise Refused(f"{out} is in use: name another --out, or go on in it with --resume.")
     return dataclasses.replace(config, out=out, **fits)
 
@@ -1655,5 +1662,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
     sys.modules["w2svd"] = sys.modules["__main__"]  # for toy/ to import, also from a renamed copy
     sys.exit(main())

@@ -47,7 +47,7 @@ SETTINGS = {
     "--model wan": "toy",
     "--fp8-base": "--fp8-base",
     "--compile": "--compile",
-    "--resume": "not a run",
+    "--resume": "--out",
     "--resume --out typo": "typo",
     "--model hunyuan --data x --height 481": "--height",
     "--model hunyuan --data x --frames 60": "--frames",
@@ -231,7 +231,7 @@ SAMPLE = {
     "--out no/a.png": "no",
     "--prompt dog": "prompt",
     "--compare": "compare",
-    "--lora-scale 1": "lora_scale",
+    "--lora-scale 1": "--lora-scale",
 }
 
 
