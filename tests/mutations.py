@@ -226,7 +226,7 @@ def trial(mutation, tests):
             words = f"{mutation.name}: killed by {test}"
         elif code != PASSED:
             words = f"{mutation.name}: NOT TESTED, exit status {code} of {tests}"
-    return good, words + ("" if code in (PASSED, FAILED) and good else f"\n{output}")
+    return good, words + ("" if code in (PASSED, FAILED) and good else f"\n{output[-2000:]}")
 
 
 def main(parts):
