@@ -166,6 +166,12 @@ def test_a_resume_names_the_settings_that_disagree(capsys, tmp_path):
     resume("r", "--seed", 0)  # what does not disagree may be said
 
 
+def test_fewer_iterations_than_a_run_has_are_refused(capsys, tmp_path):
+    train("r", "--iterations", 4, *CONSTANT)
+    flags = ("train", "--out", "r", "--resume", "--iterations", 2)
+    assert "--iterations" in refused(capsys, tmp_path, *flags)
+
+
 @pytest.mark.parametrize("schedule", ["--lr-schedule linear", "--alpha-weak-schedule cosine"])
 def test_the_iterations_may_not_change_where_a_schedule_depends_on_them(capsys, tmp_path, schedule):
     train("r", "--iterations", 2, *CONSTANT, *schedule.split())
@@ -229,8 +235,8 @@ SAMPLE = {
     "--n 0": "--n",
     "--out a.mp4": ".safetensors",
     "--out no/a.png": "no",
-    "--prompt dog": "prompt",
-    "--compare": "compare",
+    "--prompt dog": "--prompt",
+    "--compare": "--compare",
     "--lora-scale 1": "--lora-scale",
 }
 

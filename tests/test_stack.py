@@ -1,6 +1,7 @@
-"""toy/study/stack.py against w2svd itself: a lane of a stack is a run of `w2svd.distil`.
+"""toy/study/stack.py, many runs at once: a lane of a stack is a run of `w2svd.distil`.
 
-Run with `python -m pytest tests/test_stack.py`; 10 seconds.
+Against: w2svd itself, with the lane's own settings. Run with
+`python -m pytest tests/test_stack.py`; 10 seconds.
 """
 
 import dataclasses

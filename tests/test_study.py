@@ -1,6 +1,7 @@
-"""The study's machinery on invented results, where every answer is known, and its stored results.
+"""The study's machinery and its stored results.
 
-Run with `python -m pytest tests/test_study.py`; half a minute.
+Against: invented results, where every answer is known, and what its READMEs say. Run with
+`python -m pytest tests/test_study.py`; half a minute.
 """
 
 import json
