@@ -80,7 +80,7 @@ fake and real see different noise @ generator_step:
 the guided real DiT keeps the condition @ generator_step: sigma, None ==> sigma, cond
 the GT loss skips everything but noise @ generator_step: sigma_in < 1 ==> sigma_in == 1
 the fake is trained at another strength @ fake_step: roles.fake(x_t ==> roles.real(x_t
-a rollout takes one evaluation too many @ rollout_input: exit + 1 ==> exit + 2
+a rollout takes one evaluation too many @ rollout_input: level + 1 ==> level + 2
 a batch of paired inputs has one noise level @ paired_input: (len(x0),) ==> (1,)
 non-finite values pass @ require_finite: if bad.any() ==> if False
 motion is measured along the height @ moments: diff(dim=2) ==> diff(dim=3)
@@ -136,12 +136,14 @@ pictures are on another grid @ HunyuanTask.on_log: c.shift ==> 5.0
 latents are decoded unscaled @ HunyuanTask.film: / pipe.vae.config.scaling_factor ==>
 sample ignores the header's grid @ HunyuanTask.sample: info["sigmas"] ==> [1.0, 0.5, 0.0]
 --compare has the adapter in it @ HunyuanTask.sample:
-    beside, self.backbone.velocity ==> beside, roles.generator
---lora-scale is ignored @ HunyuanTask.sample: lora_scale if "lora_B" ==> 1.0 if "lora_B"
+    velocity = self.backbone.velocity ==> roles = Roles(self.backbone, info["rank"], 0.0, 1.0);
+    roles.load("generator", tensors); velocity = roles.generator
+--lora-scale is ignored @ HunyuanTask.sample: lora_scale * x ==> x
 # test_hunyuan.py -k each_clip_is
-always clip 0 is read @ HunyuanTask.batches: self.clips[i] ==> self.clips[0]
+always clip 0 is read @ HunyuanTask.batches: permutation[place] ==> 0
 every epoch has the same order @ HunyuanTask.batches: + epoch) ==> )
-an epoch begins anew after a resume @ HunyuanTask.batches: [taken % len(self.clips) :] ==>
+an epoch begins anew after a resume @ HunyuanTask.batches:
+    count(taken) ==> count(taken - taken % len(self.clips))
 # test_hunyuan.py -k fused_layers
 ComfyUI's fused layers are stacked in reverse @ to_comfyui: torch.cat(A) ==> torch.cat(A[::-1])
 """
@@ -205,7 +207,7 @@ def run_tests(mutation, tests):
 
         output, (file, _, words) = io.StringIO(), tests.partition(" -k ")
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            how = ["-x", "--disable-warnings", "-p", "no:cacheprovider"]
+            how = ["-x", "-n", "0", "--disable-warnings", "-p", "no:cacheprovider"]
             code = pytest.main([*how, f"tests/{file}", "-k", words])
         loaded = Path(sys.modules["w2svd"].__file__)
         os.chdir(ROOT)
