@@ -861,6 +861,7 @@ def find_clips(data):
     try:
         if data.is_file() and data.suffix == ".txt":
             return [(None, caption) for caption in read_lines(data)], {}
+        found = sorted(path for path in data.iterdir() if not path.name.startswith("."))
         if jsonl.exists():
             known = {jsonl}
             rows = [json.loads(line) for line in read_lines(jsonl)]
@@ -873,10 +874,9 @@ def find_clips(data):
             both = zip(read_lines(videos), read_lines(prompts), strict=True)
             rows = [{"file_name": name, "text": text} for name, text in both]
         else:
-            films = [path for path in sorted(data.iterdir()) if path.suffix.lower() in FILMS]
+            films = [path for path in found if path.suffix.lower() in FILMS]
             rows = [{"file_name": path.name, "text": path.with_suffix(".txt")} for path in films]
         clips = [(data / row["file_name"].strip(), row["text"] or "") for row in rows]
-        found = sorted(path for path in data.iterdir() if not path.name.startswith("."))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         raise Refused(f"--data {data} cannot be read ({error}); it needs {LAYOUTS}.") from error
     known |= {p for path, _ in clips for p in (path, path.with_suffix(".txt"))}
@@ -951,11 +951,11 @@ def usable_clips(config):
 
 def encoded_clips(config):
     """The files of all clips that can be used, encoded where they are missing; says what is not."""
+    if not config.data:
+        raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
     from diffusers.training_utils import free_memory
     from tqdm import tqdm
 
-    if not config.data:
-        raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
     files, left_out = usable_clips(config)
     missing = [file for file in files if not file.exists()]
     pipe = None  # read once there is something to encode
