@@ -342,7 +342,7 @@ class Roles:
     def use(self, role, alpha=None):
         """The backbone plays `role` inside; the role before comes back, also after an exception."""
         # the table of the file's docstring: at which weight a role carries its adapter
-        table = {"generator": 1.0, "fake": self.alpha_strong, "real": self.alpha_weak}
+        table = {None: 0, "generator": 1, "fake": self.alpha_strong, "real": self.alpha_weak}
         before = self.role, self.alpha
         self._switch(role, table[role] if alpha is None else alpha)
         try:

@@ -104,6 +104,17 @@ def test_without_out_the_next_free_folder_is_taken():
         assert "result.json" in names(folder)
 
 
+def test_what_must_follow_the_adapters_is_prepared_after_them(monkeypatch):
+    seen = []
+
+    def prepare(task):
+        seen.append(any("lora_" in name for name, _ in task.backbone.module.named_parameters()))
+
+    monkeypatch.setattr(toy.tasks.Task, "prepare", prepare)
+    train("r", "--iterations", 1)
+    assert seen == [True]
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     run("train", "--dry-run", "--cache", "cache")
     assert "generator_parameters" in capsys.readouterr().out
