@@ -365,8 +365,8 @@ class Roles:
         # NOTE silent: without its context a block is recomputed under whatever role and alpha are
         # active at the time of the backward, and the gradient is wrong by tens of percent
         as_now = functools.partial(self.use, self.role, self.alpha)
-        contexts = lambda: (nullcontext(), as_now())  # noqa: E731  of the forward, of the recomputation
-        return recompute_in_backward(block, *args, use_reentrant=False, context_fn=contexts)
+        how = {"context_fn": lambda: (nullcontext(), as_now())}  # of the forward, of recomputation
+        return recompute_in_backward(block, *args, use_reentrant=False, **how)
 
     def use_checkpointing(self):
         """Keep only the blocks' inputs for the backward, in every role."""
@@ -1243,17 +1243,12 @@ def save_generator(path, config, state, base_sum):
     write_safetensors(path, {prefix + name: x for name, x in state.average.items()}, info)
 
 
-def rates(config):
-    """The learning rates, which --resume may change."""
-    return {"generator_lr": config.generator_lr, "fake_lr": config.fake_lr}
-
-
 def save(folder, config, state, base_sum, clips):
     """Write the generator, and a checkpoint to resume from, of which the newest two stay."""
     step = f"{state.iteration:06}.safetensors"
     save_generator(folder / f"generator-{step}", config, state, base_sum)
     info = {"iteration": state.iteration, "taken": state.taken, "base_sum": base_sum}
-    info |= {"rates": rates(config), "clips": clips}
+    info |= {"rates": {n: getattr(config, n) for n in ("generator_lr", "fake_lr")}, "clips": clips}
     info |= {"metrics_bytes": (folder / "metrics.jsonl").stat().st_size}
     write_safetensors(folder / f"checkpoint-{step}", state.tensors(), info)
     for kind in ("checkpoint", "generator") if config.generator == "full" else ("checkpoint",):
@@ -1345,8 +1340,8 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
     write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
     log = open(folder / "metrics.jsonl", "a")
     log.truncate(min(before.get("metrics_bytes", 0), os.path.getsize(log.name)))
-    now, then = rates(config), before.get("rates", rates(config))
-    changed = {name: [then[name], now[name]] for name in now if then[name] != now[name]}
+    rates = {n: [then, getattr(config, n)] for n, then in before.get("rates", {}).items()}
+    changed = {name: pair for name, pair in rates.items() if pair[0] != pair[1]}
     if changed and state.iteration < config.iterations:
         print(json.dumps({"step": state.iteration, "changed": changed}), file=log, flush=True)
 
