@@ -1326,6 +1326,8 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
         return None
     task.load()
     folder.mkdir(parents=True, exist_ok=True)
+    for half in [*folder.rglob(".tmp*"), *folder.rglob(".part-*")]:  # of a save that was killed
+        half.unlink()
     torch.manual_seed(config.seed)
     alphas = config.alpha_weak, config.alpha_strong
     roles = Roles(task.backbone, config.lora_rank, *alphas, config.generator, config.fake)
