@@ -938,6 +938,8 @@ def usable_clips(config):
         name = os.path.relpath(path, config.data) if path else caption
         try:
             if isinstance(caption, Path):  # read here: a bad one leaves out its clip alone
+                if not caption.exists():
+                    raise ValueError(f"it has no caption, no {caption.name}")
                 caption = " ".join(read_lines(caption))
             caption = caption.strip()
             file = latents_file(config, path, caption)
@@ -975,7 +977,8 @@ def encoded_clips(config):
         write_safetensors(file, tensors, {"source": name, "caption": caption})
     del pipe
     free_memory()
-    print(f"{config.data}: {len(files)} clips, {len(missing)} not in the cache before")
+    made = sum(file in files for file in missing)
+    print(f"{config.data}: {len(files)} clips, {made} encoded now")
     for name, reason in left_out.items():
         print(f"  left out, {name}: {reason}")
     if not files:
@@ -1159,7 +1162,7 @@ class HunyuanTask:
             roles.load("generator", scaled)
             velocity = roles.generator
         self.film(out, velocity, torch.tensor(info["sigmas"]), cond, seed)
-        return f"wrote {out}"
+        return f"wrote {out}" + f" and {out.stem}-28-steps.mp4" * compare
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
@@ -1318,10 +1321,10 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
     room = gpu_memory or (torch.cuda.mem_get_info()[1] / 2**30 if DEVICE == "cuda" else 0.0)
     need = numbers.get("in all, GiB", 0.0)
     if need > room > 0:
-        cure = (
-            "use --checkpointing, --fp8-base, adapters, fewer --frames, a smaller --height, --width"
-        )
-        raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}: {cure}.", status=1)
+        cure = "fewer --frames, a smaller --height and --width"
+        cure += "" if config.fp8_base else ", --fp8-base"
+        cure += "" if config.checkpointing else ", --checkpointing"
+        raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}; less need {cure}.", status=1)
     if dry_run:
         return None
     task.load()
@@ -1422,18 +1425,29 @@ tags: [text-to-video, step-distillation, w2svd]
 # A {steps}-step HunyuanVideo, distilled by W2SVD (arXiv 2503.13319)
 
 For {format}. Generator: {kind}, rank {rank}; {step} updates, seed {seed}, alpha_weak {alpha_weak}.
-The base model's licence goes for these weights. With its HunyuanVideoPipeline in diffusers:
-
-    {use}
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
-    torch.manual_seed(0)  # the renoising draws from torch's global generator
-    pipe(prompt, sigmas={path}, guidance_scale={embedded_guidance}, height={height},
-         width={width}, num_frames={frames}, generator=torch.Generator().manual_seed(0))
+The base model's licence goes for these weights. {use}
 """
+DIFFUSERS = """With diffusers, on a GPU:
+
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
+    from diffusers.utils import export_to_video
+    pipe = HunyuanVideoPipeline.from_pretrained("{checkpoint}", dtype=torch.bfloat16).to("cuda")
+    {load}
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+    pipe.vae.enable_tiling()
+    torch.manual_seed(0)  # the renoising draws from torch's global generator
+    video = pipe("a woman talks", sigmas={path}, guidance_scale={embedded_guidance},
+                 height={height}, width={width}, num_frames={frames},
+                 generator=torch.Generator().manual_seed(0)).frames[0]
+    export_to_video(video, "talk.mp4", fps={fps:g})"""
+MERGED = """from diffusers import HunyuanVideoTransformer3DModel as Model
+    pipe.transformer = Model.from_pretrained("this folder", dtype=torch.bfloat16).to("cuda")"""
 USE = {
-    "diffusers": 'pipe.load_lora_weights("this folder")',
-    "comfyui": "# the format named diffusers does this; in ComfyUI, load it at strength 1",
-    "merged": 'pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained("this folder")',
+    "diffusers": DIFFUSERS.replace("{load}", 'pipe.load_lora_weights("this folder")'),
+    "comfyui": "In ComfyUI: LoraLoaderModelOnly at strength 1, ManualSigmas {sigmas}, sampler lcm, "
+    "BasicGuider with FluxGuidance {embedded_guidance}, SamplerCustomAdvanced. Not for diffusers.",
+    "merged": DIFFUSERS.replace("{load}", MERGED),
 }
 # HunyuanVideo's own layers, as ComfyUI names them, out of diffusers' parts
 DOUBLE = {
@@ -1490,6 +1504,8 @@ def export(run, format, out, at=None):
             pipe.fuse_lora()
             pipe.unload_lora_weights()
         pipe.transformer.save_pretrained(out)
+        for file in out.glob("*.safetensors"):  # which diffusers keeps from everybody else
+            file.chmod((out / "config.json").stat().st_mode)
     elif format == "comfyui":
         mlp = task.backbone.module.single_transformer_blocks[0].proj_mlp.out_features
         write_safetensors(out / "w2svd_comfyui.safetensors", to_comfyui(tensors, mlp), info)
@@ -1499,8 +1515,8 @@ def export(run, format, out, at=None):
         adapter = json.dumps({f"transformer.{name}": value for name, value in lora.items()})
         path = out / "pytorch_lora_weights.safetensors"
         write_safetensors(path, tensors, info, lora_adapter_metadata=adapter)
-    words = {"format": format, "use": USE[format], "path": info["sigmas"][:-1]}
-    card = CARD.format(**dataclasses.asdict(config) | info | words)
+    words = dataclasses.asdict(config) | info | {"format": format, "path": info["sigmas"][:-1]}
+    card = CARD.format(**words, use=USE[format].format(**words))
     (out / "README.md").write_text(card, encoding="utf-8")
     print(f"wrote {out}, for {format}")
 

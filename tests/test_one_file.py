@@ -77,13 +77,13 @@ def test_the_copy_trains_resumes_samples_and_exports_without_anything_beside_it(
 
     data = ["--data", away / "clips", "--checkpoint", away / "tiny", *SIZE]
     said = w2svd("train", "--model", "hunyuan", *data, *SMALL, "--iterations", 2, "--out", "r")
-    assert "2 clips, 2 not in the cache" in said
+    assert "2 clips, 2 encoded now" in said
     assert len(list((away / "clips/.w2svd").glob("*.safetensors"))) == 2
     train = "train --resume --out r --iterations 3"
     sample = "sample --run r --prompt red --at 2 --out red.mp4"
     export = "export --run r --format diffusers --out lora"
     said = w2svd(train, "then", sample, "then", export)
-    assert "2 clips, 0 not in the cache" in said
+    assert "2 clips, 0 encoded now" in said
     rows = [json.loads(line) for line in (folder / "r/metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     saved = {path.name for path in (folder / "r").iterdir()}
