@@ -938,14 +938,14 @@ def usable_clips(config):
         name = os.path.relpath(path, config.data) if path else caption
         try:
             if isinstance(caption, Path):  # read here: a bad one leaves out its clip alone
-                if not caption.exists():
-                    raise ValueError(f"it has no caption, no {caption.name}")
                 caption = " ".join(read_lines(caption))
             caption = caption.strip()
             file = latents_file(config, path, caption)
             if not caption or file in files:
                 raise ValueError("it is listed twice" if caption else "it has no caption")
             files[file] = name, path, caption
+        except FileNotFoundError as error:
+            left_out[name] = f"there is no {Path(error.filename).name}"
         except (OSError, ValueError, AttributeError) as error:
             left_out[name] = str(error)
     return files, left_out
