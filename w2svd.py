@@ -1310,6 +1310,17 @@ def as_floats(iterations, state):
         raise Refused(f"Stopped {where}; {cure}, or without that clip.") from error
 
 
+def check_memory(config, numbers, gpu_memory):
+    """Refuse a run that does not fit into the GPU here, or into as many GiB as were named."""
+    room = gpu_memory or (torch.cuda.mem_get_info()[1] / 2**30 if DEVICE == "cuda" else 0.0)
+    need = numbers.get("in all, GiB", 0.0)
+    if need > room > 0:
+        cure = "fewer --frames, a smaller --height and --width"
+        cure += "" if config.fp8_base else ", --fp8-base"
+        cure += "" if config.checkpointing else ", --checkpointing"
+        raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}; less need {cure}.", status=1)
+
+
 def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
     """Distil: the whole run, from the backbone to result.json. Returns the run's folder."""
     from tqdm import tqdm
@@ -1318,13 +1329,7 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
     task = load_task(config)
     numbers = plan(config, task)
     show({"plan": numbers, "config": dataclasses.asdict(config)})
-    room = gpu_memory or (torch.cuda.mem_get_info()[1] / 2**30 if DEVICE == "cuda" else 0.0)
-    need = numbers.get("in all, GiB", 0.0)
-    if need > room > 0:
-        cure = "fewer --frames, a smaller --height and --width"
-        cure += "" if config.fp8_base else ", --fp8-base"
-        cure += "" if config.checkpointing else ", --checkpointing"
-        raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}; less need {cure}.", status=1)
+    check_memory(config, numbers, gpu_memory)
     if dry_run:
         return None
     task.load()
