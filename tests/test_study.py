@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import w2svd
-from toy import tasks
 from toy.study import report, study
 from toy.study.baselines import consistency_loss
 from toy.tasks import Recipe
@@ -164,8 +163,7 @@ def test_the_exact_consistency_function_has_no_consistency_loss():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """A backbone of seconds, few samples, and a cache of its own."""
-    monkeypatch.setitem(tasks.RECIPES, "ring", Recipe(width=8, batch=64, iterations=20))
-    monkeypatch.setattr(study, "RECIPES", tasks.RECIPES)
+    monkeypatch.setattr(study, "RECIPES", {"ring": Recipe(width=8, batch=64, iterations=20)})
     monkeypatch.setattr(study, "SAMPLES", {"ring": 3000})
     monkeypatch.setenv("HOME", str(tmp_path))
 

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from toy import plots
-from toy.study.study import CASES, DMD, TWO, W2S
-from w2svd import PRESETS
+from toy.study.study import BASE, CASES, DMD, TWO, W2S
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "toy/study/results"
@@ -249,7 +248,7 @@ def collapse_table(study, case):
 
 def phase(study, case, title, lanes, axis, kind):
     """A heat map of the collapse rate, for plots.heatmaps."""
-    default = {"generator_lr": None, "fake_lr": PRESETS["toy"]["fake_lr"]}[axis]
+    default = {"generator_lr": None, "fake_lr": BASE["ring"]["fake_lr"]}[axis]
 
     def place(x):
         return x["alpha_weak"], x.get(axis, default)
