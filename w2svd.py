@@ -20,6 +20,7 @@ Algorithm 1: W2SVD                                                          (`di
     repeat `iterations` times:                     (each update draws its own x_in, sigma and eps)
         repeat `fake_updates` times:                         the fake learns the generator's samples
             x_gen = x_in - sigma_in v_generator(x_in, sigma_in)                         no gradient
+                    (or the update's before: `reuse` of them share one x_gen)
             x_t   = (1 - sigma) x_gen + sigma eps
             one optimizer step of the fake on |v_fake(x_t, sigma) - (eps - x_gen)|^2
         x_gen   = x_in - sigma_in v_generator(x_in, sigma_in)
@@ -143,7 +144,7 @@ class Config:
     shift: float = setting(5.0, "of the few-step grid: 1, .9375, .8333, .625 / author-code")
     generator: Kind = setting("lora", "an adapter, or a whole copy / ours, author-code")
     generator_input: Input = setting("paired", "noised real sample, or from noise / paper, peer")
-    ema: float = setting(0.995, "decay of the generator's average; 0 is off / ours")
+    ema: float = setting(0.995, "decay of the generator's average, in the end; 0 is off / ours")
 
     fake: Kind = setting("lora", "full: a copy, real = backbone / paper, peer", "real and fake")
     alpha_weak: float = setting(0.25, "the fake adapter's weight in the real DiT; 0: DMD / paper")
@@ -151,6 +152,7 @@ class Config:
     alpha_strong: float = setting(1.0, "the fake adapter's weight in the fake DiT / author-code")
     fake_samples: Samples = setting("all", "of a rollout: all levels' or final ones / ours")
     fake_updates: int = setting(5, "for each update of the generator / author-code, peer")
+    reuse: int = setting(1, "fake updates that share the generator's samples / ours")
     fake_warmup: int = setting(0, "fake updates before the generator's first one / ours")
     fake_weight_decay: float = setting(0.0, "pulls its adapter to 0, to the backbone / ours")
 
@@ -564,6 +566,12 @@ def lr_scale(config, iteration):
     return 1 - 0.95 * iteration / config.iterations if config.lr_schedule == "linear" else 1.0
 
 
+def ema_at(config, iteration):
+    """The average's decay: it starts low, so that a short run keeps little of its start."""
+    # common in EMA code. At a constant .995 the start would weigh .61 after 100 iterations
+    return min(config.ema, (1 + iteration) / (10 + iteration))
+
+
 def alpha_weak_at(config, iteration):
     """alpha_weak of an iteration: constant, or down to 0 at half of the iterations."""
     progress = min(1.0, 2 * iteration / config.iterations)
@@ -573,6 +581,7 @@ def alpha_weak_at(config, iteration):
 
 
 MAX_GRAD_NORM = 1.0  # peer. Gradients are clipped to it, which alone bounds them
+FIRST_SEED = 2**32  # of the random streams of training
 
 
 class State:
@@ -587,7 +596,8 @@ class State:
         decay = {"generator": 0.0, "fake": config.fake_weight_decay}
         self.optimizers = {r: adam(roles.parameters(r), weight_decay=decay[r]) for r in decay}
         self.average = {n: p.detach().clone() for n, p in roles.state("generator").items()}
-        streams = enumerate("data input exit level noise".split(), start=config.seed * 1000)
+        # far from the small seeds that evaluation and `sample` use
+        streams = enumerate("data input exit level noise".split(), FIRST_SEED + 1000 * config.seed)
         self.rngs = {name: torch.Generator(device).manual_seed(i) for i, name in streams}
 
     def update(self, role, lr):
@@ -606,8 +616,9 @@ class State:
     @torch.no_grad()
     def update_average(self):
         """average = ema average + (1 - ema) weights, of the generator."""
+        ema = ema_at(self.config, self.iteration)
         for name, parameter in self.roles.state("generator").items():
-            self.average[name].lerp_(parameter, 1 - self.config.ema)
+            self.average[name].lerp_(parameter, 1 - ema)
 
     @contextmanager
     def averaged(self):
@@ -651,18 +662,24 @@ class State:
 
 
 def micro_batches(config, state, data):
-    """What one update reads, `accumulate` times: x0 (B, ...), cond, sigma (B,), eps (B, ...)."""
+    """What one update reads, `accumulate` times: a name, x0 (B, ...), cond."""
     state.reads = []
     for _ in range(config.accumulate):
-        batch, rngs = next(data), state.rngs
-        x0 = batch["x0"]
+        batch = next(data)
+        name, x0 = batch.get("name", "a batch"), batch["x0"]
         state.taken += len(x0)
-        low, high, shift = config.sigma_low, config.sigma_high, config.sigma_shift
-        sigma = sample_sigma(len(x0), low, high, shift, rngs["level"])
-        eps = torch.randn(x0.shape, generator=rngs["noise"], device=x0.device, dtype=x0.dtype)
-        state.reads.append((batch.get("name", "a batch"), sigma))
-        require_finite("the data", x0, sigma)
-        yield x0, batch["cond"], sigma, eps
+        require_finite(f"{name}, read as data,", x0, 0.0)
+        yield name, x0, batch["cond"]
+
+
+def losses_noise(config, state, x, name):
+    """The levels sigma (B,) to which x (B, ...) is noised for a loss, and the noise eps (B, ...)."""
+    low, high, shift = config.sigma_low, config.sigma_high, config.sigma_shift
+    sigma = sample_sigma(len(x), low, high, shift, state.rngs["level"])
+    state.reads.append((name, sigma))
+    return sigma, torch.randn(
+        x.shape, generator=state.rngs["noise"], device=x.device, dtype=x.dtype
+    )
 
 
 def mean_of(stats):
@@ -684,26 +701,32 @@ def distil(config, roles, state, data):
             return paired_input(x0, sigmas, state.rngs)
         return rollout_input(roles.generator, x0, cond, sigmas, state.rngs, final)
 
+    @torch.no_grad()
+    def generated(name, x0, cond):  # for the fake
+        x_in, sigma_in = generator_input(x0, cond, config.fake_samples == "final")
+        v = roles.generator(x_in, sigma_in, cond)
+        return name, x0_from_velocity(x_in, v, sigma_in), cond
+
     while state.iteration < config.iterations:
         roles.alpha_weak = alpha_weak_at(config, state.iteration)
         lr = lr_scale(config, state.iteration)
         warmup = config.fake_warmup if state.iteration == 0 else 0
 
-        for _ in range(warmup + config.fake_updates):  # the fake learns the generator's samples
-            fake_stats = []  # of the last update they are yielded
-            for x0, cond, sigma, eps in micro_batches(config, state, data):
-                x_in, sigma_in = generator_input(x0, cond, config.fake_samples == "final")
-                with torch.no_grad():
-                    v = roles.generator(x_in, sigma_in, cond)
-                    x_gen = x0_from_velocity(x_in, v, sigma_in)
+        for k in range(warmup + config.fake_updates):  # the fake learns the generator's samples
+            if k % config.reuse == 0:
+                samples = [generated(*batch) for batch in micro_batches(config, state, data)]
+            state.reads, fake_stats = [], []  # of the last update they are yielded
+            for name, x_gen, cond in samples:
+                sigma, eps = losses_noise(config, state, x_gen, name)
                 fake_stats.append(fake_step(roles, x_gen, cond, sigma, eps))
             fake_norm = state.update("fake", lr * config.fake_lr)
 
         stats = []
-        for x0, cond, sigma, eps in micro_batches(config, state, data):  # one of the generator
+        for name, x0, cond in micro_batches(config, state, data):  # one of the generator
             x_in, sigma_in = generator_input(x0, cond)
-            args = roles, x_in, sigma_in, cond, sigma, eps
-            stats.append(generator_step(*args, x0_gt=x0, **terms) | moments("data", x0))
+            noise = losses_noise(config, state, x0, name)
+            step = generator_step(roles, x_in, sigma_in, cond, *noise, x0_gt=x0, **terms)
+            stats.append(step | moments("data", x0))
         norm = state.update("generator", lr * config.generator_lr)
         state.update_average()
 
@@ -1304,8 +1327,9 @@ def as_floats(iterations, state):
             line |= {f"{n}_ratio": line[f"gen_{n}"] / line[f"data_{n}"] for n in known}
             yield line
     except FloatingPointError as error:
-        clips = ", ".join(f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads)
-        where = f"in iteration {state.iteration + 1}: {error}; it read {clips}"
+        clips = [f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads]
+        where = f"in iteration {state.iteration + 1}: {error}"
+        where += f"; it read {', '.join(clips)}" if clips else ""
         cure = "go on from the last checkpoint with --resume and lower rates"
         raise Refused(f"Stopped {where}; {cure}, or without that clip.") from error
 

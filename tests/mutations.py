@@ -84,12 +84,15 @@ a rollout takes one evaluation too many @ rollout_input: level + 1 ==> level + 2
 a batch of paired inputs has one noise level @ paired_input: (len(x0),) ==> (1,)
 non-finite values pass @ require_finite: if bad.any() ==> if False
 motion is measured along the height @ moments: diff(dim=2) ==> diff(dim=3)
-the average keeps 1 - decay @ State.update_average: 1 - self.config.ema ==> self.config.ema
+the average keeps 1 - decay @ State.update_average: 1 - ema ==> ema
 # test_distil.py
-the losses' noise comes from the input's stream @ micro_batches: rngs["noise"] ==> rngs["input"]
-sigma_shift is ignored @ micro_batches: config.sigma_shift ==> 1.0
-sigma_high is ignored @ micro_batches: config.sigma_high ==> 0.98
-sigma_low is ignored @ micro_batches: config.sigma_low ==> 0.02
+the losses' noise comes from the input's stream @ losses_noise: rngs["noise"] ==> rngs["input"]
+sigma_shift is ignored @ losses_noise: config.sigma_shift ==> 1.0
+sigma_high is ignored @ losses_noise: config.sigma_high ==> 0.98
+sigma_low is ignored @ losses_noise: config.sigma_low ==> 0.02
+every fake update draws its own samples @ distil: k % config.reuse == 0 ==> True
+the fake's samples are drawn once an iteration @ distil: k % config.reuse == 0 ==> k == 0
+the average has no warm-up @ ema_at: min(config.ema, ==> max(config.ema,
 rollouts are under the average @ distil:
     return rollout_input( ==> with state.averaged(): return rollout_input(
 the learning rate is off by one @ distil: lr_scale(config, ==> lr_scale(config, 1 +

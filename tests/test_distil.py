@@ -27,6 +27,7 @@ CASES = {
             gt_skip_noise=True,
             guidance=1.5,
             accumulate=2,
+            reuse=3,
             alpha_weak=0.75,
             alpha_weak_schedule="cosine",
             fake_warmup=3,
@@ -43,6 +44,7 @@ CASES = {
             fake_weight_decay=2.0,
             sigma_shift=5.0,
             ema=0.5,
+            reuse=2,
             fake_warmup=1,
         ),
     ),
@@ -97,7 +99,7 @@ class Reference:
         }
         self.updates = {"generator": 0, "fake": 0}
         self.streams = {
-            name: torch.Generator().manual_seed(1000 * config.seed + place)
+            name: torch.Generator().manual_seed(2**32 + 1000 * config.seed + place)
             for place, name in enumerate(["data", "input", "exit", "level", "noise"])
         }
         even = [1 - i / config.steps for i in range(config.steps + 1)]
@@ -136,10 +138,14 @@ class Reference:
             x = (1 - after) * clean + after * self.normal(x0, "input")
         return x, torch.full((len(x),), self.grid[exit_at])
 
-    def fake_loss(self, x0, cond):
-        sigma, eps = self.losses_noise(x0)
-        x_in, sigma_in = self.input(x0, cond, self.c.fake_samples == "final")
-        x_gen, s = self.x0("generator", x_in, sigma_in, cond).detach(), column(sigma, eps)
+    def sampled(self, batch):
+        x_in, sigma_in = self.input(batch["x0"], batch["cond"], self.c.fake_samples == "final")
+        x_gen = self.x0("generator", x_in, sigma_in, batch["cond"]).detach()
+        return {"x0": x_gen, "cond": batch["cond"]}
+
+    def fake_loss(self, x_gen, cond):
+        sigma, eps = self.losses_noise(x_gen)
+        s = column(sigma, eps)
         x_t = (1 - s) * x_gen + s * eps
         v_fake = (x_t - self.x0("fake", x_t, sigma, cond, self.c.alpha_strong)) / s
         loss = (v_fake - (eps - x_gen)).square().mean()
@@ -198,9 +204,11 @@ class Reference:
             falling = {"constant": 1.0, "linear": 1 - done}
             falling["cosine"] = (1 + math.cos(math.pi * done)) / 2
             alpha_weak = c.alpha_weak * falling[c.alpha_weak_schedule]
-            for _ in range(c.fake_updates + (c.fake_warmup if i == 0 else 0)):
-                rate = scale * c.fake_lr
-                numbers, norm = self.update("fake", self.fake_loss, data, rate, c.fake_weight_decay)
+            for k in range(c.fake_updates + (c.fake_warmup if i == 0 else 0)):
+                if k % c.reuse == 0:
+                    drawn = [self.sampled(b) for b in itertools.islice(data, c.accumulate)]
+                loss_of, rate = self.fake_loss, scale * c.fake_lr
+                numbers, norm = self.update("fake", loss_of, iter(drawn), rate, c.fake_weight_decay)
             numbers["fake_grad_norm"] = norm
 
             def loss_of(x0, cond, alpha_weak=alpha_weak):
@@ -208,7 +216,8 @@ class Reference:
 
             more, norm = self.update("generator", loss_of, data, scale * c.generator_lr)
             for name, p in self.weights["generator"].items():
-                self.average[name] = c.ema * self.average[name] + (1 - c.ema) * p.detach()
+                ema = min(c.ema, (i + 1) / (i + 10))  # the average's own warm-up
+                self.average[name] = ema * self.average[name] + (1 - ema) * p.detach()
             yield numbers | more | {"grad_norm": norm, "alpha_weak": alpha_weak}
 
 

@@ -355,6 +355,7 @@ def test_logged_numbers_are_detached_scalars(new_roles, draw, role):
 def test_the_moving_average_keeps_decay_of_the_old_weights(new_roles, ema):
     roles = new_roles()
     state = State(Config(ema=ema), roles, "cpu")
+    state.iteration = 1000  # long after the warm-up
     old = {name: p.detach().clone() for name, p in roles.state("generator").items()}
     with torch.no_grad():
         for parameter in roles.parameters("generator"):

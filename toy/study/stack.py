@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from w2svd import MAX_GRAD_NORM, Roles, State, alpha_weak_at, distil, lr_scale
+from w2svd import MAX_GRAD_NORM, Roles, State, alpha_weak_at, distil, ema_at, lr_scale
 
 
 def along(numbers, x):
@@ -179,7 +179,7 @@ class Stack:
 
     @torch.no_grad()
     def update_average(self):
-        rest = 1 - self.each(lambda c: c.ema)
+        rest = 1 - self.each(lambda c: ema_at(c, self.iteration))
         for name, p in self.roles.trained["generator"].items():
             self.average[name].lerp_(p, along(rest, p).expand_as(p))
 
