@@ -9,7 +9,16 @@ import math
 import pytest
 import torch
 
-from toy.metrics import Metrics, frame_moments, frechet, moments
+from toy.metrics import (
+    Metrics,
+    annulus,
+    frame_moments,
+    frechet,
+    gaussian,
+    kl_to_mixture,
+    moments,
+    square,
+)
 from toy.mixtures import GaussianMixture, grid, ring, videos
 
 N_CLIPS = 2048
@@ -42,7 +51,8 @@ def exact(on_videos, clips):
 @pytest.mark.parametrize("mixture", (ring(), grid()))
 def test_exact_points_reach_the_floor(mixture):
     values = Metrics(mixture).floor(generator())
-    assert list(values) == ["sliced_w2", "frechet", "precision", "coverage", "weight_tv"]
+    assert list(values) == ["kl", "sliced_w2", "frechet", "precision", "coverage", "weight_tv"]
+    assert abs(values["kl"]) < 0.03
     assert values["sliced_w2"] < 0.04 and 0 <= values["frechet"] < 5e-4
     assert values["precision"] == pytest.approx(0.999, abs=0.001)
     assert values["coverage"] == 1 and values["weight_tv"] < 0.03
@@ -50,6 +60,7 @@ def test_exact_points_reach_the_floor(mixture):
 
 def test_exact_clips_reach_the_floor(on_videos, exact):
     assert list(exact) == [
+        "kl",
         "sliced_w2",
         "clip_frechet",
         "frame_frechet",
@@ -59,6 +70,7 @@ def test_exact_clips_reach_the_floor(on_videos, exact):
         "dynamic_degree",
         "motion_smoothness",
     ]
+    assert abs(exact["kl"]) < 0.3
     size = on_videos.moments[1].trace().item()
     assert exact["sliced_w2"] < 0.15 * math.sqrt(size / 64)
     assert exact["clip_frechet"] < 2e-3 * size and exact["frame_frechet"] < 2e-3 * size / 8
@@ -96,6 +108,77 @@ def test_frechet_of_any_gaussians_equals_the_cost_of_the_optimal_map():
     product = torch.linalg.eigvals(C1 @ C2)  # the textbook form: eigenvalues of C1 C2 itself
     expected = C1.trace() + C2.trace() - 2 * product.real.sqrt().sum()
     assert frechet(A[0], C1, A[0], C2).item() == pytest.approx(expected.item())
+
+
+def one_gaussian(mean, std):
+    return GaussianMixture(torch.ones(1), mean[None].double(), torch.tensor([std**2]))
+
+
+@pytest.mark.parametrize("shift, std", [(0.0, 1.0), (1.5, 1.0), (0.0, 0.5), (1.0, 1.5)])
+@pytest.mark.parametrize("d", (2, 8))
+def test_kl_of_two_gaussians_is_the_closed_form(shift, std, d):
+    """KL(N(m, s^2) || N(0, 1)) = (|m|^2 + d (s^2 - 1)) / 2 - d log s."""
+    mean = torch.full((d,), shift / math.sqrt(d))
+    q, p = one_gaussian(mean, std), one_gaussian(0 * mean, 1.0)
+    x = q.sample(16384, generator()).double()
+    known = (shift**2 + d * (std**2 - 1)) / 2 - d * math.log(std)
+    found = kl_to_mixture(x, p.project(torch.eye(d)), 0.0, generator())
+    # in 8 dimensions the density changes on the way to the fifth neighbour
+    assert found == pytest.approx(known, abs=0.03 if d == 2 else 0.15)
+
+
+def test_the_kl_of_noised_samples_is_that_of_the_noised_gaussians():
+    q, p, sigma = one_gaussian(torch.ones(2), 0.5), one_gaussian(torch.zeros(2), 1.0), 0.5
+    x = q.sample(16384, generator()).double()
+    of_q, of_p = 0.5**2 * 0.5**2 + sigma**2, 0.5**2 + sigma**2  # variances at sigma
+    known = (0.5 + 2 * of_q) / of_p / 2 - 1 + math.log(of_p / of_q)
+    found = kl_to_mixture(x, p.project(torch.eye(2)), sigma, generator())
+    assert found == pytest.approx(known, abs=0.03)
+
+
+def test_kl_of_two_mixtures_is_the_mean_log_ratio_of_their_densities(on_ring):
+    weights = torch.tensor([4.0, 3, 2, 1, 1, 1, 1, 1])
+    turned = ring().means @ torch.tensor([[0.96, 0.28], [-0.28, 0.96]]).double()
+    q = GaussianMixture(weights, turned, torch.full((8,), 0.25**2))
+    x = q.sample(on_ring.n, generator())
+    known = (q.log_prob(x) - on_ring.mixture.log_prob(x)).mean().item()
+    assert 0.3 < known < 3 and on_ring(x)["kl"] == pytest.approx(known, abs=0.03)
+
+
+def test_half_of_the_modes_is_a_kl_of_log_2(on_ring, on_videos):
+    labels = torch.arange(on_ring.n) % 4
+    x = on_ring.mixture.sample(on_ring.n, generator(), labels)
+    assert on_ring.kl(x) == pytest.approx(math.log(2), abs=0.03)
+    looks = torch.zeros(2 * N_CLIPS, dtype=torch.long)  # one of two
+    x = on_videos.mixture.sample(2 * N_CLIPS, generator(), looks)
+    assert on_videos.kl(x) == pytest.approx(math.log(2), abs=0.2)
+
+
+def test_impostors_fool_every_number_of_points_but_kl(on_ring):
+    fake = on_ring(annulus(ring(), on_ring.n, generator()))
+    assert 0.4 < fake["kl"] < 0.55
+    assert fake["sliced_w2"] < 0.1 and fake["precision"] > 0.99
+    assert fake["coverage"] == 1 and fake["weight_tv"] < 0.02
+    on_grid = Metrics(grid())
+    fake = on_grid(square(grid(), on_grid.n, generator()))
+    assert fake["kl"] > 0.5 and fake["coverage"] == 1 and fake["sliced_w2"] < 0.1
+
+
+def test_obviously_wrong_clips_have_a_large_kl(on_videos, clips):
+    """Blurred, frozen, a still repeated, the average of the modes, a Gaussian of the moments."""
+    mixture = on_videos.mixture
+    wide = torch.nn.functional.pad(clips.flatten(1, 2), (1, 1, 1, 1), mode="circular")
+    average = mixture.mean().float() + 0.05 * torch.randn(clips.shape, generator=generator())
+    wrong = {
+        "blurred": torch.nn.functional.avg_pool2d(wide, 3, 1).reshape(clips.shape),
+        "frozen": clips[:, :, 3:4].expand_as(clips),
+        "a still": clips[:, :, :1].expand_as(clips),
+        "average": average,
+        "gaussian": gaussian(mixture, len(clips), generator()),
+    }
+    found = {name: on_videos.kl(x) for name, x in wrong.items()}
+    assert min(found.values()) > 5, found
+    assert on_videos(wrong["gaussian"])["clip_frechet"] < 10  # which cannot tell
 
 
 def test_a_shift_is_measured_in_closed_form():

@@ -6,6 +6,7 @@ Against: an undisturbed run of the same seed, bit for bit, and the stored files.
 
 import gc
 import json
+import math
 import os
 import shutil
 import sys
@@ -55,8 +56,11 @@ def test_a_run_leaves_the_files_that_the_readme_names(monkeypatch, capsys):
         *("frames/000002.safetensors", "frames/000004.safetensors"),
     }
     result = json.load(open("r/result.json"))
-    assert result.keys() == {"student", "euler", "floor", "seconds", "peak_rss_mb", "seed"}
+    rows = {"student", "euler", "euler_student_grid", "floor", "impostor"}
+    assert result.keys() == rows | {"seconds", "peak_rss_mb", "seed"}
     assert result["euler"].keys() == {"1", "4", "28"} and result["student"]["steps"] == 4
+    assert {row["shift"] for row in result["euler_student_grid"].values()} == {0.5}
+    assert all(math.isfinite(result[row]["kl"]) for row in ("student", "floor", "impostor"))
     stored = json.load(open("r/config.json"))
     assert stored["config"]["iterations"] == 4 and stored["plan"]["versions"]["torch"]
     assert "student, 4 steps" in capsys.readouterr().out

@@ -1,11 +1,13 @@
 """How far samples are from an exact mixture, and in what: distance, quality, modes, motion.
 
-The exact side is exact wherever it can be (moments, weights, regions of the mixture); only the
-sliced distance and the two motion ratios compare with a reference sample, fixed by the seed.
-`Metrics.floor` gives the values of perfect samples, which are not 0 at a finite n.
+The exact side is exact wherever it can be (density, moments, weights, regions of the mixture); only
+the sliced distance and the two motion ratios compare with a reference sample, fixed by the seed.
+`Metrics.floor` gives the values of perfect samples, which are not 0 at a finite n;
+the impostors at the end of this file are obviously wrong and score well on all but `kl`.
 
 | key               | what                                                              | best |
 |-------------------|-------------------------------------------------------------------|------|
+| kl                | KL(samples || exact) in nats, by nearest neighbours               | ~0   |
 | sliced_w2         | sliced 2-Wasserstein distance, not squared                        | ~0   |
 | frechet           | squared Frechet distance of the moments                           | ~0   |
 | clip_frechet      | the same, of whole clips                                          | ~0   |
@@ -21,10 +23,19 @@ import math
 
 import numpy as np
 import torch
+from scipy.spatial import cKDTree
+from scipy.special import digamma, gammaln
 from scipy.stats import chi2
+
+from w2svd import add_noise
 
 DIRECTIONS = 256
 CLIP_DIM, FRAME_DIM = 64, 32
+# The KL of clips is that of their 8 leading coordinates, noised to sigma .5. Without the noise, any
+# network's small errors beside the data's own narrow noise would be most of it; in more dimensions
+# neighbours are too far apart. DMD lowers the same KL, at every level.
+KL_DIM, KL_NOISE = 8, 0.5
+NEIGHBOUR = 5  # the distance to this one tells the density
 REGION = 0.999
 # Runs use small seeds; a run whose generator met the reference's would seem closer than perfect.
 REFERENCE_SEED = 1_000_003
@@ -69,6 +80,32 @@ def sorted_slices(x, directions):
     return np.sort((directions @ x.T).numpy(), axis=1)
 
 
+def kl_to_mixture(x, mixture, sigma, rng):
+    """KL(q || p) in nats, of samples x (n, d) of q and the mixture p, both noised to sigma.
+
+    E log p is exact. E log q comes from the distances to the fifth neighbours (Kozachenko and
+    Leonenko), which are looked for among the samples of the same component and in its own standard
+    coordinates, where exact samples are standard normal. The mixture: one of project().
+    """
+    (n, d), a = x.shape, 1 - sigma
+    x = add_noise(x, torch.randn(x.shape, generator=rng, dtype=x.dtype), sigma)
+    component = mixture.responsibilities(x, sigma).argmax(1)
+    log_ball = d / 2 * math.log(math.pi) - gammaln(d / 2 + 1)  # the unit ball's volume
+    log_ratio = torch.full((n,), math.nan, dtype=x.dtype)
+    for j in component.unique():
+        own = component == j
+        variance = a**2 * mixture.lam[j] + sigma**2
+        y = (x[own] - a * mixture.means[j]) @ mixture.basis[j] / variance.sqrt()
+        k = min(NEIGHBOUR, len(y) - 1)
+        if k == 0:
+            continue  # one sample has no neighbour
+        distance = cKDTree(y).query(y, k=[k + 1])[0][:, 0]  # the first is the sample itself
+        log_radius = torch.from_numpy(np.log(distance.clip(1e-12)))  # of samples that coincide
+        log_q = digamma(k) - digamma(n) - log_ball - d * log_radius - variance.log().sum() / 2
+        log_ratio[own] = log_q - mixture.log_prob(x[own], sigma)
+    return log_ratio.nanmean().item()
+
+
 def motion(clips):
     """Mean |first| and mean |second difference| in time of clips (n, C, T, H, W)."""
     return tuple(clips.diff(n=order, dim=2).abs().mean().item() for order in (1, 2))
@@ -87,6 +124,7 @@ class Metrics:
         mean, cov = mixture.mean().flatten(), mixture.covariance()
         self.basis = principal(cov, CLIP_DIM)
         self.projected = mixture.project(self.basis)
+        self.leading = mixture.project(self.basis[:, -KL_DIM:])
         self.moments = self.basis.T @ mean, self.basis.T @ cov @ self.basis
         self.radius2 = chi2.ppf(REGION, self.projected.dim)
         directions = torch.randn(DIRECTIONS, self.projected.dim, generator=rng).double()
@@ -110,13 +148,21 @@ class Metrics:
         if bad:
             raise ValueError(f"{bad} of {self.n} samples are not finite")
         x = samples.flatten(1).double() @ self.basis
-        values = {"sliced_w2": self._sliced_w2(x)}
+        values = {"kl": self.kl(samples), "sliced_w2": self._sliced_w2(x)}
         values |= self._frechets(x, samples) | self._modes(x)
         return values | self._motion(samples) if self.is_video else values
 
     def floor(self, rng):
         """The metrics of n fresh exact samples."""
         return self(self.mixture.sample(self.n, rng))
+
+    def kl(self, samples):
+        """KL(samples || exact) in nats, of any number of samples; see KL_NOISE for clips."""
+        x = samples.detach().flatten(1).double() @ self.basis
+        rng = torch.Generator().manual_seed(REFERENCE_SEED)
+        if self.is_video:
+            return kl_to_mixture(x[:, -KL_DIM:], self.leading, KL_NOISE, rng)
+        return kl_to_mixture(x, self.projected, 0.0, rng)
 
     def _sliced_w2(self, x):
         """(mean over theta of W2(theta^T x, theta^T reference)^2)^(1/2): in 1-D, W2 pairs ranks."""
@@ -150,3 +196,26 @@ class Metrics:
         # A still clip is smooth without bound: kept finite for JSON.
         smoothness = self.motion[1] / max(second, 1e-6)
         return {"dynamic_degree": first / self.motion[0], "motion_smoothness": smoothness}
+
+
+# ------------------------------------------- obviously wrong samples, to hold the numbers against
+
+
+def annulus(mixture, n, rng):
+    """A ring without modes: exact points, each turned by an angle of its own."""
+    x, angle = mixture.sample(n, rng), 2 * math.pi * torch.rand(n, generator=rng)
+    turned = torch.complex(x[:, 0], x[:, 1]) * torch.polar(torch.ones(n), angle)
+    return torch.view_as_real(turned).clone()
+
+
+def square(mixture, n, rng):
+    """A grid without modes: points uniform in the square around all of its modes."""
+    half = mixture.means.abs().max() + mixture.means[:, 0].unique().diff().max() / 2
+    return (half * (2 * torch.rand(n, *mixture.shape, generator=rng) - 1)).float()
+
+
+def gaussian(mixture, n, rng):
+    """Clips of no mode: one Gaussian with the exact mean and covariance."""
+    eps = torch.randn(n, mixture.dim, generator=rng, dtype=torch.float64)
+    x = mixture.mean().flatten() + eps @ sqrt_psd(mixture.covariance())
+    return x.float().reshape(n, *mixture.shape)

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from toy import dit, mixtures, plots
 from toy.dit import DiT
-from toy.metrics import Metrics
+from toy.metrics import Metrics, annulus, gaussian, square
 from w2svd import (
+    FIRST_SEED,
     Refused,
     Roles,
     add_noise,
@@ -41,6 +42,7 @@ class Recipe:
     double: int = 1
     single: int = 1
     patch: tuple = (1, 1, 1)
+    waves: tuple = ()  # half-turns per unit of x, read as sine and cosine, see dit.py
     precondition: bool = False  # blocks predict F, see dit.py; the loss is that of x0, not of v
     uncaptioned: int = 10  # every so many batches go without captions, for guidance
     labels: int = 0  # captions that the model knows; one more means 'no caption'
@@ -50,9 +52,10 @@ class Recipe:
     shift: float = 1.0  # of the noise levels: more than 1 for more of the high ones
 
 
+POINTS = Recipe(waves=(0.5, 1.0), iterations=2500)
 RECIPES = {
-    "ring": Recipe(),
-    "grid": Recipe(),
+    "ring": POINTS,
+    "grid": POINTS,
     "videos": Recipe(
         width=128,
         heads=4,
@@ -60,12 +63,16 @@ RECIPES = {
         precondition=True,
         labels=2,
         batch=128,
-        iterations=1000,
+        iterations=2000,
         lr=3e-3,
         shift=3.0,
     ),
 }
 SAMPLES = {"ring": 16384, "grid": 16384, "videos": 4096}  # measured; videos: fewer, for time
+IMPOSTORS = {"ring": annulus, "grid": square, "videos": gaussian}
+# the grids among which Euler's best is looked for
+SHIFTS = {"ring": (0.2, 0.3, 0.5, 1.0, 2.0, 5.0), "videos": (3.0, 5.0, 7.0, 10.0)}
+SHIFTS["grid"] = SHIFTS["ring"]
 
 
 class Backbone:
@@ -92,7 +99,8 @@ def build(mixture, recipe):
     r, rest = recipe, None
     if r.precondition:
         rest = float(mixture.rest.mean().sqrt())
-    return DiT(mixture.shape, r.width, r.heads, r.double, r.single, r.patch, r.labels, rest)
+    size = r.width, r.heads, r.double, r.single
+    return DiT(mixture.shape, *size, r.patch, r.labels, rest, r.waves)
 
 
 @torch.no_grad()
@@ -115,7 +123,7 @@ def train_backbone(mixture, recipe, seed):
     expected gradient without the noise, so a minute is enough for a backbone worth distilling.
     """
     torch.manual_seed(seed)
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(FIRST_SEED + 1000 * seed + 999)
     module = build(mixture, recipe)
     if module.embed.in_features > recipe.width:
         start_at_principal_components(module, mixture, rng)
@@ -154,7 +162,6 @@ def cached_backbone(mixture, recipe, config):
         "data": config.data,
         "seed": config.seed,
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
         "mixture": exact,
         "code": hashlib.sha256(code.encode()).hexdigest(),
         **dataclasses.asdict(recipe),
@@ -237,34 +244,55 @@ class Task:
 
     def finish(self, run):
         """Measure student and backbone against the exact mixture; pictures, result.json, table."""
-        n = SAMPLES[self.config.data]
-        measure = Metrics(self.mixture, n)
-        cond, noise = self.start(n, seed=2)
-        exact = self.mixture.sample(n, torch.Generator().manual_seed(3), cond)
-        samples = {"exact": exact} | {
-            f"Euler, {k} step{'s' * (k > 1)}": euler_sample(
-                self.backbone.velocity, noise, few_step_sigmas(k, self.config.shift), cond
-            )
-            for k in (1, 4, 28)
-        }
-        steps = self.config.steps
+        data, steps = self.config.data, self.config.steps
+        n = SAMPLES[data]
+        measure, rng = Metrics(self.mixture, n), torch.Generator().manual_seed(5)
+        cond, _ = self.start(n, seed=2)
+        samples = {"exact": self.mixture.sample(n, rng, cond)}
+        impostor = IMPOSTORS[data].__name__
+        samples[impostor] = IMPOSTORS[data](self.mixture, n, rng)
+        euler, same_grid = {}, {}
+        for k in (1, 4, 28):
+            shift, name = self.best_shift(measure, k), f"Euler, {k} step{'s' * (k > 1)}"
+            samples[name] = self.euler(k, shift, n)
+            euler[str(k)] = {"shift": shift, **measure(samples[name])}
+            same_grid[str(k)] = euler[str(k)]
+            if shift != self.config.shift:
+                same = measure(self.euler(k, self.config.shift, n))
+                same_grid[str(k)] = {"shift": self.config.shift, **same}
         student = f"student, {steps} step{'s' * (steps > 1)}"
         samples[student] = self.few_step(run.generator, self.sigmas, n, seed=2)
-        values = {name: measure(x) for name, x in samples.items()}
-        self.pictures(run.folder, samples, values, student)
-        floor, *euler, ours = values.values()
         result = {
-            "student": {**ours, "steps": steps},
-            "euler": dict(zip(("1", "4", "28"), euler)),
-            "floor": floor,
+            "student": {"steps": steps, **measure(samples[student])},
+            "euler": euler,
+            "euler_student_grid": same_grid,
+            "floor": measure(samples["exact"]),
+            "impostor": {"name": impostor, **measure(samples[impostor])},
         }
-        return result, table(values, (0, 1, 4, 28, steps))
+        rows = [result["floor"], result["impostor"], *euler.values(), result["student"]]
+        kl = {name: row["kl"] for name, row in zip(samples, rows)}
+        shown = {name: x for name, x in samples.items() if name != impostor}
+        self.pictures(run.folder, shown, kl, student)
+        return result, table(result)
 
-    def pictures(self, folder, samples, values, student):
-        """samples.png, training.gif and, for videos, clips.gif; the exact number in each title."""
+    def euler(self, steps, shift, n):
+        """n samples of the backbone by Euler's method, from the noise of every method."""
+        cond, noise = self.start(n, seed=2)
+        return euler_sample(self.backbone.velocity, noise, few_step_sigmas(steps, shift), cond)
+
+    def best_shift(self, measure, steps):
+        """The grid on which so many Euler steps come closest, by an eighth of the samples."""
+        if steps == 1:  # from 1 to 0 on every grid
+            return self.config.shift
+        n = measure.n // 8
+        return min(
+            SHIFTS[self.config.data], key=lambda shift: measure.kl(self.euler(steps, shift, n))
+        )
+
+    def pictures(self, folder, samples, kl, student):
+        """samples.png, training.gif and, for videos, clips.gif; the KL in each title."""
         video = len(self.shape) > 1
-        metric, name = ("clip_frechet", "clip Fréchet") if video else ("sliced_w2", "sliced W2")
-        panels = [(f"{k}\n{name} {values[k][metric]:.3f}", x) for k, x in samples.items()]
+        panels = [(f"{k}\nKL {kl[k]:.2f}", x) for k, x in samples.items()]
         frames = []
         for path in sorted((folder / "frames").glob("[0-9]*.safetensors")):
             drawn = read_safetensors(path)[0]["samples"]
@@ -318,17 +346,28 @@ class Task:
         return roles.generator
 
 
-def table(values, evaluations):
-    """Lines of text: method, function evaluations (NFE), metrics."""
-    columns = list(next(iter(values.values())))
-    lines = [f"{'method':18}{'NFE':>4}" + "".join(f"{c:>19}" for c in columns)]
-    for (name, metrics), nfe in zip(values.items(), evaluations):
-        lines.append(f"{name:18}{nfe:>4}" + "".join(f"{metrics[c]:>19.4f}" for c in columns))
+def table(result):
+    """Lines of text from result.json: method, function evaluations (NFE), metrics."""
+    steps = result["student"]["steps"]
+    rows = [("exact", 0, result["floor"])]
+    rows.append((result["impostor"]["name"], 0, result["impostor"]))
+    for k, row in result["euler"].items():
+        rows.append((f"Euler, {k} step{'s' * (k != '1')}", k, row))
+    rows.append((f"student, {steps} step{'s' * (steps > 1)}", steps, result["student"]))
+    columns = list(result["floor"])
+    widths = [max(len(name), 8) + 2 for name in columns]
+    head = "".join(f"{name:>{width}}" for name, width in zip(columns, widths))
+    lines = [f"{'method':17}{'NFE':>3}" + head]
+    for name, nfe, row in rows:
+        cells = "".join(f"{row[c]:>{width}.3f}" for c, width in zip(columns, widths))
+        lines.append(f"{name:17}{nfe:>3}" + cells)
     return "\n".join(lines)
 
 
 def task(config):
     """The toy that config.data names."""
+    # so small a network gains nothing from more threads, and waits for them on a busy machine
+    torch.set_num_threads(1)
     if config.data not in RECIPES:
         raise Refused(f"--data must be one of {', '.join(RECIPES)}, not {config.data!r}.")
     return Task(config, RECIPES[config.data], getattr(mixtures, config.data)())
