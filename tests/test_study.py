@@ -313,6 +313,9 @@ def test_the_prose_says_what_the_results_say():
                 metrics = stored.lane("narrow", kind, seed, lane)["metrics"]["4"]
                 counts[lane["alpha_weak"]] += report.collapsed(stored, "narrow", seed, metrics)
     assert "of 32 runs there, {}, {}, {} and {} collapse".format(*counts.values()) in tutorial
+    rows = stored_tables()["all in the plane: collapse"].splitlines()[2:]
+    plane = [row.split("|")[2].split()[0] for row in rows]
+    assert "{}, {}, {} and {} of 192 do".format(*plane) in tutorial
     gained = stored.method("ring", "W2SVD", 4, "sliced_w2")
     base = stored.method("ring", "DMD, LoRA fake", 4, "sliced_w2")
     closer = report.differences(base, gained)
