@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import w2svd
+from toy.metrics import Metrics
 from toy.study import report, study
 from toy.study.baselines import consistency_loss
 from toy.tasks import Recipe
@@ -90,13 +91,48 @@ def test_the_controls_scale_what_they_say(name):
         assert any(x == twin for x in study.sweep(study.CASES[name]))
 
 
-def test_an_interval_is_that_of_the_mean():
-    values = np.random.default_rng(1).normal(3.0, 1.0, 400)
-    mean, low, high = report.interval(values)
-    assert mean == values.mean() and low < mean < high
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
+@pytest.mark.parametrize("n", [4, 8])
+def test_an_interval_holds_the_mean_in_95_of_100_cases(n):
+    """Reference: Gaussian draws around a mean that is known."""
+    draws = np.random.default_rng(n).normal(3.0, 2.0, (3000, n))
+    held = [low <= 3.0 <= high for _, low, high in map(report.interval, draws)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+    mean, low, high = report.interval(draws[0])
+    assert mean == draws[0].mean() == pytest.approx((low + high) / 2)
     assert report.interval([2.0, 2.0]) == (2.0, 2.0, 2.0)
-    assert report.interval(values) == (mean, low, high)
+
+
+@pytest.mark.parametrize(
+    "values, p",
+    [
+        ([1.0, 2.0, 0.5, 3.0], 2 / 2**4),
+        ([-1.0] * 8, 2 / 2**8),
+        ([0.1, 0.1, -0.1], 1.0),  # |+.1| is the least sum that there is
+        ([1.0, 2.0, 3.0, -0.5], 4 / 2**4),
+        ([0.0, 0.0], 1.0),
+        ([1.0, 1.0, 0.0], 4 / 2**3),  # a flip of 0 changes nothing
+    ],
+)
+def test_a_sign_flip_s_p_is_the_share_of_flips_as_far_from_0(values, p):
+    assert report.sign_flip(values) == p
+
+
+def test_a_sign_flip_s_p_is_below_a_bound_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(size=(3000, 6))
+    found = np.array([report.sign_flip(x) for x in draws])
+    for bound in (2 / 64, 6 / 64, 0.5):
+        assert np.mean(found <= bound) == pytest.approx(bound, abs=0.025)
+
+
+def test_a_share_s_interval_is_clopper_and_pearson_s():
+    assert report.share_interval(0, 12) == (0, 0, pytest.approx(1 - 0.025 ** (1 / 12)))
+    assert report.share_interval(8, 8) == (1, pytest.approx(0.025 ** (1 / 8)), 1)
+    share, low, high = report.share_interval(4, 10)
+    assert (share, low, high) == (
+        0.4,
+        pytest.approx(0.1216, abs=1e-4),
+        pytest.approx(0.7376, abs=1e-4),
+    )
 
 
 def test_rates_are_chosen_on_the_tuning_seeds_alone(folder):
@@ -116,13 +152,16 @@ def test_tables_and_figures_are_made_of_the_results(folder):
     text = (folder / "tables.md").read_text()
     row = next(x for x in text.splitlines() if x.startswith("| W2SVD - DMD, LoRA fake | 4 |"))
     assert float(row.split("|")[3].split()[0]) == pytest.approx(0.25, abs=0.01)
+    assert row.split("|")[3].endswith(", p 0.008 ")
+    row = next(x for x in text.splitlines() if x.startswith("| grid | sliced_w2 | 0.003 | 0.25 |"))
+    assert float(row.split("|")[7].split()[0]) == pytest.approx(0.25, abs=0.01)
     stored = report.Study(json.loads((folder / "study.json").read_text()))
     _, _, rates, alphas, shares, _ = report.phase(
         stored, "ring", *next(report.maps(stored, "ring"))
     )
     assert rates == ["0.0003", "0.001", "0.003", "0.01"]
     assert [set(row) for row in shares] == [{0.0}, {0.0}, {0.0}, {1.0}] and alphas[3] == "0.75"
-    assert "| ring, preset | 0.75 | 32 | 1.00 [1.00, 1.00] | +1.00 [+1.00, +1.00] |" in text
+    assert "| ring, base settings | 0.75 | 32 of 32 | 1.00 [0.89, 1.00] | +1.00, p 0.008 |" in text
     gradient = "0.250 [0.250, 0.250] | 1.000 [1.000, 1.000] | 0.900 [0.900, 0.900]"
     assert f"| late | 0.75 | {gradient} |" in text
     row = next(x for x in text.splitlines() if x.startswith("| GT weight 20 | 0.25 |"))
@@ -274,10 +313,54 @@ def test_the_prose_says_what_the_results_say():
                 metrics = stored.lane("narrow", kind, seed, lane)["metrics"]["4"]
                 counts[lane["alpha_weak"]] += report.collapsed(stored, "narrow", seed, metrics)
     assert "of 32 runs there, {}, {}, {} and {} collapse".format(*counts.values()) in tutorial
+    rows = stored_tables()["all in the plane: collapse"].splitlines()[2:]
+    plane = [row.split("|")[2].split()[0] for row in rows]
+    assert "{}, {}, {} and {} of 192 do".format(*plane) in tutorial
     gained = stored.method("ring", "W2SVD", 4, "sliced_w2")
     base = stored.method("ring", "DMD, LoRA fake", 4, "sliced_w2")
-    mean, low, high = report.interval(report.differences(base, gained))
-    assert "ring {} [{}, {}] closer".format(*(f"{x:.3f}"[1:] for x in (mean, low, high))) in text
+    closer = report.differences(base, gained)
+    numbers = [f"{x:.3f}".replace("0.", ".") for x in report.interval(closer)]
+    p = f"{report.sign_flip(closer):.3f}".lstrip("0")
+    assert "ring {} [{}, {}] closer, p {}".format(*numbers, p) in text
+
+
+def test_the_prose_counts_the_controls_as_they_are():
+    """W2S against DMD whose gradient is scaled, all data and both metrics."""
+    stored, text = report.stored(), (ROOT / "toy/study/README.md").read_text()
+    found = {True: [], False: []}  # at alpha_weak .75; below
+    for case in ("ring", "weak", "narrow", "videos"):
+        videos = report.side(case) == "videos"
+        for metric in ("clip_frechet", "dynamic_degree") if videos else ("sliced_w2", "weight_tv"):
+            for alpha, _, what, scaled, _ in report.control_rows(stored, case, metric):
+                if what == "gradient":
+                    found[alpha == 0.75].append(scaled)
+
+    def counts(every):
+        intervals = [report.interval(x) for x in every]
+        sure = sum(low > 0 or high < 0 for _, low, high in intervals)
+        return len(every), sure, sum(report.sign_flip(x) < 0.05 for x in every)
+
+    assert counts(found[False]) == (28, 1, 2) and counts(found[True]) == (12, 2, 5)
+    assert "Of the 28 differences at .25 and .5" in text and "27 intervals contain 0" in text
+    assert "At .75 two of 12 intervals exclude 0 and five have p below .05" in text
+
+
+def test_a_ring_without_modes_looks_better_than_the_student():
+    """The README's warning: what the distances in the plane cannot see."""
+    case, rng = study.CASES["ring"], torch.Generator().manual_seed(0)
+    task = study.task_of(case, study.config_of(case, 0, {}, {}))
+    n = study.SAMPLES["ring"]
+    angle = 2 * torch.pi * torch.rand(n, generator=rng)
+    radius = 2**0.5 + 0.2 * torch.randn(n, generator=rng)
+    around = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
+    found, stored = Metrics(task.mixture, n)(around), report.stored()
+    ours = {m: stored.method("ring", "W2SVD", 4, m).values() for m in found if m != "frechet"}
+    ours = {m: np.mean(list(values)) for m, values in ours.items()}
+    assert found["sliced_w2"] < ours["sliced_w2"] and found["weight_tv"] < ours["weight_tv"]
+    assert found["precision"] > ours["precision"] and found["coverage"] == 1
+    text = (ROOT / "toy/study/README.md").read_text()
+    numbers = [f"{found[m]:.3f}".lstrip("0") for m in ("sliced_w2", "precision", "weight_tv")]
+    assert "sliced_w2 {}, precision {}, coverage 1 and weight_tv {}".format(*numbers) in text
 
 
 def test_every_row_of_the_readme_s_tables_is_made_from_the_stored_results():

@@ -2,19 +2,23 @@
 
     python -m toy.study.report       reads study.json; writes tables.md and PNG files beside it
 
-Every number is a mean over seeds with a 95 % interval (percentile bootstrap, 10,000 resamples);
-every claim that one method beats another is a mean of paired differences over the same seeds,
-which share the backbone, the data and the order of exits. Learning rates are the best of the grid
-on the tuning seeds.
+Every number is a mean over seeds with a 95 % interval by Student's t, which knows no bounds: that
+of a share may pass 1. Two methods are compared by paired differences over the same seeds, which
+share the backbone, the data and the order of exits; p is that of the exact sign-flip test, whose
+least value is 2 / 2^seeds (.008 for 8, .125 for 4). No p is corrected for the number of tests.
+Shares of runs that collapsed have Clopper-Pearson intervals. Learning rates are the best of the
+grid on the tuning seeds.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import binomtest, t
 
 from toy import plots
 from toy.study.study import BASE, CASES, DMD, TWO, W2S
@@ -37,12 +41,12 @@ COLUMNS = {
 METHODS = [  # name, evaluations, kind of job, what its lanes have
     ("LCM", 1, "lcm", {}),
     ("LCM, 8 times the updates", 1, "lcm-long", {}),
-    ("DMD2, full fake", 1, "dmd2-1", {}),
+    ("DMD, full fake", 1, "dmd2-1", {}),
     ("DMD, LoRA fake", 1, "dmd-1", DMD),
     ("W2SVD", 1, "dmd-1", W2S),
     ("LCM", 4, "lcm", {}),
     ("LCM, 8 times the updates", 4, "lcm-long", {}),
-    ("DMD2, full fake", 4, "dmd2-4", {}),
+    ("DMD, full fake", 4, "dmd2-4", {}),
     ("DMD, LoRA fake", 4, "dmd-4", DMD),
     ("W2SVD", 4, "dmd-4", W2S),
     ("W2SVD, GT loss .05", 4, "gt-0.05", W2S),
@@ -52,17 +56,46 @@ PLACES = {"sliced_w2": 3, "clip_frechet": 1, "frame_frechet": 2}
 
 
 def interval(values):
-    """(mean, low, high): 95 % percentile bootstrap of the mean over seeds."""
+    """(mean, low, high): 95 % interval of the mean over seeds, by Student's t."""
     values = np.asarray(list(values), float)
-    draws = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
+    mean, n = values.mean(), len(values)
+    half = t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5
+    return float(mean), float(mean - half), float(mean + half)
 
 
-def written(values, places=3, sign=""):
-    """'mean [low, high]'."""
-    mean, low, high = (f"{x:{sign}.{places}f}" for x in interval(values))
+def sign_flip(values):
+    """Exact two-sided p of paired differences around 0: of all 2^n flips of their signs, the share
+    whose sum is at least as far from 0 as theirs."""
+    values = np.asarray(list(values), float)
+    signs = np.array(list(itertools.product((1, -1), repeat=len(values))))  # none flipped, first
+    sums, rounding = np.abs(signs @ values), 1e-9 * np.abs(values).sum()
+    return float(np.mean(sums >= sums[0] - rounding))
+
+
+def share_interval(k, n):
+    """(share, low, high): k of n with the 95 % Clopper-Pearson interval.
+
+    It takes the runs as independent. Those of a seed share a backbone, so it may be too narrow:
+    two shares are compared by `sign_flip` over seeds.
+    """
+    found = binomtest(k, n).proportion_ci(0.95, "exact")
+    return k / n, float(found.low), float(found.high)
+
+
+def bracketed(mean, low, high, places, sign=""):
+    mean, low, high = (f"{x:{sign}.{places}f}" for x in (mean, low, high))
     return f"{mean} [{low}, {high}]"
+
+
+def written(values, places=3):
+    """'mean [low, high]'."""
+    return bracketed(*interval(values), places)
+
+
+def paired(values, places=3):
+    """'mean [low, high], p' of paired differences."""
+    values = list(values)
+    return f"{bracketed(*interval(values), places, '+')}, p {sign_flip(values):.3f}"
 
 
 def side(case):
@@ -175,17 +208,18 @@ def table(study, case):
 
 
 def claims(study, case):
-    """W2SVD minus each other method, paired."""
+    """W2SVD, and DMD with the same LoRA fake, minus each other method, paired, at best rates."""
     columns, rows = COLUMNS[side(case)], []
     for nfe in (1, 4):
-        ours = {c: study.method(case, "W2SVD", nfe, c) for c in columns}
-        for name, steps, kind, _ in METHODS:
-            if steps == nfe and name != "W2SVD" and study.seeds(case, kind):
-                theirs = {c: study.method(case, name, nfe, c) for c in columns}
-                cells = [
-                    written(differences(ours[c], theirs[c]), PLACES.get(c, 3), "+") for c in columns
-                ]
-                rows.append([f"W2SVD - {name}", nfe, *cells])
+        names = [m[0] for m in METHODS if m[1] == nfe and study.seeds(case, m[2])]
+        pairs = [("W2SVD", name) for name in names if name != "W2SVD"]
+        others = [name for name in names if name.startswith(("LCM", "DMD, full"))]
+        for one, other in pairs + [("DMD, LoRA fake", name) for name in others]:
+            cells = []
+            for column in columns:
+                values = [study.method(case, name, nfe, column) for name in (one, other)]
+                cells.append(paired(differences(*values), PLACES.get(column, 3)))
+            rows.append([f"{one} - {other}", nfe, *cells])
     return markdown(["paired difference", "NFE", *columns], rows)
 
 
@@ -205,7 +239,7 @@ def exact_table(study, case):
         dmd = study.values(case, "dmd-4", exact, metric)
         w2s = study.values(case, "dmd-4", {**exact, **W2S}, metric)
         cells = [written(x.values()) for x in (ideal, dmd, w2s)]
-        cells += [written(differences(x, ideal), 3, "+") for x in (dmd, w2s)]
+        cells += [paired(differences(x, ideal)) for x in (dmd, w2s)]
         rows.append([f"{exact['generator_lr']:g}", *cells])
     head = ["rate", f"{metric}: exact real score", "DMD", "W2S .25"]
     return markdown([*head, "DMD - exact", "W2S .25 - exact"], rows)
@@ -214,36 +248,87 @@ def exact_table(study, case):
 def maps(study, case):
     """(title, lanes, axis, kind) of each map of alpha_weak against a learning rate."""
     lanes = study.settings(case)
-    preset = [x for x in lanes if set(x) == {"alpha_weak", "generator_lr"}]
+    base = [x for x in lanes if set(x) == {"alpha_weak", "generator_lr"}]
     plain = [x for x in lanes if "lr_schedule" in x]
     fakes = [x for x in lanes if "fake_lr" in x]
-    fakes += [x for x in preset if fakes and x["generator_lr"] == TWO[0]]
-    yield f"{case}, preset", preset, "generator_lr", "dmd-4"
+    fakes += [x for x in base if fakes and x["generator_lr"] == TWO[0]]
+    yield f"{case}, base settings", base, "generator_lr", "dmd-4"
     if plain:
         yield f"{case}, constant rates, no decay", plain, "generator_lr", "dmd-4"
     if fakes:
-        yield f"{case}, preset, generator_lr {TWO[0]:g}", fakes, "fake_lr", "dmd-4"
+        yield f"{case}, generator_lr {TWO[0]:g}", fakes, "fake_lr", "dmd-4"
     for kind, title in (("ratio-1", "one fake update, not five"), ("rank-4", "rank 4, not 16")):
         if study.seeds(case, kind):
             yield f"{case}, {title}", study.settings(case, kind), "generator_lr", kind
 
 
+def bad_runs(study, case, kind, lanes):
+    """{seed: how many of the lanes' runs collapsed}."""
+    bad = {}
+    for seed in study.seeds(case, kind):
+        runs = [study.lane(case, kind, seed, x)["metrics"]["4"] for x in lanes]
+        bad[seed] = sum(collapsed(study, case, seed, run) for run in runs)
+    return bad
+
+
+def collapse_cells(bad, base, lanes):
+    """'k of n', the share, and how many more than `base`, paired by seed; `lanes` runs a seed."""
+    k, n = sum(bad.values()), lanes * len(bad)
+    shift = np.array(differences(bad, base)) / lanes
+    against = "" if bad is base else f"{shift.mean():+.2f}, p {sign_flip(shift):.3f}"
+    return [f"{k} of {n}", bracketed(*share_interval(k, n), 2), against]
+
+
 def collapse_table(study, case):
-    """Share of the runs that collapsed, over all rates of a map; against alpha_weak 0, paired."""
+    """How many runs collapsed, over all rates of a map; against alpha_weak 0."""
     rows = []
     for title, lanes, _, kind in maps(study, case):
-        seeds, base = study.seeds(case, kind), None
+        base = None
         for alpha in sorted({lane["alpha_weak"] for lane in lanes}):
             own = [lane for lane in lanes if lane["alpha_weak"] == alpha]
-            share = {}
-            for seed in seeds:
-                runs = [study.lane(case, kind, seed, x)["metrics"]["4"] for x in own]
-                share[seed] = np.mean([collapsed(study, case, seed, run) for run in runs])
-            base = share if base is None else base
-            shift = written(differences(share, base), 2, "+") if alpha else ""
-            runs, mean = len(own) * len(seeds), written(share.values(), 2)
-            rows.append([title, f"{alpha:g}", runs, mean, shift])
-    return markdown(["setting", "alpha_weak", "runs", "share collapsed", "against 0"], rows)
+            bad = bad_runs(study, case, kind, own)
+            base = bad if base is None else base
+            rows.append([title, f"{alpha:g}", *collapse_cells(bad, base, len(own))])
+    return markdown(["setting", "alpha_weak", "collapsed", "share", "against 0"], rows)
+
+
+def collapse_in_the_plane(study):
+    """The same over all maps but that of videos, every run counted once."""
+    cases = [c for c in study.results if side(c) == "2d" and study.seeds(c, "dmd-4")]
+    every = {}
+    for case in cases:
+        for _, lanes, _, kind in maps(study, case):
+            every |= {(case, kind, json.dumps(lane, sort_keys=True)): lane for lane in lanes}
+    rows, base = [], None
+    for alpha in sorted({lane["alpha_weak"] for lane in every.values()}):
+        own = [(key, lane) for key, lane in every.items() if lane["alpha_weak"] == alpha]
+        parts = [bad_runs(study, case, kind, [lane]) for (case, kind, _), lane in own]
+        bad = {seed: sum(part[seed] for part in parts) for seed in parts[0]}
+        base = bad if base is None else base
+        rows.append([f"{alpha:g}", *collapse_cells(bad, base, len(own))])
+    return markdown(["alpha_weak", "collapsed", "share", "against 0"], rows)
+
+
+def equal_rates(study):
+    """W2SVD against DMD with the same LoRA fake, in 4 steps, at every rate that both had."""
+    rows = []
+    for case in [case for case in study.results if study.seeds(case, "dmd-4")]:
+        metric = METRIC[side(case)]
+        places = PLACES[metric]
+        base = [x for x in study.settings(case) if set(x) == {"alpha_weak", "generator_lr"}]
+        for lane in sorted(base, key=lambda x: (x["alpha_weak"], x["generator_lr"])):
+            if not lane["alpha_weak"]:
+                continue
+            w2s = study.values(case, "dmd-4", lane, metric)
+            dmd = study.values(case, "dmd-4", {**lane, **DMD}, metric)
+            change = differences(w2s, dmd)
+            percent = 100 * np.mean(change) / np.mean(list(dmd.values()))
+            cells = [written(dmd.values(), places), written(w2s.values(), places)]
+            cells += [paired(change, places), f"{percent:+.0f} %"]
+            settings = [f"{lane['generator_lr']:g}", f"{lane['alpha_weak']:g}"]
+            rows.append([case, metric, *settings, *cells])
+    head = ["data", "distance", "rate", "alpha_weak", "DMD, LoRA fake", "W2SVD"]
+    return markdown([*head, "W2SVD - DMD", "of DMD's"], rows)
 
 
 def phase(study, case, title, lanes, axis, kind):
@@ -257,12 +342,10 @@ def phase(study, case, title, lanes, axis, kind):
     shares, texts = ([[None] * len(rates) for _ in alphas] for _ in range(2))
     for x in lanes:
         i, j = alphas.index(place(x)[0]), rates.index(place(x)[1])
-        seeds = study.seeds(case, kind)
-        runs = {seed: study.lane(case, kind, seed, x)["metrics"]["4"] for seed in seeds}
-        bad = sum(collapsed(study, case, seed, run) for seed, run in runs.items())
-        shares[i][j] = bad / len(runs)
-        mean = np.mean([run[METRIC[side(case)]] for run in runs.values()])
-        texts[i][j] = f"{bad}/{len(runs)}\n{mean:.{PLACES[METRIC[side(case)]]}f}"
+        bad = bad_runs(study, case, kind, [x]).values()
+        shares[i][j] = sum(bad) / len(bad)
+        mean = np.mean(list(study.values(case, kind, x, METRIC[side(case)]).values()))
+        texts[i][j] = f"{sum(bad)}/{len(bad)}\n{mean:.{PLACES[METRIC[side(case)]]}f}"
     return title, axis, [f"{r:g}" for r in rates], [f"{a:g}" for a in alphas], shares, texts
 
 
@@ -285,8 +368,8 @@ def controls(study, case):
     for metric in metrics:
         for alpha, lr, what, scaled, plain in control_rows(study, case, metric):
             places = PLACES.get(metric, 3)
-            cells.setdefault((lr, alpha), {})[metric, what] = written(scaled, places, "+")
-            cells[lr, alpha][metric, "plain"] = written(plain, places, "+")
+            cells.setdefault((lr, alpha), {})[metric, what] = paired(scaled, places)
+            cells[lr, alpha][metric, "plain"] = paired(plain, places)
     order = [(m, w) for m in metrics for w in ("plain", "gradient", "rate")]
     names = {"plain": "DMD", "gradient": "gradient scaled", "rate": "rate scaled"}
     rows = [
@@ -317,7 +400,7 @@ def scores(study, case):
             keys = ("error", "length", "cos_dmd", "cos_exact")
             error, *others = (np.mean(probed(study, case, when, k, alpha)[1], axis=0) for k in keys)
             away = error - probed_backbone(study, case, when)
-            cells = [written(error), written(away, 3, "+"), *map(written, others)]
+            cells = [written(error), paired(away) if alpha else "", *map(written, others)]
             rows.append([when, f"{alpha:g}", *cells])
         data = np.mean(probed(study, case, when, "error_at_data", 0)[1], axis=0)
         rows.append([when, "backbone at real data", written(data), "", "", "", ""])
@@ -349,14 +432,17 @@ def gt_values(study, case, kind, metric, alpha=W2S):
 
 def gt_table(study, case="videos"):
     """The GT loss: picture quality against motion."""
-    rows = []
+    rows, against = [], ("frame_frechet", "dynamic_degree")
+    base = {c: gt_values(study, case, "gt-0", c) for c in against}
     for name, kind in GT:
         values = {c: gt_values(study, case, kind, c) for c in COLUMNS["videos"]}
-        base = gt_values(study, case, "gt-0", "dynamic_degree")
-        shift = differences(values["dynamic_degree"], base)
         cells = [written(v.values(), PLACES.get(c, 3)) for c, v in values.items()]
-        rows.append([name, *cells, written(shift, 3, "+") if kind != "gt-0" else ""])
-    return markdown(["GT weight", *COLUMNS["videos"], "dynamic_degree against 0"], rows)
+        shifts = [
+            paired(differences(values[c], base[c]), PLACES.get(c, 3)) if kind != "gt-0" else ""
+            for c in against
+        ]
+        rows.append([name, *cells, *shifts])
+    return markdown(["GT weight", *COLUMNS["videos"], *(f"{c} against 0" for c in against)], rows)
 
 
 def moved_table(study, case="moved"):
@@ -371,7 +457,7 @@ def moved_table(study, case="moved"):
         for alpha in (DMD, W2S):
             values = {c: gt_values(study, case, kind, c, alpha) for c in COLUMNS["2d"]}
             base = gt_values(study, case, kind, "sliced_w2", DMD)
-            shift = written(differences(values["sliced_w2"], base), 3, "+") if alpha != DMD else ""
+            shift = paired(differences(values["sliced_w2"], base)) if alpha != DMD else ""
             cells = [written(v.values()) for v in values.values()]
             rows.append([f"GT weight {name}", f"{alpha['alpha_weak']:g}", *cells, shift])
     return markdown(["student", "alpha_weak", *COLUMNS["2d"], "sliced_w2 against 0"], rows)
@@ -388,7 +474,7 @@ def variants(study, case="ring"):
             for metric in ("sliced_w2", "weight_tv"):
                 values = study.values(case, kind, lane, metric)
                 base = study.values(case, "dmd-4", default, metric)
-                cells += [written(values.values()), written(differences(values, base), 3, "+")]
+                cells += [written(values.values()), paired(differences(values, base))]
             title = name or f"alpha_weak falls to 0, {lane['alpha_weak_schedule']}"
             rows.append([title, f"{lane['generator_lr']:g}", f"{lane['alpha_weak']:g}", *cells])
     head = ["instead of the default", "rate", "alpha_weak"]
@@ -487,6 +573,9 @@ def sections(study):
             parts[f"{case}: the generator's gradient"] = turns(study, case)
         if study.seeds(case, "exact"):
             parts[f"{case}: with the exact real score"] = exact_table(study, case)
+    if study.seeds("ring", "dmd-4"):
+        parts["all in the plane: collapse"] = collapse_in_the_plane(study)
+    parts["all: W2SVD minus DMD at equal rates"] = equal_rates(study)
     if study.seeds("videos", "gt-20-skip"):
         parts["videos: the GT loss"] = gt_table(study)
     if study.seeds("ring", "schedule"):
