@@ -1,7 +1,7 @@
 """Remakes everything stored in the repository that follows from its code, with one command.
 
     python tests/remake.py --quick    tables, plans, links to lines: 20 seconds
-    python tests/remake.py            also three runs of the toy, the pictures, the notebooks
+    python tests/remake.py            also two runs of the toy, the pictures, the notebooks
 
 The second takes about ten minutes on 2 CPU cores. Both change only what is out of date, and say
 what they changed. In a README it is what stands between <!-- remade: NAME --> and <!-- end -->, and
@@ -31,14 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before the imports below, wherever it is started from
 
 import w2svd  # noqa: E402
-from toy import table  # noqa: E402
+from toy import table, tasks  # noqa: E402
 from toy.study import report  # noqa: E402
 
 READMES = [ROOT / "README.md", ROOT / "toy/README.md", ROOT / "tests/README.md"]
 STORED = ROOT / "toy/results/table.json"
 RUNS = {  # of the toy, for the pictures: name, flags, which result of STORED it is
     "ring": ("--data ring", "ring-4"),
-    "dmd": ("--data ring --alpha-weak 0", None),
     "videos": ("--data videos", "videos-4"),
 }
 LONG = "--height 544 --width 960 --frames 129"
@@ -99,7 +98,7 @@ def parts():
     """{name: text} of every marked place of a README."""
     results = json.loads(STORED.read_text())
     return {
-        "toy": code(table.printed(results["ring-4"]["0"])),
+        "toy": code(tasks.table(results["ring-4"]["0"])),
         "plan": plan_as_printed(),
         "sizes": f"{in_short(LONG)}; {in_short('--fp8-base')}.",
         "expect": table.summary(results).rstrip(),
@@ -206,7 +205,7 @@ def everything():
         for done in [pool.submit(notebook, path) for path in paths]:
             done.result()
         results = dict(run.result() for run in runs)
-        python("-m", "toy.picture", *(f"{folder}/{name}" for name in ("dmd", "ring", "videos")))
+        python("-m", "toy.picture", *(f"{folder}/{name}" for name in ("ring", "videos")))
     report.write(report.STORED)
     return [case for case, result in results.items() if case and keep(case, result)]
 

@@ -41,13 +41,13 @@ def samples_2d(path, mixture, panels, columns=6):
 
 
 def scored(measure, rows):
-    """Rows (title, samples) with numbers of toy.metrics below each title; clips: the squared
-    Fréchet distance of frames, and the dynamic degree."""
+    """Rows (title, samples) with numbers of toy.metrics below each title: the KL, and of clips the
+    dynamic degree, which is 1 if they move as much as the data."""
 
     def lines(numbers):
         if "clip_frechet" not in numbers:
-            return f"sliced W2 {numbers['sliced_w2']:.3f}"
-        return "Fréchet {frame_frechet:.1f}, motion {dynamic_degree:.2f}".format(**numbers)
+            return f"KL {numbers['kl']:.2f}"
+        return "KL {kl:.2f}, motion {dynamic_degree:.2f}".format(**numbers)
 
     return [(f"{title}\n{lines(measure(x))}", x) for title, x in rows]
 

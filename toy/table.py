@@ -3,7 +3,7 @@
     python -m toy.table [--seeds 5] [--out toy/results] [--only ring-4 videos-4 ...]
 
 Runs `w2svd.py train`, two processes of one thread at a time, and writes table.json (every result)
-and table.md (mean and standard deviation). A result that is there already is kept, so that the
+and table.md (mean and 95 % interval). A result that is there already is kept, so that the
 script goes on where it stopped. About 20 minutes on 2 CPU cores. tests/remake.py makes the READMEs'
 tables of them.
 """
@@ -18,9 +18,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from scipy.stats import t
 from tqdm import tqdm
 
-from toy import tasks
 from w2svd import write_json
 
 CASES = {  # name: flags and seeds at most
@@ -31,9 +31,10 @@ CASES = {  # name: flags and seeds at most
     "videos-4": ("--data videos", 5),
 }
 SHOWN = {
-    "2d": ("sliced_w2", "precision", "coverage", "weight_tv"),
-    "videos": ("clip_frechet", "frame_frechet", "dynamic_degree", "motion_smoothness", "coverage"),
+    "2d": ("kl", "sliced_w2", "precision", "coverage", "weight_tv"),
+    "videos": ("kl", "clip_frechet", "frame_frechet", "dynamic_degree", "motion_smoothness"),
 }
+PLACES = {"kl": 2, "clip_frechet": 1, "frame_frechet": 2}
 
 
 def run(case, seed):
@@ -55,7 +56,7 @@ def run(case, seed):
 
 
 def markdown(results):
-    """One table per kind of data: mean ± standard deviation over seeds."""
+    """One table per kind of data: mean ± half a 95 % interval over seeds."""
     lines = []
     for kind, columns in SHOWN.items():
         cases = [c for c in CASES if c in results and (c[:6] == "videos") == (kind == "videos")]
@@ -66,51 +67,41 @@ def markdown(results):
         for case in cases:
             data, steps = case.split("-")
             runs = list(results[case].values())
-            rows = [("Euler", k, [r["euler"][k] for r in runs]) for k in ("1", "4", "28")]
-            rows = rows if steps == "4" else []
+            rows = []
+            if steps == "4":
+                rows += [("Euler", k, [r["euler"][k] for r in runs]) for k in ("1", "4", "28")]
+                same = [r["euler_student_grid"]["4"] for r in runs]
+                rows.append(("Euler, student's grid", "4", same))
             rows.append(("**W2SVD**", steps, [r["student"] for r in runs]))
             if steps == "4":
+                rows.append((f"*{runs[0]['impostor']['name']}*", "", [r["impostor"] for r in runs]))
                 rows.append(("exact samples", "", [r["floor"] for r in runs]))
             for name, nfe, metrics in rows:
-                cells = [
-                    spread([m[c] for m in metrics], 1 if c == "clip_frechet" else 3)
-                    for c in columns
-                ]
+                cells = [spread([m[c] for m in metrics], PLACES.get(c, 3)) for c in columns]
                 lines.append(f"| {data} | {name} | {nfe} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def printed(result):
-    """The table that `w2svd.py train --model toy` ends with, from its result.json."""
-    steps = result["student"]["steps"]
-    names = {k: f"Euler, {k} step{'s' * (k != '1')}" for k in result["euler"]}
-    values = {"exact": result["floor"]} | {names[k]: m for k, m in result["euler"].items()}
-    values[f"student, {steps} step{'s' * (steps > 1)}"] = result["student"]
-    return tasks.table(values, (0, *map(int, names), steps))
-
-
 def summary(results):
-    """The first page's table: one number for each kind of data, 4-step student against Euler."""
-    lines = ["| data, distance | student, 4 steps | Euler, 4 steps | Euler, 28 steps | exact |"]
-    lines.append("|---" * 5 + "|")
-    for data, metric, places in [
-        ("ring", "sliced_w2", 3),
-        ("grid", "sliced_w2", 3),
-        ("videos", "clip_frechet", 1),
-    ]:
+    """The first page's table: the KL of the 4-step student and of Euler on its own best grids."""
+    names = ("student, 4 steps", "Euler, 4 steps", "Euler, 28 steps", "impostor", "exact samples")
+    lines = [f"| KL, nats | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for data in ("ring", "grid", "videos"):
         runs = list(results[f"{data}-4"].values())
         rows = [[r["student"] for r in runs], *([r["euler"][k] for r in runs] for k in ("4", "28"))]
-        rows.append([r["floor"] for r in runs])
-        cells = [spread([m[metric] for m in row], places) for row in rows]
-        lines.append(f"| {data}, {metric} | {' | '.join(cells)} |")
+        rows += [[r[name] for r in runs] for name in ("impostor", "floor")]
+        cells = [spread([m["kl"] for m in row], 2) for row in rows]
+        lines.append(f"| {data} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def spread(values, places):
-    """'mean ± standard deviation'."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{places}f} ± {deviation:.{places}f}"
+    """'mean ± half a 95 % interval', by Student's t."""
+    half = 0.0
+    if len(values) > 1:
+        half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.{places}f} ± {half:.{places}f}"
 
 
 def main():
