@@ -188,13 +188,13 @@ class Config:
 # ring: expect a KL of .08; a minute on 2 CPU cores. Trials, and why shift .5: toy/README.md
 TOY = dict(data="ring", generator_input="rollout", fake_samples="final", lora_rank=16, ema=0.98)
 TOY |= dict(generator_lr=1e-3, fake_lr=2e-3, lr_schedule="linear", fake_weight_decay=0.1)
-TOY |= dict(shift=0.5, reuse=5, batch=512, iterations=720, log_every=40, save_every=360)
+TOY |= dict(shift=0.5, reuse=3, batch=512, iterations=720, log_every=40, save_every=360)
 PRESETS = {
     "toy": TOY,
     "toy grid": dict(shift=0.3),  # its modes lie closer, so they are lost at lower noise
     # expect a KL of .9; a clip's motion is decided at high noise, hence the shifts
     "toy videos": dict(shift=5.0, sigma_shift=5.0, generator_lr=5e-4, fake_lr=1e-3)
-    | dict(batch=64, iterations=350, log_every=25, save_every=175),
+    | dict(batch=64, iterations=350, log_every=25, save_every=175, reuse=5),
     # nothing of the full model was tuned or measured: no number to expect
     "hunyuan": dict(generator_lr=2e-5, fake_lr=2e-5, checkpointing=True, log_every=10),
     "hunyuan captions": dict(generator_input="rollout", fake_samples="final"),
@@ -670,8 +670,24 @@ def micro_batches(config, state, data):
         batch = next(data)
         name, x0 = batch.get("name", "a batch"), batch["x0"]
         state.taken += len(x0)
-        require_finite(f"{name}, read as data,", x0, 0.0)
+        require_finite(f"the data ({name})", x0, 0.0)
         yield name, x0, batch["cond"]
+
+
+def generator_input(config, roles, state, x0, cond, final=False):
+    """x_in (B, ...) and its level sigma_in (B,), of the kind that the config names."""
+    sigmas = few_step_sigmas(config.steps, config.shift).to(state.device)
+    if config.generator_input == "paired":
+        return paired_input(x0, sigmas, state.rngs)
+    return rollout_input(roles.generator, x0, cond, sigmas, state.rngs, final)
+
+
+@torch.no_grad()
+def generated(config, roles, state, name, x0, cond):
+    """A batch of the generator's samples for the fake: its name, x_gen (B, ...), cond."""
+    final = config.fake_samples == "final"
+    x_in, sigma_in = generator_input(config, roles, state, x0, cond, final)
+    return name, x0_from_velocity(x_in, roles.generator(x_in, sigma_in, cond), sigma_in), cond
 
 
 def losses_noise(config, state, x, name):
@@ -679,9 +695,8 @@ def losses_noise(config, state, x, name):
     low, high, shift = config.sigma_low, config.sigma_high, config.sigma_shift
     sigma = sample_sigma(len(x), low, high, shift, state.rngs["level"])
     state.reads.append((name, sigma))
-    return sigma, torch.randn(
-        x.shape, generator=state.rngs["noise"], device=x.device, dtype=x.dtype
-    )
+    rng = state.rngs["noise"]
+    return sigma, torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
 
 
 def mean_of(stats):
@@ -695,20 +710,8 @@ def distil(config, roles, state, data):
     data: an iterator of batches {'x0': (B, ...), 'cond': ..., 'name': ...}. All that has to be kept
     between two iterations is in `state`; logging, files and signals are the caller's.
     """
-    sigmas = few_step_sigmas(config.steps, config.shift).to(state.device)
     terms = {n: getattr(config, n) for n in ("gt_weight", "gt_skip_noise", "guidance")}
-
-    def generator_input(x0, cond, final=False):
-        if config.generator_input == "paired":
-            return paired_input(x0, sigmas, state.rngs)
-        return rollout_input(roles.generator, x0, cond, sigmas, state.rngs, final)
-
-    @torch.no_grad()
-    def generated(name, x0, cond):  # for the fake
-        x_in, sigma_in = generator_input(x0, cond, config.fake_samples == "final")
-        v = roles.generator(x_in, sigma_in, cond)
-        return name, x0_from_velocity(x_in, v, sigma_in), cond
-
+    run = config, roles, state
     while state.iteration < config.iterations:
         roles.alpha_weak = alpha_weak_at(config, state.iteration)
         lr = lr_scale(config, state.iteration)
@@ -716,7 +719,7 @@ def distil(config, roles, state, data):
 
         for k in range(warmup + config.fake_updates):  # the fake learns the generator's samples
             if k % config.reuse == 0:
-                samples = [generated(*batch) for batch in micro_batches(config, state, data)]
+                samples = [generated(*run, *batch) for batch in micro_batches(config, state, data)]
             state.reads, fake_stats = [], []  # of the last update they are yielded
             for name, x_gen, cond in samples:
                 sigma, eps = losses_noise(config, state, x_gen, name)
@@ -725,7 +728,7 @@ def distil(config, roles, state, data):
 
         stats = []
         for name, x0, cond in micro_batches(config, state, data):  # one of the generator
-            x_in, sigma_in = generator_input(x0, cond)
+            x_in, sigma_in = generator_input(*run, x0, cond)
             noise = losses_noise(config, state, x0, name)
             step = generator_step(roles, x_in, sigma_in, cond, *noise, x0_gt=x0, **terms)
             stats.append(step | moments("data", x0))
@@ -1224,7 +1227,8 @@ def plan(config, task):
         roles = Roles(task.backbone, config.lora_rank, 0.0, 1.0, config.generator, config.fake)
     once = (config.steps - 1) / 2 if config.generator_input == "rollout" else 0  # the mean exit
     fake_once = 2 * once if config.fake_samples == "final" else once
-    forwards = config.fake_updates * (1 + fake_once) + once + 2 + (config.guidance != 1)
+    draws = math.ceil(config.fake_updates / config.reuse)  # of the fake's samples
+    forwards = draws * (1 + fake_once) + once + 2 + (config.guidance != 1)
     backwards = config.fake_updates + 1
     trained = [sum(p.numel() for p in roles.parameters(r)) for r in ("generator", "fake")]
     names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")

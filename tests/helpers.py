@@ -11,7 +11,7 @@ import torch
 import toy.tasks
 import w2svd
 
-SMALL = "--batch 16 --lora-rank 4 --log-every 2 --save-every 2 --fake-updates 2".split()
+SMALL = "--batch 16 --lora-rank 4 --log-every 2 --save-every 2 --fake-updates 2 --reuse 1".split()
 SMALL += "--generator-lr .02 --fake-lr .02".split()  # a few iterations change every sample
 CONSTANT = ["--lr-schedule", "constant"]  # so that --iterations may be changed
 PICTURES = toy.tasks.Task.pictures

@@ -93,17 +93,17 @@ sigma_low is ignored @ losses_noise: config.sigma_low ==> 0.02
 every fake update draws its own samples @ distil: k % config.reuse == 0 ==> True
 the fake's samples are drawn once an iteration @ distil: k % config.reuse == 0 ==> k == 0
 the average has no warm-up @ ema_at: min(config.ema, ==> max(config.ema,
-rollouts are under the average @ distil:
+rollouts are under the average @ generator_input:
     return rollout_input( ==> with state.averaged(): return rollout_input(
 the learning rate is off by one @ distil: lr_scale(config, ==> lr_scale(config, 1 +
 alpha_weak is off by one @ distil: alpha_weak_at(config, ==> alpha_weak_at(config, 1 +
 alpha_weak falls until the end @ alpha_weak_at: 2 * iteration ==> iteration
 the fake's warm-up is ignored @ distil: config.fake_warmup if ==> 0 if
 the fake's warm-up comes in every iteration @ distil: if state.iteration == 0 ==> if True
-the fake's samples are not final @ distil: cond, config.fake_samples == "final") ==> cond)
-the fake's samples are of another level @ distil: v, sigma_in) ==> v, sigma)
-the fake's update trains the generator @ distil: torch.no_grad() ==> nullcontext()
-the generator is trained at the last exit only @ distil: (x0, cond) ==> (x0, cond, True)
+the fake's samples are not final @ generated: cond, final) ==> cond)
+the fake's samples are of another level @ generated: cond), sigma_in) ==> cond), sigma_in / 2)
+the fake's update trains the generator @ fake_step: roles.fake( ==> roles.generator(
+the generator is trained at the last exit only @ distil: x0, cond) ==> x0, cond, True)
 the ground truth's weight is dropped @ distil: "gt_weight", ==>
 gt_skip_noise is dropped @ distil: "gt_skip_noise", ==>
 guidance is dropped @ distil: , "guidance" ==>

@@ -115,7 +115,8 @@ def test_a_number_that_is_not_finite_stops_the_run_with_stage_iteration_and_leve
         STAGES[stage](patch, bad)
         train("r", *flags, code=2)
     sentence = said(capsys)
-    assert stage in sentence and "iteration 3" in sentence and " at 0." in sentence
+    assert stage in sentence and "iteration 3" in sentence
+    assert " at 0." in sentence or stage == "the data"  # which is read at no level
     assert [row["step"] for row in lines("r")] == [2] and "result.json" not in names("r")
     train("whole", *flags)
     resume("r")

@@ -68,7 +68,7 @@ def test_panels_wrap_where_told(tmp_path, points):
 def test_a_scored_panel_has_its_number_in_the_title(points):
     measure = Metrics(ring(), 300)
     panels = plots.scored(measure, points[:1])
-    assert panels[0][0] == f"step 0\nW2 0.0\nsliced W2 {measure(points[0][1])['sliced_w2']:.3f}"
+    assert panels[0][0] == f"step 0\nW2 0.0\nKL {measure(points[0][1])['kl']:.2f}"
     assert panels[0][1] is points[0][1]
 
 

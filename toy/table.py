@@ -28,7 +28,7 @@ CASES = {  # name: flags and seeds at most
     "ring-1": ("--data ring --steps 1", 5),
     "grid-4": ("--data grid", 5),
     "grid-1": ("--data grid --steps 1", 5),
-    "videos-4": ("--data videos", 5),
+    "videos-4": ("--data videos", 3),
 }
 SHOWN = {
     "2d": ("kl", "sliced_w2", "precision", "coverage", "weight_tv"),
