@@ -4,7 +4,7 @@
 
 Runs `w2svd.py train`, two processes of one thread at a time, and writes table.json (every result)
 and table.md (mean and 95 % interval). A result that is there already is kept, so that the
-script goes on where it stopped. About 20 minutes on 2 CPU cores. tests/remake.py makes the READMEs'
+script goes on where it stopped. About 15 minutes on 2 CPU cores. tests/remake.py makes the READMEs'
 tables of them.
 """
 
