@@ -67,16 +67,15 @@ import argparse
 import copy
 import csv
 import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib.metadata
 import io
 import itertools
 import json
-import logging
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -183,6 +182,7 @@ class Config:
     out: str = setting("", "run folder; the next free runs/<model>-k if empty / ours", "the run")
     log_every: int = setting(50, "iterations between lines of metrics.jsonl / ours")
     save_every: int = setting(250, "iterations between checkpoints / ours")
+    sample_prompts: str = setting("", "a .txt, of which 4 are filmed at each save / ours")
 
 
 # ring: expect a KL of .08; a minute on 2 CPU cores. Trials, and why shift .5: toy/README.md
@@ -203,7 +203,12 @@ MAY_BE_0 = "alpha_weak ema gt_weight guidance embedded_guidance sigma_low fake_w
 MAY_BE_0 += " fake_weight_decay"
 # what --resume may change: it touches no bits, or is said in metrics.jsonl
 RESUMABLE = "out data checkpoint cache iterations log_every save_every checkpointing compile"
-RESUMABLE += " generator_lr fake_lr"
+RESUMABLE += " generator_lr fake_lr sample_prompts"
+
+
+def flag(name):
+    """A setting's name on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def check(c: Config):
@@ -211,7 +216,7 @@ def check(c: Config):
     for name, value in dataclasses.asdict(c).items():
         fits = type(value) not in (int, float) or 0 < value < 2**53  # not so: nan
         if not fits and not (value == 0 and name in MAY_BE_0.split()):
-            raise Refused(f"--{name.replace('_', '-')} cannot be {value}.")
+            raise Refused(f"{flag(name)} cannot be {value}.")
     if c.alpha_weak > c.alpha_strong:
         raise Refused(f"--alpha-weak must be at most --alpha-strong = {c.alpha_strong}.")
     if c.fake == "full" and (c.alpha_weak or c.fake_weight_decay):
@@ -804,6 +809,7 @@ def load_pipeline(checkpoint, without):
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()  # its bars would cut through ours
+    diffusers.utils.logging.set_verbosity_error()
     how = {"dtype": torch.bfloat16 if DEVICE == "cuda" else torch.float32, "use_safetensors": True}
     load = diffusers.HunyuanVideoPipeline.from_pretrained
     with reading(checkpoint):
@@ -865,67 +871,152 @@ def read_safetensors(path):
             info = json.loads((file.metadata() or {})["w2svd"])
             return {name: file.get_tensor(name) for name in file.keys()}, info
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise Refused(f"{path} is missing, damaged or not of w2svd ({error}).") from error
+        raise Refused(
+            f"{path} is missing, damaged or not of w2svd ({error}); delete it."
+        ) from error
 
 
-READING = 1  # raised whenever reading or encoding changes: latents made before are made again
-FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
+READING = 2  # raised whenever reading or encoding changes: latents made before are made again
 EXAMPLE = "python w2svd.py train --model hunyuan --data my_clips/"
 LAYOUTS = "a.mp4 with a.txt, metadata.jsonl or .csv (file_name, text), videos.txt with prompt.txt"
+LISTS = ("metadata.jsonl", "metadata.csv", "videos.txt")
+FILMS = ".mp4 .m4v .mov .mkv .webm .avi .gif .wmv .flv .ts .mts .m2ts .mpg .mpeg .3gp .ogv".split()
 # No playlist, which would read other files or a network: ffmpeg guesses the format from the content
-FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif"
-FFMPEG_FLAGS = ["-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-timelimit", "600"]
+FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif,ogg"
+FFMPEG = f"-hide_banner -protocol_whitelist file -format_whitelist {FORMATS} -timelimit 600".split()
+# HDR to SDR: 203 nits are white, as ITU-R BT.2408 has it; what is above .6 is compressed
+TONE_MAP = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:param=.6:desat=0"
+TONE_MAP += ",zscale=t=bt709:m=bt709,"
 
 
-def read_lines(path):
-    """The lines of a text that are not empty; Excel begins a file with a mark."""
-    return [x.strip() for x in path.read_text(encoding="utf-8-sig").split("\n") if x.strip()]
+def read_text(path):
+    """A text, without the mark that Excel begins with; bytes that are no UTF-8 are found later."""
+    return path.read_bytes().decode("utf-8-sig", "surrogateescape")
+
+
+def read_list(path):
+    """[(line, row)] of one of LISTS; a row is a dictionary, but None where it is not JSON."""
+    text, rows = read_text(path), []
+    if path.suffix == ".csv":
+        separator = max(",;\t", key=text.split("\n")[0].count)
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+        return [(table.line_num, row) for row in table]
+    if path.name == "videos.txt":
+        both = [x.rstrip().split("\n") for x in (text, read_text(path.with_name("prompt.txt")))]
+        pairs = enumerate(itertools.zip_longest(*both), 1)
+        return [(i, {"file_name": a, "text": b}) for i, (a, b) in pairs if a or b]
+    for i, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [(i, json.loads(line))] if line.strip() else []
+        except ValueError:
+            rows.append((i, None))
+    return rows
+
+
+def all_files(data, left_out):
+    """The files of a folder and of the folders in it, links followed; hidden ones are left out."""
+    found, seen = [], set()
+    for folder, inner, names in os.walk(data, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        again = {n for n in inner if os.path.realpath(os.path.join(folder, n)) in seen}
+        again |= {n for n in inner + names if n.startswith(".")}
+        for name in again - {".w2svd"}:
+            left_out[os.path.relpath(Path(folder, name), data)] = "hidden, or a folder read before"
+        inner[:] = sorted(set(inner) - again)
+        found += [Path(folder, name) for name in sorted(set(names) - again)]
+    return found
 
 
 def find_clips(data):
-    """[(path, caption)] of a folder, [(None, caption)] of a .txt; {name: reason} of other files."""
-    jsonl, table = data / "metadata.jsonl", data / "metadata.csv"
-    videos, prompts, known = data / "videos.txt", data / "prompt.txt", set()
-    try:
-        if data.is_file() and data.suffix == ".txt":
-            return [(None, caption) for caption in read_lines(data)], {}
-        found = sorted(path for path in data.iterdir() if not path.name.startswith("."))
-        if jsonl.exists():
-            known = {jsonl}
-            rows = [json.loads(line) for line in read_lines(jsonl)]
-        elif table.exists():
-            known = {table}
-            text = io.StringIO(table.read_text(encoding="utf-8-sig"), newline="")
-            rows = list(csv.DictReader(text))
-        elif videos.exists():
-            known = {videos, prompts}
-            both = zip(read_lines(videos), read_lines(prompts), strict=True)
-            rows = [{"file_name": name, "text": text} for name, text in both]
-        else:
-            films = [path for path in found if path.suffix.lower() in FILMS]
-            rows = [{"file_name": path.name, "text": path.with_suffix(".txt")} for path in films]
-        clips = [(data / row["file_name"].strip(), row["text"] or "") for row in rows]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
-        raise Refused(f"--data {data} cannot be read ({error}); it needs {LAYOUTS}.") from error
-    known |= {p for path, _ in clips for p in (path, path.with_suffix(".txt"))}
-    return clips, {p.name: "no clip, nor a caption of one" for p in found if p not in known}
+    """[(path, caption)] of a folder, [(None, caption)] of a .txt; {name: reason} of all else.
+
+    A film is named by a list, or has its caption in a .txt beside it, which is returned as a Path.
+    """
+    if data.is_file() and data.suffix == ".txt":
+        return [(None, line) for line in read_text(data).split("\n") if line.strip()], {}
+    if not data.is_dir():
+        raise Refused(f"{data} is no folder of clips: {LAYOUTS}; nor a .txt of captions.")
+    clips, left_out = [], {}
+    files = all_files(data, left_out)
+    for file in [file for file in files if file.name in LISTS]:
+        name = os.path.relpath(file, data)
+        try:
+            rows = read_list(file)
+        except (OSError, csv.Error) as error:
+            left_out[name], rows = f"it cannot be read ({error})", []
+        for line, row in rows:
+            # None is the column of cells too many, of a comma in a caption without quotes
+            row = row if isinstance(row, dict) and None not in row else {}
+            film, caption = row.get("file_name"), row.get("text")
+            if isinstance(film, str) and film.strip() and isinstance(caption, str):
+                clips.append((file.parent / film.strip(), caption))
+            else:
+                left_out[f"{name}, line {line}"] = "no file_name with one text (in quotes)"
+    named = {os.path.abspath(path) for path, _ in clips}
+    films = [f for f in files if f.suffix.lower() in FILMS and os.path.abspath(f) not in named]
+    clips += [(film, film.with_suffix(".txt")) for film in films]
+    known = {os.path.abspath(p) for film, _ in clips for p in (film, film.with_suffix(".txt"))}
+    for file in files:
+        if file.name not in (*LISTS, "prompt.txt") and os.path.abspath(file) not in known:
+            left_out[os.path.relpath(file, data)] = "no clip, nor a caption of one"
+    return clips, left_out
+
+
+def ffmpeg(path, *flags, first=()):
+    """Run ffmpeg on a film: its exit status, its output, what it said."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    # the whole path, or a name like 'concat:a' would be read as a protocol
+    command = [get_ffmpeg_exe(), *FFMPEG, *first, "-i", path.resolve(), *flags]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    return done.returncode, done.stdout, done.stderr.decode(errors="replace")
+
+
+def look(path):
+    """What ffmpeg says of a film: its stream, its sides, width / height as shown, seconds, fps."""
+    said = ffmpeg(path)[2]
+    streams = re.findall(r"Stream #\S+ Video: ((?!.*attached pic).+ (\d+)x(\d+)[ ,].*)", said)
+    if not streams:
+        raise ValueError((said.strip().splitlines() or ["ffmpeg finds no film in it"])[-1])
+    stream, w, h = streams[0][0], int(streams[0][1]), int(streams[0][2])
+    pixel = re.search(r"SAR (\d+):(\d+)", stream) or (0, 1, 1)
+    aspect = w / h * int(pixel[1]) / int(pixel[2])
+    if re.search(r"rotation of -?90", said):
+        aspect = 1 / aspect
+    clock = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said) or (0, 0, 0, "nan")
+    seconds = 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3])
+    fps = float((re.search(r"([\d.]+) fps", stream) or (0, "inf"))[1])
+    alpha = "alpha_mode" in said  # WebM's, which only libvpx reads
+    shown = {"aspect": aspect, "seconds": seconds, "fps": fps, "alpha": alpha}
+    return SimpleNamespace(stream=stream, size=(w, h), **shown)
 
 
 def read_clip(path, config):
-    """The first frames of a film, resampled, cropped, resized: (1, 3, T, H, W) in [-1, 1]."""
-    import imageio.v3 as iio
+    """The first frames of a film as a player shows them: (1, 3, T, H, W) in [-1, 1].
 
-    w, h = config.width, config.height
+    Upright, in square pixels, whole frames instead of fields, colours of SDR, black where it is
+    transparent; resampled, cropped at the centre, resized. ValueError: short, damaged, or a still.
+    """
+    film, w, h, n = look(path), config.width, config.height, config.frames
+    if film.fps < config.fps / 4:
+        raise ValueError(f"{film.fps:g} fps are stills; --fps {config.fps:g} would repeat them")
     # cropped before it is scaled: a picture of 8000 x 2 would be scaled to 192,000 x 48
-    crop = f"crop=max(1\\,min(iw\\,ih*{w}/{h})):max(1\\,min(ih\\,iw*{h}/{w}))"
-    fit = ["-vf", f"fps={config.fps},{crop},scale={w}:{h}"]
-    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it tells every change of size
-    # the whole path, or a name like 'concat:a' would be read as a protocol
-    film = iio.imiter(path.resolve(), plugin="FFMPEG", input_params=FFMPEG_FLAGS, output_params=fit)
-    frames = [torch.from_numpy(frame) for frame in itertools.islice(film, config.frames)]
-    if len(frames) < config.frames:
-        raise ValueError(f"too short: {len(frames)} of {config.frames} frames, {config.fps:g} fps")
-    return torch.stack(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    crop = f"crop=max(1\\,min(iw\\,ih*{w}/{h}/sar)):max(1\\,min(ih\\,iw*sar*{h}/{w}))"
+    chain = f"bwdif=send_frame:deint=interlaced,fps={config.fps},{crop},scale={w}:{h},setsar=1,"
+    if re.search("smpte2084|arib-std-b67", film.stream):  # PQ, HLG
+        chain += TONE_MAP
+    elif not re.search(r"[(, ](bt|smpte|gbr|fcc)", film.stream) and max(film.size) >= 1280:
+        chain = "setparams=colorspace=bt709," + chain  # untagged and large, as players take it
+    chain += "format=gbrap,premultiply=inplace=1"
+    libvpx = ["-c:v", "libvpx-vp9" if "vp9" in film.stream else "libvpx"] if film.alpha else []
+    flags = ["-v", "error", "-xerror", "-map", "0:V:0", "-vf", chain, "-frames:v", str(n)]
+    status, raw, said = ffmpeg(path, *flags, *"-f rawvideo -pix_fmt rgb24 -".split(), first=libvpx)
+    if status:
+        raise ValueError(f"damaged: {(said.strip().splitlines() or [f'status {status}'])[0]}")
+    frames = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(-1, h, w, 3)
+    if len(frames) < n:
+        raise ValueError(f"too short: {len(frames)} of {n} frames, {config.fps:g} fps")
+    return frames.permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 
 @torch.no_grad()
@@ -944,39 +1035,14 @@ def encode_clip(pipe, video, caption):
 
 def latents_file(config, path, caption):
     """Where a clip's latents and text are kept: a name that hashes all that they depend on."""
-    data, checkpoint = Path(config.data), Path(config.checkpoint)
+    data = Path(config.data)
     parts = [READING, caption, config.checkpoint, HunyuanVideo.prompt_template]
-    encoders = sorted(checkpoint.glob("vae/*")) + sorted(checkpoint.glob("text_encoder*/*"))
-    for file in [*encoders, *([path] if path else [])]:
-        stat = file.stat()
-        parts += [file.name, stat.st_size, stat.st_mtime_ns]
     if path:
-        parts += [os.path.relpath(path, data)]
+        parts += [os.path.relpath(path, data), path.stat().st_size, path.stat().st_mtime_ns]
         parts += [config.height, config.width, config.frames, config.fps]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     folder = Path(config.cache or (data if path else data.parent) / ".w2svd").expanduser()
     return folder / f"{path.stem[:40] if path else 'caption'}-{digest}.safetensors"
-
-
-def usable_clips(config):
-    """{file of latents: (name, path, caption)} of the clips, and {name: reason} of the others."""
-    clips, left_out = find_clips(Path(config.data))
-    files = {}
-    for path, caption in clips:
-        name = os.path.relpath(path, config.data) if path else caption
-        try:
-            if isinstance(caption, Path):  # read here: a bad one leaves out its clip alone
-                caption = " ".join(read_lines(caption))
-            caption = caption.strip()
-            file = latents_file(config, path, caption)
-            if not caption or file in files:
-                raise ValueError("it is listed twice" if caption else "it has no caption")
-            files[file] = name, path, caption
-        except FileNotFoundError as error:
-            left_out[name] = f"there is no {Path(error.filename).name}"
-        except (OSError, ValueError, AttributeError) as error:
-            left_out[name] = str(error)
-    return files, left_out
 
 
 def encoded_clips(config):
@@ -986,32 +1052,63 @@ def encoded_clips(config):
     from diffusers.training_utils import free_memory
     from tqdm import tqdm
 
-    files, left_out = usable_clips(config)
-    missing = [file for file in files if not file.exists()]
-    pipe = None  # read once there is something to encode
-    for file in tqdm(missing, desc="encode", unit="clip") if missing else ():
-        name, path, caption = files[file]
+    clips, left_out = find_clips(Path(config.data))
+    files, made, seen, pipe = [], [], set(), None
+    for path, caption in tqdm(clips, desc="encode", unit="clip"):
+        name = os.path.relpath(path, config.data) if path else repr(caption)
         try:
-            video = read_clip(path, config) if path else None
-            pipe = pipe or load_pipeline(config.checkpoint, ("transformer",))
-            tensors = encode_clip(pipe, video, caption)
+            if isinstance(caption, Path):  # read here: a bad one leaves out its clip alone
+                caption = read_text(caption)
+            caption = " ".join(line.strip() for line in caption.strip().split("\n"))
+            if caption != caption.encode(errors="replace").decode():
+                raise ValueError("its caption is not UTF-8")
+            file, one = latents_file(config, path, caption), (path and path.resolve(), caption)
+            if one in seen:
+                raise ValueError("it is listed twice, or by a link")
+            seen.add(one)
+            if not file.exists():
+                video = read_clip(path, config) if path else None
+                pipe = pipe or load_pipeline(config.checkpoint, ("transformer",))
+                tensors = encode_clip(pipe, video, caption)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_safetensors(file, tensors, {"source": name, "caption": caption})
+                made.append((name, path and look(path), len(tensors["prompt_embeds"])))
+            files.append(file)
         except (Refused, ImportError, torch.OutOfMemoryError):
             raise
+        except FileNotFoundError as error:
+            left_out[name] = f"there is no {Path(error.filename).name}"
         except Exception as error:  # each clip is an island: the others go on
             left_out[name] = (str(error).strip().splitlines() or [repr(error)])[-1]
-            del files[file]
-            continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(file, tensors, {"source": name, "caption": caption})
     del pipe
     free_memory()
-    made = sum(file in files for file in missing)
-    print(f"{config.data}: {len(files)} clips, {made} encoded now")
+    print(f"{config.data}: {len(files)} clips, {len(made)} encoded now")
+    report(config, made)
     for name, reason in left_out.items():
         print(f"  left out, {name}: {reason}")
     if not files:
         raise Refused(f"No clip of {config.data} can be used; it needs {LAYOUTS}.", status=1)
-    return list(files)
+    return files
+
+
+def report(config, made):
+    """Print what encoding cut off or repeated. made: [(name, look() at the film, tokens)]."""
+    c, films = config, [(name, film) for name, film, _ in made if film]
+    if films:
+        seconds = sum(film.seconds for _, film in films)
+        ratios = sorted(film.aspect * c.height / c.width for _, film in films)
+        kept = sum(min(x, 1 / x) for x in ratios) / len(films)
+        line = f"  of {seconds:.1f} s the first {len(films) * c.frames / c.fps:.1f}, "
+        line += f"{kept:.0%} of the picture"
+        scale = math.sqrt(ratios[len(films) // 2])  # the same area in the films' own shape
+        fit = 16 * round(c.height / scale / 16), 16 * round(c.width * scale / 16)
+        line += "; more of it with --height {} --width {}".format(*fit) * (kept < 0.8)
+        print(line)
+    for name, film in films:
+        if film.fps < 0.9 * c.fps:
+            print(f"  {name}: frames are repeated, {film.fps:g} fps become {c.fps:g}")
+    if cut := sum(tokens >= 256 for *_, tokens in made):
+        print(f"  the text encoder reads 256 tokens: {cut} captions are longer, their ends unread")
 
 
 # A task is a model and its data. It has .backbone (see Roles), whose weights come with .load();
@@ -1035,12 +1132,12 @@ class HunyuanTask:
         if config.checkpoint != HUNYUAN:
             with reading(config.checkpoint):
                 found = Model.load_config(config.checkpoint, subfolder="transformer")
-        name = found.get("_class_name", Model.__name__)
-        if name != Model.__name__ or found.get("image_condition_type"):
+        name, channels = found.get("_class_name", Model.__name__), found.get("in_channels", 16)
+        odd = channels != found.get("out_channels", 16) or found.get("patch_size_t", 1) != 1
+        if name != Model.__name__ or found.get("image_condition_type") or odd:
             raise Refused(f"--checkpoint {config.checkpoint} is no text-to-video HunyuanVideo.")
         with torch.device("meta"):  # shapes and no numbers, for the plan
             self.wrap(Model.from_config(found).bfloat16(), torch.bfloat16)
-        channels = self.backbone.module.config.in_channels
         # the VAE takes 4 frames and 8 x 8 pixels into one
         self.shape = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
 
@@ -1052,15 +1149,23 @@ class HunyuanTask:
         """Encode what is missing, then read the weights."""
         if DEVICE == "cpu" and self.backbone.module.num_parameters() > 1e9:
             raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {EXAMPLE}")
-        self.clips = encoded_clips(self.config)
+        c = self.config
+        self.clips = encoded_clips(c)
+        draw = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(0))
+        self.filmed = [self.clips[i] for i in draw[:4]]
+        if c.sample_prompts:
+            self.filmed = encoded_clips(dataclasses.replace(c, data=c.sample_prompts))[:4]
         self.load_weights()
+
+    def read_weights(self, dtype):
+        """The checkpoint's transformer, on the CPU."""
+        how = {"subfolder": "transformer", "dtype": dtype, "use_safetensors": True}
+        with reading(self.config.checkpoint):
+            return self.Model.from_pretrained(self.config.checkpoint, **how)
 
     def load_weights(self):
         dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-        how = {"subfolder": "transformer", "dtype": dtype, "use_safetensors": True}
-        with reading(self.config.checkpoint):
-            module = self.Model.from_pretrained(self.config.checkpoint, **how)
-        self.wrap(module.to(DEVICE, dtype).requires_grad_(False), dtype)
+        self.wrap(self.read_weights(dtype).to(DEVICE, dtype).requires_grad_(False), dtype)
 
     def prepare(self):
         """What must follow the adapters: the base's weights in 8 bits, compilation."""
@@ -1073,13 +1178,10 @@ class HunyuanTask:
 
     def read(self, clip):
         """A clip as a batch of one; x0 is 0 where there is a caption alone."""
-        try:
-            tensors, _ = read_safetensors(clip)
-        except Refused as error:
-            raise Refused(f"{error} Delete it: --resume makes it again.") from error
+        tensors, info = read_safetensors(clip)
         cond = {name: x[None].to(DEVICE) for name, x in tensors.items()}
         x0 = cond.pop("latents", torch.zeros(1, *self.shape, device=DEVICE))
-        return {"x0": x0, "cond": cond, "name": clip.name}
+        return {"x0": x0, "cond": cond, "name": clip.name, "caption": info["caption"]}
 
     def batches(self, rng, taken=0):
         """Each clip once an epoch, in an order of its own, from seed and epoch; endless."""
@@ -1153,11 +1255,18 @@ class HunyuanTask:
             iio.imwrite(part, video, plugin="FFMPEG", fps=self.config.fps)
 
     def on_log(self, step, generator):
-        """At every save: the first clip's caption, always from the same noise."""
-        c = self.config
-        if step % c.save_every == 0 or step == c.iterations:
-            cond, sigmas = self.read(self.clips[0])["cond"], few_step_sigmas(c.steps, c.shift)
-            self.film(Path(c.out) / f"samples/{step:06}.mp4", generator, sigmas, cond, c.seed)
+        """At the start and at every save: up to four prompts, always from the same noise."""
+        c, sigmas = self.config, few_step_sigmas(self.config.steps, self.config.shift)
+        for i, clip in enumerate(
+            self.filmed if step % c.save_every == 0 or step == c.iterations else ()
+        ):
+            one = self.read(clip)
+            words = re.sub(r"\W+", "-", one["caption"])[:60].strip("-")
+            path = Path(c.out) / f"samples/{step:06}-{i}-{words}.mp4"
+            self.film(path, generator, sigmas, one["cond"], c.seed)
+            if step == 0:
+                beside = path.with_stem(f"{path.stem}-backbone")
+                self.film(beside, self.backbone.velocity, sigmas, one["cond"], c.seed, euler=True)
 
     def finish(self, run):
         """No exact answer here: the last logged numbers."""
@@ -1165,32 +1274,33 @@ class HunyuanTask:
         table = f'now: python w2svd.py sample --run {run.folder} --prompt "..." --out video.mp4'
         return {"student": last | {"steps": run.config.steps}}, table
 
-    def sample(self, tensors, info, out, seed, prompt="", lora_scale=1.0, compare=False):
-        """A video of the prompt; with `compare` one of the backbone's 28 steps beside it."""
+    def sample(self, tensors, info, out, seed, prompt=None, negative_prompt=None, cfg=2.0, steps=0):
+        """A video of the prompt, led away from a negative one by `cfg` at twice the evaluations."""
         from diffusers.training_utils import free_memory
 
-        if not prompt.strip() or out.suffix != ".mp4":
+        if prompt is None or out.suffix != ".mp4":
             raise Refused("Name a --prompt, and an .mp4 as --out.")
-        if info["kind"] == "full" and lora_scale != 1:
-            raise Refused("--lora-scale is an adapter's; this generator was trained in full.")
         pipe = load_pipeline(self.config.checkpoint, ("transformer", "vae"))
         cond = encode_text(pipe, prompt)
+        avoided = None if negative_prompt is None else encode_text(pipe, negative_prompt)
         del pipe
         free_memory()  # before the transformer comes
         self.load_weights()
-        velocity = self.backbone.velocity
-        if compare:  # before the generator is in; 7 is the released shift
-            beside, sigmas = out.with_stem(f"{out.stem}-28-steps"), few_step_sigmas(28, 7.0)
-            self.film(beside, velocity, sigmas, cond, seed, euler=True)
+        student = self.backbone.velocity
         if info["kind"] == "full":
             self.backbone.module.load_state_dict(tensors)
         else:
             roles = Roles(self.backbone, info["rank"], 0.0, 1.0)
-            scaled = {n: lora_scale * x if "lora_B" in n else x for n, x in tensors.items()}
-            roles.load("generator", scaled)
-            velocity = roles.generator
-        self.film(out, velocity, torch.tensor(info["sigmas"]), cond, seed)
-        return f"wrote {out}" + f" and {out.stem}-28-steps.mp4" * compare
+            roles.load("generator", tensors)
+            student = roles.generator
+
+        def velocity(x_t, sigma, cond):
+            v = student(x_t, sigma, cond)
+            return v if avoided is None else guided(v, student(x_t, sigma, avoided), cfg)
+
+        sigmas = few_step_sigmas(steps, info["shift"]) if steps else torch.tensor(info["sigmas"])
+        self.film(out, velocity, sigmas, cond, seed)
+        return f"wrote {out}"
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
@@ -1392,8 +1502,7 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
     def due(every):
         return state.iteration == config.iterations or state.iteration % every == 0
 
-    if before:  # it comes after that checkpoint, and may be missing
-        picture()
+    picture()  # of the beginning; after a resume the checkpoint's, which may be missing
     data, tick = task.batches(state.rngs["data"], state.taken), time.perf_counter()
     bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
     with log, bar, signals() as stop:
@@ -1436,6 +1545,9 @@ def read_generator(run, at=None):
     return read_safetensors(path)
 
 
+SIZES = ("height", "width", "frames", "checkpoint")  # what `sample` may change of a run's config
+
+
 def sample(run, out, seed, at=None, **given):
     """Draw samples of a run's generator, with the grid of its header, into `out`."""
     config, out = read_run(run), Path(out)
@@ -1443,45 +1555,55 @@ def sample(run, out, seed, at=None, **given):
         raise Refused(f"--seed cannot be {seed}.")
     if not out.parent.is_dir():
         raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
-    task, generator = load_task(config), read_generator(run, at)
-    wrong = set(given) - ({"n"} if config.model == "toy" else {"prompt", "lora_scale", "compare"})
-    if wrong:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(wrong))
-        raise Refused(f"{flags} does not fit {run}, a run of --model {config.model}.")
-    print(task.sample(*generator, out, seed, **given))
+    fits = {"toy": ["n"], "hunyuan": ["prompt", "negative_prompt", "cfg", "steps", *SIZES]}
+    for name, x in given.items():
+        if name not in fits[config.model]:
+            raise Refused(f"{flag(name)} does not fit {run}, a run of --model {config.model}.")
+        if x != getattr(config, name, x):
+            print(f"{flag(name)} {x}: {run} was trained with {getattr(config, name)}")
+    config = dataclasses.replace(config, **{n: given.pop(n) for n in SIZES if n in given})
+    check(config)
+    print(load_task(config).sample(*read_generator(run, at), out, seed, **given))
 
 
 CARD = """---
 base_model: {checkpoint}
-library_name: diffusers
 license: other
 tags: [text-to-video, step-distillation, w2svd]
 ---
 # A {steps}-step HunyuanVideo, distilled by W2SVD (arXiv 2503.13319)
 
-For {format}. Generator: {kind}, rank {rank}; {step} updates, seed {seed}, alpha_weak {alpha_weak}.
-The base model's licence goes for these weights. {use}
-"""
-DIFFUSERS = """With diffusers, on a GPU:
+Generator: {kind}, rank {rank}; {step} updates, seed {seed}, alpha_weak {alpha_weak}. The base
+model's licence goes for these weights. """
+DIFFUSERS = """For diffusers alone: ComfyUI and musubi-tuner apply none of it, silently.
 
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
     from diffusers.utils import export_to_video
     pipe = HunyuanVideoPipeline.from_pretrained("{checkpoint}", dtype=torch.bfloat16).to("cuda")
     {load}
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("this folder/scheduler")
     pipe.vae.enable_tiling()
     torch.manual_seed(0)  # the renoising draws from torch's global generator
-    video = pipe("a woman talks", sigmas={path}, guidance_scale={embedded_guidance},
+    video = pipe("a woman talks", num_inference_steps={steps}, guidance_scale={embedded_guidance},
                  height={height}, width={width}, num_frames={frames},
                  generator=torch.Generator().manual_seed(0)).frames[0]
-    export_to_video(video, "talk.mp4", fps={fps:g})"""
-MERGED = """from diffusers import HunyuanVideoTransformer3DModel as Model
-    pipe.transformer = Model.from_pretrained("this folder", dtype=torch.bfloat16).to("cuda")"""
+    export_to_video(video, "talk.mp4", fps={fps:g})
+
+A second LoRA switches this one off, until `pipe.set_adapters(["w2svd", "the other's name"])`.
+"""
+MERGED = "pipe.transformer = type(pipe.transformer).from_pretrained('this folder').to('cuda')"
+COMFYUI = """For ComfyUI, kijai's wrapper, and musubi-tuner after its `convert_lora.py --target
+default`; not for diffusers, which refuses it.
+
+In ComfyUI: LoraLoaderModelOnly at strength 1; ModelSamplingSD3, shift {shift:g}, that feeds
+BasicScheduler (simple, {steps} steps), or ManualSigmas {sigmas}; KSamplerSelect lcm; FluxGuidance
+{embedded_guidance:g}; BasicGuider; SamplerCustomAdvanced. What spoils the video without a word: a
+BasicScheduler on the loader itself, FluxGuidance's 3.5, the sampler euler, KSampler's cfg of 8.
+"""
 USE = {
-    "diffusers": DIFFUSERS.replace("{load}", 'pipe.load_lora_weights("this folder")'),
-    "comfyui": "In ComfyUI: LoraLoaderModelOnly at strength 1, ManualSigmas {sigmas}, sampler lcm, "
-    "BasicGuider with FluxGuidance {embedded_guidance}, SamplerCustomAdvanced. Not for diffusers.",
+    "diffusers": DIFFUSERS.replace("{load}", 'pipe.load_lora_weights("this folder", "w2svd")'),
+    "comfyui": COMFYUI,
     "merged": DIFFUSERS.replace("{load}", MERGED),
 }
 # HunyuanVideo's own layers, as ComfyUI names them, out of diffusers' parts
@@ -1514,45 +1636,67 @@ def to_comfyui(tensors, mlp):
             A, B = ([tensors[f"{name}.lora_{x}.weight"] for name in names] for x in "AB")
             if len(names) < len(parts):
                 B.append(torch.zeros(mlp, 0))
-            converted[f"diffusion_model.{theirs}.{i}.{layer}.lora_A.weight"] = torch.cat(A)
-            converted[f"diffusion_model.{theirs}.{i}.{layer}.lora_B.weight"] = torch.block_diag(*B)
+            layer = f"diffusion_model.{theirs}.{i}.{layer}"
+            converted[f"{layer}.lora_A.weight"] = torch.cat(A)
+            converted[f"{layer}.lora_B.weight"] = torch.block_diag(*B)
+            # its rank: read as strength 1, and never at a third by what knows no fused layers
+            converted[f"{layer}.alpha"] = torch.tensor(float(len(torch.cat(A))))
     return converted
 
 
-def export(run, format, out, at=None):
+@torch.no_grad()
+def merge(module, tensors):
+    """Put the generator into the module, W + B A in float32; the share that bf16 would lose."""
+    weights, lost, all_of_it = dict(module.named_parameters()), 0.0, 0.0
+    for name, x in tensors.items():
+        if "lora_A" in name:
+            x = tensors[name.replace("lora_A", "lora_B")] @ x  # alpha equals the rank
+            name = name.removeprefix("transformer.").replace("lora_A.", "")
+            x += weights[name]
+        if "lora_B" not in name:
+            lost += float((x.bfloat16() - x).square().sum())
+            all_of_it += float((x - weights[name]).square().sum())
+            weights[name].copy_(x)
+    return math.sqrt(lost / all_of_it) if all_of_it else 0.0
+
+
+def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     """Write a run's generator for diffusers, ComfyUI or as a whole transformer, with a card."""
     config, (tensors, info), out = read_run(run), read_generator(run, at), Path(out)
+    config = dataclasses.replace(config, checkpoint=checkpoint or config.checkpoint)
     if config.model != "hunyuan":
         raise Refused(f"Only runs of --model hunyuan are exported, not of {config.model}.")
     if info["kind"] == "full" and format != "merged":
-        raise Refused("A generator trained in full is no LoRA: use --format merged.")
+        raise Refused("A generator trained in full is no LoRA: --format merged, for diffusers.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"{out} is in use: name a new folder as --out.")
-    task = load_task(config)
+    task, kind = load_task(config), getattr(torch, dtype)
     out.mkdir(parents=True, exist_ok=True)
     if format == "merged":
-        pipe = load_pipeline(config.checkpoint, (*TEXT, "vae"))
-        if info["kind"] == "full":
-            pipe.transformer.load_state_dict(tensors)
-        else:
-            pipe.load_lora_weights(dict(tensors))
-            pipe.fuse_lora()
-            pipe.unload_lora_weights()
-        pipe.transformer.save_pretrained(out)
+        module = task.read_weights(torch.float32)
+        lost = merge(module, tensors)
+        print(f"stored in bfloat16, {lost:.1%} of what was learnt would be rounded away")
+        module.to(kind).save_pretrained(out)
         for file in out.glob("*.safetensors"):  # which diffusers keeps from everybody else
             file.chmod((out / "config.json").stat().st_mode)
-    elif format == "comfyui":
-        mlp = task.backbone.module.single_transformer_blocks[0].proj_mlp.out_features
-        write_safetensors(out / "w2svd_comfyui.safetensors", to_comfyui(tensors, mlp), info)
     else:
         lora = {"r": info["rank"], "lora_alpha": info["lora_alpha"]}
         lora |= {"target_modules": task.backbone.lora_targets}
-        adapter = json.dumps({f"transformer.{name}": value for name, value in lora.items()})
-        path = out / "pytorch_lora_weights.safetensors"
-        write_safetensors(path, tensors, info, lora_adapter_metadata=adapter)
-    words = dataclasses.asdict(config) | info | {"format": format, "path": info["sigmas"][:-1]}
-    card = CARD.format(**words, use=USE[format].format(**words))
-    (out / "README.md").write_text(card, encoding="utf-8")
+        metadata = {"lora_adapter_metadata": {f"transformer.{n}": x for n, x in lora.items()}}
+        if format == "comfyui":
+            mlp = task.backbone.module.single_transformer_blocks[0].proj_mlp.out_features
+            tensors, metadata = to_comfyui(tensors, mlp), {}
+        name = {"diffusers": "pytorch_lora_weights", "comfyui": "w2svd_comfyui"}[format]
+        tensors = {name: x.to(kind) for name, x in tensors.items()}
+        metadata = {name: json.dumps(x) for name, x in metadata.items()}
+        write_safetensors(out / f"{name}.safetensors", tensors, info, **metadata)
+    if format != "comfyui":
+        from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
+
+        scheduler = Scheduler(shift=config.shift, stochastic_sampling=True)
+        scheduler.save_pretrained(out / "scheduler")
+    words = dataclasses.asdict(config) | info | {"checkpoint": config.checkpoint}
+    (out / "README.md").write_text((CARD + USE[format]).format(**words), encoding="utf-8")
     print(f"wrote {out}, for {format}")
 
 
@@ -1578,8 +1722,7 @@ def add_settings(command, names):
             " []", ""
         )
         if field.name in names:
-            flag = "--" + field.name.replace("_", "-")
-            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+            group.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **how)
 
 
 def parser():
@@ -1605,31 +1748,34 @@ def parser():
     for one in (samples, exports):
         one.add_argument("--run", required=True, help="a run folder, as runs/mine")
         one.add_argument("--at", type=int, help="the generator of that iteration [the newest]")
+        one.add_argument("--checkpoint", help="hunyuan: where the backbone lies now [as trained]")
     samples.add_argument("--out", required=True, help="toy: .png, .gif, .safetensors; else .mp4")
     samples.add_argument("--seed", type=int, default=0, help="of the noise [0]")
     samples.add_argument("--n", type=int, help="toy: number of samples [1000]")
     samples.add_argument("--prompt", help="hunyuan: what to show")
-    samples.add_argument("--lora-scale", type=float, help="hunyuan: of the generator's adapter [1]")
-    samples.add_argument("--compare", action="store_true", help="hunyuan: the backbone's 28 steps")
+    samples.add_argument("--negative-prompt", help="hunyuan: what to avoid, at twice the time")
+    samples.add_argument("--cfg", type=float, help="hunyuan: weight of a negative prompt [2]")
+    for name in ("height", "width", "frames", "steps"):
+        samples.add_argument(f"--{name}", type=int, help="hunyuan: [as trained]")
     exports.add_argument("--out", required=True, help="a new folder")
+    exports.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32]")
     exports.add_argument("--format", required=True, choices=tuple(USE), help="merged: all weights")
-    return top, commands.choices
+    return top
 
 
 def parse(argv):
-    """What was given, a dictionary; a flag that does not exist is refused with the nearest one."""
-    top, commands = parser()
+    """What was given, a dictionary; a flag that does not exist is refused."""
+    top = parser()
     given, unknown = top.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], commands[given.command]._option_string_actions)
-        hint = f"; did you mean {near[0]}" if near else ""
-        raise Refused(f"There is no {unknown[0]}{hint}; see w2svd.py {given.command} --help.")
+        raise Refused(f"There is no {unknown[0]}; see w2svd.py {given.command} --help.")
     return vars(given)
 
 
 def absolute(model, given):
     """What was given with whole paths, so that a run can be resumed from elsewhere."""
-    names = [n for n in ("data", "checkpoint", "cache") if given.get(n) and Path(given[n]).exists()]
+    names = [n for n in ("data", "checkpoint", "cache", "sample_prompts") if given.get(n)]
+    names = [n for n in names if Path(given[n]).exists()]
     found = {n: str(Path(given[n]).resolve()) for n in names if (model, n) != ("toy", "data")}
     return given | found
 
@@ -1647,7 +1793,7 @@ def resumed(given):
     if "iterations" in differ and {base.alpha_weak_schedule, base.lr_schedule} != {"constant"}:
         fixed.add("iterations")  # a schedule depends on them
     if fixed:
-        was = ", ".join(f"--{n.replace('_', '-')} {getattr(base, n)}" for n in sorted(fixed))
+        was = ", ".join(f"{flag(n)} {getattr(base, n)}" for n in sorted(fixed))
         raise Refused(f"{given['out']} was made with {was}, which --resume cannot change.")
     return dataclasses.replace(base, **given)
 

@@ -133,15 +133,28 @@ embedded guidance does not reach the backbone @ HunyuanTask.wrap: c.embedded_gui
 # test_data.py -k scaled_mode
 latents are encoded unscaled @ encode_clip: * pipe.vae.config.scaling_factor ==>
 text is not trimmed @ encode_text: [:, mask[0].bool()] ==>
-# test_hunyuan.py -k pictures_on
-pictures are on another grid @ HunyuanTask.on_log: c.shift ==> 5.0
-# test_hunyuan.py -k sample_is or compare_is or lora_scale_seed
+# test_hunyuan.py -k films_on
+films are on another grid @ HunyuanTask.on_log: self.config.shift ==> 5.0
+# test_hunyuan.py -k sample_is or seed_and or another_size or negative_prompt
 latents are decoded unscaled @ HunyuanTask.film: / pipe.vae.config.scaling_factor ==>
 sample ignores the header's grid @ HunyuanTask.sample: info["sigmas"] ==> [1.0, 0.5, 0.0]
---compare has the adapter in it @ HunyuanTask.sample:
-    velocity = self.backbone.velocity ==> roles = Roles(self.backbone, info["rank"], 0.0, 1.0);
-    roles.load("generator", tensors); velocity = roles.generator
---lora-scale is ignored @ HunyuanTask.sample: lora_scale * x ==> x
+another number of steps is on another grid @ HunyuanTask.sample: info["shift"] ==> 5.0
+the negative prompt is ignored @ HunyuanTask.sample: is None else guided ==> is avoided else guided
+# test_hunyuan.py -k card_s_code
+the exported scheduler forgets the shift @ export: shift=config.shift ==> shift=5.0
+the exported scheduler adds no noise @ export: stochastic_sampling=True ==>
+# test_hunyuan.py -k merged_weights
+the merged weights are rounded first @ merge: name, x in ==> name, x in ((n, y.bfloat16().float())
+    for n, y in
+# test_hunyuan.py -k second_reader
+fused layers are read at a third @ to_comfyui: len(torch.cat(A)) ==> len(A[0])
+# test_clips.py -k colours or hdr or disc or fields or damaged or transparent
+untagged films are bt601 @ read_clip: "setparams=colorspace=bt709," + chain ==> chain
+HDR is not tone-mapped @ read_clip: chain += TONE_MAP ==> pass
+pixels are taken for square @ read_clip: /sar ==>
+fields stay fields @ read_clip: deint=interlaced ==> deint=interlaced:enable=0
+damaged frames are used @ read_clip: "-xerror", ==>
+what is transparent shows @ read_clip: premultiply=inplace=1 ==> null
 # test_hunyuan.py -k each_clip_is
 always clip 0 is read @ HunyuanTask.batches: permutation[place] ==> 0
 every epoch has the same order @ HunyuanTask.batches: + epoch) ==> )

@@ -5,6 +5,7 @@ with `python -m pytest tests/test_data.py`; about 20 seconds.
 """
 
 import csv
+import io
 import json
 import os
 from pathlib import Path
@@ -122,28 +123,157 @@ def test_films_of_every_usual_ending_are_found():
 
 
 @pytest.mark.parametrize(
-    "name, content",
+    "name, content, line",
     [
-        ("metadata.jsonl", '{"file_name": "a.mp4"}'),
-        ("metadata.jsonl", "{"),
-        ("metadata.jsonl", "[1]"),
-        ("metadata.csv", "name,caption\na.mp4,a dog"),
-        ("metadata.csv", b"\xff\xfe\xfa"),
-        ("videos.txt", "a.mp4"),
+        ("metadata.jsonl", '{"file_name": "a.mp4", "text": null}', ", line 1"),
+        ("metadata.jsonl", '\n{"file_name": "a.mp4", "text": ["a", "b"]}', ", line 2"),
+        ("metadata.jsonl", "{'file_name': 'a.mp4', 'text': 'x'}", ", line 1"),
+        ("metadata.jsonl", "[1]", ", line 1"),
+        ("metadata.csv", "name,description\na.mp4,a dog", ", line 2"),
+        ("metadata.csv", "file_name,text\na.mp4,a red ball, which moves", ", line 2"),
+        ("metadata.csv", 'file_name,text\nb.mp4,"a\nred\ndog"\na.mp4', ", line 5"),
+        ("metadata.csv", b"\xff\xfef\0i\0l\0e\0\n\0a\0", ", line 2"),
+        ("videos.txt", "a.mp4", ""),  # without prompt.txt
     ],
 )
-def test_a_list_that_cannot_be_read_is_refused(encode, clips, name, content):
+def test_a_loose_row_is_listed_with_its_line_and_the_good_ones_are_used(
+    encode, clips, name, content, line
+):
+    folder = clips(a="beside it", b="a woman")
     content = content if isinstance(content, bytes) else content.encode()
-    (clips(a="a dog") / name).write_bytes(content)
-    said, n = encode(code=2)
-    assert "cannot be read" in said and "metadata.jsonl" in said and n == 0
+    (folder / name).write_bytes(content)
+    (folder / "a.txt").unlink()
+    said, n = encode()
+    assert n == 1 and f"left out, {name}{line}: " in said and "left out, a.mp4: " in said
 
 
-def test_two_lists_of_different_lengths_are_refused(encode, clips):
-    clips(a="a dog", b="a dog")
-    Path("clips/videos.txt").write_text("a.mp4\nb.mp4\n")
-    Path("clips/prompt.txt").write_text("a dog\n")
-    assert "cannot be read" in encode(code=2)[0]
+def test_of_two_lists_of_different_lengths_the_whole_rows_are_used(encode, clips):
+    folder = clips(a="a dog", b="a dog")
+    for text in folder.glob("*.txt"):
+        text.unlink()
+    (folder / "videos.txt").write_text("a.mp4\r\nb.mp4\r\n\r\n")
+    (folder / "prompt.txt").write_text("a dog\n")
+    said, n = encode()
+    assert n == 1 and "left out, videos.txt, line 2: " in said
+    (folder / "prompt.txt").write_text("a dog\na woman")  # no line feed at its end
+    said, n = encode()
+    assert n == 1 and "left out" not in said
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_tables_are_read_as_spreadsheets_write_them(separator, end, mark):
+    Path("clips").mkdir()
+    names = ["a.mp4", "b.mp4", "c.mp4"]
+    texts = ["a dog, red; blue", 'two\nlines, a "quote"', "\u2028 \x85 \v é"]
+    rows = [("id", "file_name", "text", "seconds")]
+    rows += [(str(i), name, text, "3") for i, (name, text) in enumerate(zip(names, texts))]
+    table = io.StringIO(newline="")
+    csv.writer(table, delimiter=separator, lineterminator=end).writerows(rows)
+    Path("clips/metadata.csv").write_bytes(mark + table.getvalue().encode())
+    for name in names:
+        Path("clips", name).touch()
+    found, beside = find_clips(Path("clips"))
+    assert [path.name for path, _ in found] == names and not beside
+    assert [text for _, text in found] == texts
+
+
+def test_subfolders_and_links_are_followed_and_a_hub_s_cache_too(encode, clips, films):
+    folder = clips(a="a dog")
+    (folder / "scene/2").mkdir(parents=True)
+    (folder / "scene/2/b.MP4").write_bytes((films / "good.mp4").read_bytes())
+    (folder / "scene/2/b.txt").write_text("a woman")
+    hub = Path("hub/blobs")
+    hub.mkdir(parents=True)
+    (hub / "0a1b").write_bytes((films / "good.mp4").read_bytes())
+    (hub / "2c3d").write_text("a red square")
+    (folder / "snapshots").mkdir()
+    (folder / "snapshots/c.mp4").symlink_to(Path("../../hub/blobs/0a1b"))
+    (folder / "snapshots/c.txt").symlink_to(Path("../../hub/blobs/2c3d"))
+    (folder / "round").symlink_to(Path("."))  # a loop
+    (folder / "again.mp4").symlink_to(Path("a.mp4"))
+    (folder / "again.txt").symlink_to(Path("a.txt"))
+    (folder / ".thumbs").mkdir()
+    said, n = encode()
+    assert n == 3 and "3 clips" in said
+    left_out = {line.partition("left out, ")[2].split(":")[0] for line in said.splitlines()} - {""}
+    assert left_out == {"round", ".thumbs", "again.mp4"}
+    sources = {w2svd.read_safetensors(f)[1]["source"] for f in Path("clips/.w2svd").iterdir()}
+    assert sources == {"a.mp4", "scene/2/b.MP4", "snapshots/c.mp4"}
+
+
+def test_a_folder_in_the_folder_has_a_list_of_its_own(encode, clips, films):
+    folder = clips(a="a dog")
+    (folder / "more").mkdir()
+    (folder / "more/b.mp4").write_bytes((films / "good.mp4").read_bytes())
+    (folder / "more/metadata.csv").write_text("file_name,text\nb.mp4,a woman\n")
+    said, n = encode()
+    assert n == 2 and "left out" not in said
+
+
+def test_names_of_captions_that_nobody_reads_are_listed(encode, clips):
+    folder = clips(a="a dog", b="a dog", good="a dog")
+    (folder / "a.txt").rename(folder / "a.caption")
+    (folder / "b.txt").rename(folder / "b.mp4.txt")
+    (folder / "c.png").touch()
+    said, n = encode()
+    assert n == 1
+    for name in ("a.mp4: there is no a.txt", "b.mp4: there is no b.txt"):
+        assert f"left out, {name}" in said
+    for name in ("a.caption", "b.mp4.txt", "c.png"):
+        assert f"left out, {name}: no clip, nor a caption" in said
+
+
+def test_only_line_feeds_end_a_caption_and_other_encodings_are_named(encode):
+    texts = ["a\u2028red dog", "a\x85woman", "the\vsquare"]
+    Path("captions.txt").write_bytes("\r\n".join(texts).encode() + b"\r\nthe dog\x92s\r\n")
+    said, n = encode(data="captions.txt")
+    assert n == 3 and "is not UTF-8" in said
+
+
+def test_long_captions_are_counted_and_said_once(encode):
+    Path("captions.txt").write_text("a dog\n" + "red " * 300 + "\n" + "blue " * 300 + "\n")
+    said, n = encode(data="captions.txt")
+    assert n == 3 and said.count("256 tokens") == 1 and "2 captions are longer" in said
+    assert "CLIP" not in said
+
+
+def test_an_empty_caption_is_one(encode, clips, monkeypatch):
+    template = {"template": "red {}", "crop_start": 0}
+    monkeypatch.setattr(w2svd.HunyuanVideo, "prompt_template", template)
+    folder = clips(a=" ", b="a dog")
+    said, n = encode()
+    assert n == 2 and "left out" not in said
+    (folder / "metadata.jsonl").write_text('{"file_name": "b.mp4", "text": ""}')
+    assert encode()[1] == 1
+
+
+def test_what_was_done_to_clips_is_said(encode):
+    Path("clips").mkdir()
+    for name, size, fps in (
+        ("tall", (80, 48), 24),
+        ("taller", (96, 32), 24),
+        ("slow", (80, 48), 8),
+    ):
+        film(f"clips/{name}.mp4", size=size, fps=fps, frames=24)
+        Path(f"clips/{name}.txt").write_text("a dog")
+    said, n = encode()
+    assert n == 3 and "slow.mp4: frames are repeated, 8 fps become 12" in said
+    assert "tall.mp4: frames" not in said
+    # 3 clips of 9 frames at 12 fps; 24 frames at 24, 24 and 8 fps
+    assert "of 5.0 s the first 2.2" in said
+    kept = (2 * 48 / 80 + 32 / 96) / 3 * 32 / 48
+    assert f"{kept:.0%} of the picture" in said and "--height 48 --width 32" in said
+    Path("square").mkdir()
+    film("square/one.mp4", size=(64, 96), fps=12)
+    Path("square/one.txt").write_text("a dog")
+    said, _ = encode(data="square")
+    assert "100% of the picture" in said and "--height" not in said
+    film("square/stills.mp4", fps=2, frames=30)
+    Path("square/stills.txt").write_text("a dog")
+    said, n = encode(data="square")
+    assert n == 0 and "left out, stills.mp4: 2 fps" in said
 
 
 def test_captions_alone_train_without_clips(encode):
@@ -164,7 +294,11 @@ def test_captions_alone_train_without_clips(encode):
 # ---- each clip is an island ----------------------------------------------------------------------
 
 
-def test_each_unusable_clip_is_listed_with_its_reason_and_the_others_go_on(encode, clips, films):
+def test_each_unusable_clip_is_listed_with_its_reason_and_the_others_go_on(
+    encode, clips, films, monkeypatch
+):
+    template = {"template": "red {}", "crop_start": 0}  # makes something of an empty caption
+    monkeypatch.setattr(w2svd.HunyuanVideo, "prompt_template", template)
     names = "short torn text playlist plain latin silent good".split()
     folder = clips(**dict.fromkeys(names, "a red square"))
     good, mp4 = (folder / "good.mp4").read_bytes(), {name: folder / f"{name}.mp4" for name in names}
@@ -179,20 +313,21 @@ def test_each_unusable_clip_is_listed_with_its_reason_and_the_others_go_on(encod
     (folder / "empty.txt").write_text(" \n")
     (folder / "notes.md").write_text("mine")
     (folder / "more").mkdir()
+    (folder / "more/b.md").touch()
     said, n = encode()
-    assert n == 1 and "1 clips" in said
+    assert n == 2 and "2 clips" in said  # an empty caption is one
     reasons = {}
     for line in said.splitlines():
         if "left out" in line:
             name, _, reason = line.partition("left out, ")[2].partition(": ")
             reasons[name] = reason
-    bad = [f"{name}.mp4" for name in (*names[:-1], "empty")]
-    assert reasons.keys() == {*bad, "notes.md", "more"} and all(reasons.values())
-    assert "2 of 9 frames" in reasons["short.mp4"] and "caption" in reasons["empty.mp4"]
-    assert "silent.txt" in reasons["silent.mp4"] and "utf-8" in reasons["latin.mp4"]
-    assert len(cached()) == 1
+    bad = [f"{name}.mp4" for name in names[:-1]]
+    assert reasons.keys() == {*bad, "notes.md", "more/b.md"} and all(reasons.values())
+    assert "2 of 9 frames" in reasons["short.mp4"]
+    assert "silent.txt" in reasons["silent.mp4"] and "UTF-8" in reasons["latin.mp4"]
+    assert len(cached()) == 2
     assert encode(*SMALL, "--out", "r", command="train")[1] == 0
-    assert len(w2svd.read_safetensors("r/checkpoint-000002.safetensors")[1]["clips"]) == 1
+    assert len(w2svd.read_safetensors("r/checkpoint-000002.safetensors")[1]["clips"]) == 2
 
 
 def test_what_lists_name_but_cannot_be_used_is_listed(encode, clips):
@@ -201,8 +336,8 @@ def test_what_lists_name_but_cannot_be_used_is_listed(encode, clips):
     made = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
     (folder / "metadata.jsonl").write_text("\n".join(made))
     said, n = encode()
-    assert n == 1
-    for name in ("a.mp4: ", "gone.mp4: ", "b.mp4: "):
+    assert n == 2  # the last one by its .txt
+    for name in ("a.mp4: it is listed twice", "gone.mp4: ", "metadata.jsonl, line 4: "):
         assert f"left out, {name}" in said
 
 
