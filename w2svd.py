@@ -1102,7 +1102,8 @@ def report(config, made):
         line += f"{kept:.0%} of the picture"
         scale = math.sqrt(ratios[len(films) // 2])  # the same area in the films' own shape
         fit = 16 * round(c.height / scale / 16), 16 * round(c.width * scale / 16)
-        line += "; more of it with --height {} --width {}".format(*fit) * (kept < 0.8)
+        if kept < 0.8 and fit != (c.height, c.width):
+            line += f"; more of it with --height {fit[0]} --width {fit[1]}"
         print(line)
     for name, film in films:
         if film.fps < 0.9 * c.fps:
@@ -1636,11 +1637,11 @@ def to_comfyui(tensors, mlp):
             A, B = ([tensors[f"{name}.lora_{x}.weight"] for name in names] for x in "AB")
             if len(names) < len(parts):
                 B.append(torch.zeros(mlp, 0))
-            layer = f"diffusion_model.{theirs}.{i}.{layer}"
-            converted[f"{layer}.lora_A.weight"] = torch.cat(A)
+            layer, A = f"diffusion_model.{theirs}.{i}.{layer}", torch.cat(A)
+            converted[f"{layer}.lora_A.weight"] = A
             converted[f"{layer}.lora_B.weight"] = torch.block_diag(*B)
             # its rank: read as strength 1, and never at a third by what knows no fused layers
-            converted[f"{layer}.alpha"] = torch.tensor(float(len(torch.cat(A))))
+            converted[f"{layer}.alpha"] = torch.tensor(float(len(A)))
     return converted
 
 

