@@ -23,6 +23,7 @@ Algorithm 1: W2SVD                                                          (`di
                     (or the update's before: `reuse` of them share one x_gen)
             x_t   = (1 - sigma) x_gen + sigma eps
             one optimizer step of the fake on |v_fake(x_t, sigma) - (eps - x_gen)|^2
+            (and of the discriminator's head, which tells noised x0 from noised x_gen)
         x_gen   = x_in - sigma_in v_generator(x_in, sigma_in)
         x_t     = (1 - sigma) x_gen + sigma eps                               from here no gradient
         x0_fake = x_t - sigma v_fake(x_t, sigma)
@@ -30,6 +31,7 @@ Algorithm 1: W2SVD                                                          (`di
         g       = (x0_fake - x0_real) / mean_i |x_gen - x0_real|                                DMD
                 + gt_weight (x0_fake - x0_gt) / mean_i |x0_fake - x0_gt|               ground truth
         one optimizer step of the generator along g, the gradient at x_gen
+                (and along gan_weight d/dx_gen softplus(-logit(x_t)), the discriminator's term)
         the generator's moving average follows; samples are made with it
 
 Notation and conventions (B batch, C channels, T frames, H, W; any (B, ...) will do)
@@ -53,12 +55,12 @@ Where a setting comes from: 'paper' read off the authors' figures; 'author-code'
 code of the first author, not a release of this paper; 'peer' common in public code of the family;
 'ours'. The paper's body, and so its learning rates, rank and batch, were not available to us.
 
-Deviations from the paper, as far as we know it: no discriminator (its figure has one); text is the
-only condition (its model also reads a first image); alpha_strong is not printed there, 1 is the
-author's later code's; the generator is an adapter by default; denominators, average and optimizer
-are peers', the author's later code's or ours; the GT loss is off by default, since it trades motion
-for picture quality in the paper's table; on the toy: rollouts, a fake that learns final samples
-only, with a weight decay.
+Deviations from the paper, as far as we know it: text is the only condition (its model also reads a
+first image); the discriminator reads the frozen backbone (its figure's arrow starts at the
+generator) and is off by default, as the GT loss is, which trades motion for picture quality in the
+paper's table; alpha_strong is not printed there, 1 is the author's later code's; the generator is
+an adapter by default; denominators, average and optimizer are peers', the author's later code's or
+ours; on the toy: rollouts, a fake that learns final samples only, with a weight decay.
 """
 
 from __future__ import annotations
@@ -110,15 +112,18 @@ Kind = Literal["lora", "full"]
 Input = Literal["paired", "rollout"]
 Schedule = Literal["constant", "linear", "cosine"]
 Samples = Literal["all", "final"]
+Objective = Literal["w2svd", "finetune", "lcm"]
 Layers = Literal["all", "attention"]
 
 # Named methods, as rows of settings on top of a preset
 #   W2SVD (paper)                          --alpha-weak .25, the default
 #   W2SVD with reg. loss (paper)           --gt-weight .05 (author-code) --generator-input paired
 #   DMD with a LoRA fake (peer)            --alpha-weak 0
-#   DMD2 without its discriminator (peer)  --fake full --generator full
+#   with a discriminator (paper)           --gan-weight .003 (peer: .003 to .03)
+#   DMD2 (peer)                            --fake full --generator full --gan-weight .003
 #   DMDR's schedule (peer)                 --alpha-weak .75 --alpha-weak-schedule cosine
-#   LCM                                    toy/study/baselines.py, on the toy only
+#   LCM (peer)                             --objective lcm
+#   the paper's first stage, fine-tuning   --objective finetune, then export --format merged
 
 
 def setting(default, text, group=None):
@@ -141,6 +146,7 @@ class Config:
 
     steps: int = setting(4, "evaluations of the finished generator / paper: 4, 1", "the generator")
     shift: float = setting(5.0, "of the few-step grid: 1, .9375, .8333, .625 / author-code")
+    objective: Objective = setting("w2svd", "finetune: flow matching of the data / paper, peer")
     generator: Kind = setting("lora", "an adapter, or a whole copy / ours, author-code")
     generator_input: Input = setting("paired", "noised real sample, or from noise / paper, peer")
     ema: float = setting(0.995, "decay of the generator's average, in the end; 0 is off / ours")
@@ -159,6 +165,9 @@ class Config:
         0.0, "ground truth (paper): quality for motion; .05 / author-code", "losses"
     )
     gt_skip_noise: bool = setting(False, "none of it where the input is pure noise / ours")
+    gan_weight: float = setting(0.0, "of the discriminator's term; .003 to .03 / paper, peer")
+    gan_lr: float = setting(1e-4, "of the discriminator's head / ours")
+    gan_r1: float = setting(0.0, "weight of the discriminator's gradient penalty / peer")
     guidance: float = setting(1.0, "of the real DiT; 1 is off, which others call 0 / peer")
     embedded_guidance: float = setting(6.0, "read by a guidance-distilled backbone / peer")
     sigma_low: float = setting(0.02, "both losses read x_t at U[low, high], shifted / author-code")
@@ -200,7 +209,7 @@ PRESETS = {
     "hunyuan captions": dict(generator_input="rollout", fake_samples="final"),
 }
 MAY_BE_0 = "alpha_weak ema gt_weight guidance embedded_guidance sigma_low fake_warmup seed"
-MAY_BE_0 += " fake_weight_decay"
+MAY_BE_0 += " fake_weight_decay gan_weight gan_r1"
 # what --resume may change: it touches no bits, or is said in metrics.jsonl
 RESUMABLE = "out data checkpoint cache iterations log_every save_every checkpointing compile"
 RESUMABLE += " generator_lr fake_lr sample_prompts"
@@ -229,6 +238,8 @@ def check(c: Config):
         raise Refused("--gt-weight needs --generator-input paired and --steps > 1, not pure noise.")
     if c.generator_input == "paired" and c.fake_samples == "final":
         raise Refused("--fake-samples final needs --generator-input rollout: paired learns all.")
+    if c.objective != "w2svd" and (c.gt_weight or c.gan_weight):
+        raise Refused("--gt-weight and --gan-weight belong to --objective w2svd.")
     if c.model == "hunyuan":
         check_hunyuan(c)
 
@@ -236,6 +247,8 @@ def check(c: Config):
 def check_hunyuan(c: Config):
     if c.data.endswith(".txt") and c.generator_input == "paired":
         raise Refused(f"{c.data} has captions alone, without clips: --generator-input rollout.")
+    if c.data.endswith(".txt") and (c.gan_weight or c.objective != "w2svd"):
+        raise Refused(f"{c.data} has captions alone; --gan-weight and --objective need clips.")
     if c.height % 16 or c.width % 16 or c.frames % 4 != 1 or c.frames < 5:
         raise Refused("--height and --width must be multiples of 16, --frames 4 k + 1: 61, 129.")
     if c.batch != 1 or c.guidance != 1:
@@ -294,10 +307,11 @@ class Roles:
     """Generator, real and fake DiT out of one frozen backbone; each a velocity(x_t, sigma, cond).
 
     W_generator = W + B_g A_g,  W_fake = W + alpha_strong B A,  W_real = W + alpha_weak B A.
-    `backbone` has .module, .velocity(x_t, sigma, cond), .lora_targets (a regular expression) and
-    .checkpoint_with(function); cond None is unconditional, read only with guidance. A role trained
-    in 'full' owns a copy of the backbone whose velocity must run its own .module; with a full fake
-    the real DiT is the plain backbone. `alpha_weak` may be changed at any time.
+    `backbone` has .module, .velocity(x_t, sigma, cond), .lora_targets (a regular expression),
+    .checkpoint_with(function) and, to be judged, .features(x_t, sigma, cond) of .width numbers;
+    cond None is unconditional, read only with guidance. A role trained in 'full' owns a copy of the
+    backbone whose velocity must run its own .module; with a full fake the real DiT is the plain
+    backbone. `alpha_weak` may be changed at any time.
     """
 
     def __init__(self, backbone, rank, alpha_weak, alpha_strong, generator="lora", fake="lora"):
@@ -366,6 +380,7 @@ class Roles:
     generator = functools.partialmethod(_velocity, "generator")  # (x_t, sigma, cond=None) -> v
     real = functools.partialmethod(_velocity, "real")
     fake = functools.partialmethod(_velocity, "fake")
+    plain = functools.partialmethod(_velocity, None)  # the backbone as it came
 
     def checkpoint(self, block, *args):
         """block(*args), recomputed in backward under the role of its forward."""
@@ -383,11 +398,11 @@ class Roles:
             backbone.checkpoint_with(self.checkpoint)
 
     def state(self, role):
-        """What is trained of 'generator' or 'fake': {name: parameter}, not copies."""
+        """What is trained of 'generator', 'fake', 'discriminator': {name: parameter}, no copies."""
         return self.trained[role]
 
     def parameters(self, role):
-        """The trained parameters of 'generator' or 'fake', a list."""
+        """The trained parameters of a role, a list."""
         return list(self.state(role).values())
 
     @torch.no_grad()
@@ -403,11 +418,6 @@ class Roles:
             raise Refused(f"{len(wrong)} weights do not fit the {role}, as {min(wrong)!r}.")
         for name, parameter in ours.items():
             parameter.copy_(theirs[name])
-
-    def base_sum(self):
-        """The sum over about eight frozen tensors, to show that they did not move."""
-        frozen = [p for p in self.backbone.module.parameters() if not p.requires_grad]
-        return sum(float(p.double().sum()) for p in frozen[:: max(1, len(frozen) // 8)])
 
 
 # ---- 4. Losses -----------------------------------------------------------------------------------
@@ -446,7 +456,34 @@ def fake_loss(v_fake, x_gen, eps):
     return torch.nn.functional.mse_loss(at_least_float32(v_fake), at_least_float32(eps - x_gen))
 
 
-# ---- 5. The discriminator of the paper's figure is not built -------------------------------------
+# ---- 5. Discriminator ----------------------------------------------------------------------------
+class Discriminator:
+    """Real or generated? A logit for noised samples: a trained head on the frozen backbone.
+
+    paper: features after the last double-stream block (figure). peer: softplus losses; DMD2 reads
+    its fake DiT. ours: no adapter is on, though the figure's arrow starts at the generator.
+    """
+
+    def __init__(self, roles, r1=0.0):
+        width, nn = roles.backbone.width, torch.nn
+        layers = nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
+        device = next(roles.backbone.module.parameters()).device
+        self.roles, self.r1, self.head = roles, r1, nn.Sequential(*layers).to(device)
+        roles.discriminator = self
+        roles.trained["discriminator"] = dict(self.head.named_parameters())
+
+    def logit(self, x_t, sigma, cond):
+        """High for real: (B,), of samples x_t (B, ...) noised to sigma (B,)."""
+        with self.roles.use(None):
+            features = self.roles.backbone.features(x_t, sigma, cond)  # (B, tokens, width)
+        return self.head(at_least_float32(features)).mean(dim=(1, 2))
+
+    def gradient(self, x_gen, cond, sigma, eps):
+        """dL/dx_gen (B, ...) of the generator's L = mean softplus(-logit), and L."""
+        x = x_gen.detach().requires_grad_()
+        logit = self.logit(add_noise(x, eps, sigma), sigma, cond)
+        loss = torch.nn.functional.softplus(-logit).mean()
+        return torch.autograd.grad(loss, x)[0], loss.detach()
 
 
 # ---- 6. The updates, the samplers, the loop ------------------------------------------------------
@@ -492,8 +529,7 @@ def paired_input(x0, sigmas, rngs):
     """
     noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
     exits = torch.randint(len(sigmas) - 1, (len(x0),), generator=rngs["exit"], device=x0.device)
-    sigma_in = sigmas[exits]  # (B,)
-    return add_noise(x0, noise, sigma_in), sigma_in
+    return add_noise(x0, noise, sigmas[exits]), sigmas[exits]
 
 
 def rollout_input(generator, x0, cond, sigmas, rngs, final=False):
@@ -501,39 +537,56 @@ def rollout_input(generator, x0, cond, sigmas, rngs, final=False):
     # one exit for the batch, as in Self-Forcing; x0 gives the shape only
     noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
     level = int(torch.randint(len(sigmas) - 1, (1,), generator=rngs["exit"], device=x0.device))
-    if final:  # drawn all the same, so that the stream is the same
-        level = len(sigmas) - 2
+    level = len(sigmas) - 2 if final else level  # drawn all the same, for the stream
     x_in = few_step_sample(generator, noise, sigmas[: level + 1], cond, rngs["input"])
     return x_in, sigmas[level].expand(len(x0))
 
 
-def fake_step(roles, x_gen, cond, sigma, eps):
+def fake_step(roles, x_gen, cond, sigma, eps, role="fake"):
     """One backward of the fake's loss: it learns to denoise the generator's samples x_gen.
 
-    x_gen, eps (B, ...), without gradient; sigma (B,) the level to which x_gen is noised. The
-    gradients add up; the caller owns the optimizer. Returns {'fake_loss'}; FloatingPointError where
-    something is not finite.
+    x_gen, eps (B, ...), without gradient; sigma (B,) its level. The gradients add up; the caller
+    owns the optimizer. Returns {'fake_loss'}; FloatingPointError where something is not finite.
+    With role 'generator' and real samples it is fine-tuning.
     """
-    require_finite("the generator's sample in the fake update", x_gen, sigma)
+    require_finite(f"the sample in the {role}'s update", x_gen, sigma)
     x_t = add_noise(x_gen, eps, sigma)
-    with roles.use("fake"):
-        v_fake = roles.fake(x_t, sigma, cond)
-        require_finite("the fake's velocity", v_fake, sigma)
-        loss = fake_loss(v_fake, x_gen, eps)
+    with roles.use(role):
+        v = getattr(roles, role)(x_t, sigma, cond)
+        require_finite(f"the {role}'s velocity", v, sigma)
+        loss = fake_loss(v, x_gen, eps)
         loss.backward()
-    return {"fake_loss": loss.detach()}
+    return {f"{role}_loss": loss.detach()}
+
+
+def discriminator_step(roles, x_gen, x0, cond, sigma, eps, rng=None):
+    """One backward of the discriminator's loss into its head: real x0 against generated x_gen.
+
+    Both (B, ...), noised alike: to sigma (B,) with eps. Its r1 weighs an approximation of R1, the
+    penalty on the logit's gradient: by its change under a little noise from rng, at x_t (peer).
+    """
+    judge, x_t, x_t_gen = roles.discriminator, *(add_noise(x, eps, sigma) for x in (x0, x_gen))
+    real, generated = judge.logit(x_t, sigma, cond), judge.logit(x_t_gen, sigma, cond)
+    loss = torch.nn.functional.softplus(torch.cat([-real, generated])).mean() * 2
+    if judge.r1:
+        near = x_t + 0.01 * torch.randn(x_t.shape, generator=rng, device=x_t.device)
+        loss = loss + judge.r1 * ((judge.logit(near, sigma, cond) - real) / 0.01).square().mean()
+    loss.backward()
+    stats = {"discriminator_loss": loss, "logit_real": real.mean(), "logit_gen": generated.mean()}
+    return {name: x.detach() for name, x in stats.items()}
 
 
 def generator_step(
-    roles, x_in, sigma_in, cond, sigma, eps, x0_gt=None, gt_weight=0, gt_skip_noise=0, guidance=1
+    roles, x_in, sigma_in, cond, sigma, eps, x0_gt=None, gt_weight=0, gan_weight=0, guidance=1
 ):
-    """One backward of the DMD loss, and the GT loss, through the generator's one evaluation.
+    """One backward of DMD's, the GT's and the discriminator's term, through one evaluation.
 
     x_in (B, ...) at sigma_in (B,) from paired_input or rollout_input; its sample is noised to sigma
-    (B,) with eps (B, ...). With gt_weight, x0_gt is the real sample behind x_in (paired only).
-    g is computed without gradient and enters the backward at x_gen. The gradients add up; the
-    caller owns the optimizer. Returns detached numbers; FloatingPointError as fake_step.
+    (B,) with eps (B, ...). x0_gt is the real sample behind x_in (paired only), weighed by
+    gt_weight, a float or (B,). g enters the backward at x_gen. The gradients add up; the caller
+    owns the optimizer. Returns detached numbers; FloatingPointError as fake_step.
     """
+    gan, stats = 0, {}
     with roles.use("generator"):
         x_gen = x0_from_velocity(x_in, roles.generator(x_in, sigma_in, cond), sigma_in)
         require_finite("the generator's sample", x_gen, sigma_in)
@@ -547,16 +600,18 @@ def generator_step(
             x0_fake = x0_from_velocity(x_t, v_fake, sigma)
             x0_real = x0_from_velocity(x_t, v_real, sigma)
             g = dmd_gradient(x_gen, x0_real, x0_fake)
-            if gt_weight:
-                keep = sigma_in < 1 if gt_skip_noise else torch.ones_like(sigma_in)
-                g = g + gt_weight * expand_as(keep, g) * gt_gradient(x0_fake, x0_gt)
-            require_finite("the generator's gradient", g, sigma)
+            if x0_gt is not None:
+                g = g + expand_as(gt_weight, g) * gt_gradient(x0_fake, x0_gt)
         # the gradient of mean(x_gen * stopgrad(g)): DMD2's scale. peer
         # NOTE silent: the learning rate depends on this 1 / numel (in Adam by clipping, epsilon)
-        x_gen.backward(g.to(x_gen.dtype) / g.numel())
+        if gan_weight:  # of a mean over samples, so that peers' weights mean the same here
+            gan, stats["gan_loss"] = roles.discriminator.gradient(x_gen, cond, sigma, eps)
+        g = g / g.numel() + gan_weight * gan
+        require_finite("the generator's gradient", g, sigma)
+        x_gen.backward(g.to(x_gen.dtype))
     v = [at_least_float32(v).flatten(1) for v in (v_fake, v_real)]
     gap = at_least_float32(x0_fake - x0_real).norm() / at_least_float32(x0_real).norm()
-    stats = {"relative_gap": gap, "cos_fake_real": torch.cosine_similarity(*v).mean()}
+    stats |= {"relative_gap": gap, "cos_fake_real": torch.cosine_similarity(*v).mean()}
     return stats | moments("gen", x_gen.detach())
 
 
@@ -588,7 +643,7 @@ def alpha_weak_at(config, iteration):
 
 
 MAX_GRAD_NORM = 1.0  # peer. Gradients are clipped to it, which alone bounds them
-FIRST_SEED = 2**32  # of the random streams of training
+FIRST_SEED = 2**32  # of training's streams: far from the seeds of evaluation and `sample`
 
 
 class State:
@@ -600,12 +655,11 @@ class State:
         self.reads = []  # (clip, sigma) of the update at work, for an error to name
         # author-code: betas. No momentum, as the gradients' target moves
         adam = functools.partial(torch.optim.AdamW, betas=(0.0, 0.999), fused=True)
-        decay = {"generator": 0.0, "fake": config.fake_weight_decay}
-        self.optimizers = {r: adam(roles.parameters(r), weight_decay=decay[r]) for r in decay}
-        self.average = {n: p.detach().clone() for n, p in roles.state("generator").items()}
-        # far from the small seeds that evaluation and `sample` use
         streams = enumerate("data input exit level noise".split(), FIRST_SEED + 1000 * config.seed)
         self.rngs = {name: torch.Generator(device).manual_seed(i) for i, name in streams}
+        decay = dict.fromkeys(roles.trained, 0.0) | {"fake": config.fake_weight_decay}
+        self.optimizers = {r: adam(roles.parameters(r), weight_decay=decay[r]) for r in decay}
+        self.average = {n: p.detach().clone() for n, p in roles.state("generator").items()}
 
     def update(self, role, lr):
         """One optimizer step of the role on the mean of the gradients added up; their norm."""
@@ -641,32 +695,6 @@ class State:
         finally:
             exchange()
 
-    def tensors(self):
-        """Everything as one flat {name: tensor}, for a checkpoint."""
-        flat = {f"average/{name}": x for name, x in self.average.items()}
-        flat |= {f"rng/{name}": rng.get_state() for name, rng in self.rngs.items()}
-        for role, optimizer in self.optimizers.items():
-            for name, parameter in self.roles.state(role).items():
-                flat[f"{role}/{name}"] = parameter
-                for slot, x in optimizer.state[parameter].items():
-                    flat[f"optimizer/{role}/{name}/{slot}"] = x
-        return flat
-
-    @torch.no_grad()
-    def restore(self, flat, iteration, taken):
-        """The inverse of tensors(), and the counts."""
-        self.iteration, self.taken = iteration, taken
-        for name, x in self.average.items():
-            x.copy_(flat[f"average/{name}"])
-        for name, rng in self.rngs.items():
-            rng.set_state(flat[f"rng/{name}"])
-        for role, optimizer in self.optimizers.items():
-            for name, parameter in self.roles.state(role).items():
-                parameter.copy_(flat[f"{role}/{name}"])
-                for slot in ("step", "exp_avg", "exp_avg_sq"):
-                    x = flat[f"optimizer/{role}/{name}/{slot}"]
-                    optimizer.state[parameter][slot] = x.to(parameter.device, copy=True)
-
 
 def micro_batches(config, state, data):
     """What one update reads, `accumulate` times: a name, x0 (B, ...), cond."""
@@ -689,10 +717,10 @@ def generator_input(config, roles, state, x0, cond, final=False):
 
 @torch.no_grad()
 def generated(config, roles, state, name, x0, cond):
-    """A batch of the generator's samples for the fake: its name, x_gen (B, ...), cond."""
+    """A batch of the generator's samples for the fake: its name, x_gen (B, ...), x0, cond."""
     final = config.fake_samples == "final"
     x_in, sigma_in = generator_input(config, roles, state, x0, cond, final)
-    return name, x0_from_velocity(x_in, roles.generator(x_in, sigma_in, cond), sigma_in), cond
+    return name, x0_from_velocity(x_in, roles.generator(x_in, sigma_in, cond), sigma_in), x0, cond
 
 
 def losses_noise(config, state, x, name):
@@ -715,31 +743,35 @@ def distil(config, roles, state, data):
     data: an iterator of batches {'x0': (B, ...), 'cond': ..., 'name': ...}. All that has to be kept
     between two iterations is in `state`; logging, files and signals are the caller's.
     """
-    terms = {n: getattr(config, n) for n in ("gt_weight", "gt_skip_noise", "guidance")}
-    run = config, roles, state
+    run, terms = (config, roles, state), {n: getattr(config, n) for n in ("guidance", "gan_weight")}
     while state.iteration < config.iterations:
         roles.alpha_weak = alpha_weak_at(config, state.iteration)
         lr = lr_scale(config, state.iteration)
         warmup = config.fake_warmup if state.iteration == 0 else 0
-
         for k in range(warmup + config.fake_updates):  # the fake learns the generator's samples
             if k % config.reuse == 0:
                 samples = [generated(*run, *batch) for batch in micro_batches(config, state, data)]
             state.reads, fake_stats = [], []  # of the last update they are yielded
-            for name, x_gen, cond in samples:
-                sigma, eps = losses_noise(config, state, x_gen, name)
-                fake_stats.append(fake_step(roles, x_gen, cond, sigma, eps))
+            for name, x_gen, x0, cond in samples:
+                noise = losses_noise(config, state, x_gen, name)
+                fake_stats.append(fake_step(roles, x_gen, cond, *noise))
+                if config.gan_weight:  # the discriminator learns to tell them from real ones
+                    judged = roles, x_gen, x0, cond, *noise, state.rngs["noise"]
+                    fake_stats[-1] |= discriminator_step(*judged)
             fake_norm = state.update("fake", lr * config.fake_lr)
+            if config.gan_weight:
+                state.update("discriminator", lr * config.gan_lr)
 
         stats = []
         for name, x0, cond in micro_batches(config, state, data):  # one of the generator
             x_in, sigma_in = generator_input(*run, x0, cond)
             noise = losses_noise(config, state, x0, name)
-            step = generator_step(roles, x_in, sigma_in, cond, *noise, x0_gt=x0, **terms)
+            weight = config.gt_weight * ((sigma_in < 1) | (not config.gt_skip_noise))
+            gt = {"x0_gt": x0 if config.gt_weight else None, "gt_weight": weight}
+            step = generator_step(roles, x_in, sigma_in, cond, *noise, **gt, **terms)
             stats.append(step | moments("data", x0))
         norm = state.update("generator", lr * config.generator_lr)
         state.update_average()
-
         state.iteration += 1
         norms = {"fake_grad_norm": fake_norm, "grad_norm": norm}
         yield mean_of(fake_stats) | mean_of(stats) | norms | {"alpha_weak": roles.alpha_weak}
@@ -759,6 +791,7 @@ class HunyuanVideo:
         layers = f"{self.ATTENTION}|{self.MLP}" if lora_targets == "all" else self.ATTENTION
         self.lora_targets = rf"(single_)?transformer_blocks\.\d+\.({layers})"
         self.blocks = [*module.transformer_blocks, *module.single_transformer_blocks]
+        self.width = module.config.num_attention_heads * module.config.attention_head_dim
         for block in self.blocks:
             block.register_forward_pre_hook(self.without_mask)
 
@@ -770,6 +803,18 @@ class HunyuanVideo:
 
     def checkpoint_with(self, function):
         self.module.enable_gradient_checkpointing(function)
+
+    def features(self, x_t, sigma, cond):
+        """The video's tokens after the last double-stream block, (B, tokens, width)."""
+        seen, later = [], self.module.single_transformer_blocks
+        watch = self.module.norm_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        self.module.single_transformer_blocks = torch.nn.ModuleList()  # no block runs that is late
+        try:
+            self.velocity(x_t, sigma, cond)
+        finally:
+            self.module.single_transformer_blocks = later
+            watch.remove()
+        return seen[0]
 
     def velocity(self, x_t, sigma, cond):
         """x_t: latents (B, C, T, H, W); cond: prompt_embeds (B, L, D), trimmed; pooled (B, P)."""
@@ -1045,6 +1090,14 @@ def latents_file(config, path, caption):
     return folder / f"{path.stem[:40] if path else 'caption'}-{digest}.safetensors"
 
 
+def one_line(caption):
+    """A caption, or the file that has it, as one line; ValueError where it is not UTF-8."""
+    text = read_text(caption) if isinstance(caption, Path) else caption
+    if text != text.encode(errors="replace").decode():
+        raise ValueError("its caption is not UTF-8")
+    return " ".join(line.strip() for line in text.strip().split("\n"))
+
+
 def encoded_clips(config):
     """The files of all clips that can be used, encoded where they are missing; says what is not."""
     if not config.data:
@@ -1057,11 +1110,7 @@ def encoded_clips(config):
     for path, caption in tqdm(clips, desc="encode", unit="clip"):
         name = os.path.relpath(path, config.data) if path else repr(caption)
         try:
-            if isinstance(caption, Path):  # read here: a bad one leaves out its clip alone
-                caption = read_text(caption)
-            caption = " ".join(line.strip() for line in caption.strip().split("\n"))
-            if caption != caption.encode(errors="replace").decode():
-                raise ValueError("its caption is not UTF-8")
+            caption = one_line(caption)  # here: a bad one leaves out its clip alone
             file, one = latents_file(config, path, caption), (path and path.resolve(), caption)
             if one in seen:
                 raise ValueError("it is listed twice, or by a link")
@@ -1195,7 +1244,7 @@ class HunyuanTask:
     def costs(self, forwards, backwards, generator, fake):
         """Memory, time and disk by formulas: simulated or published figures, nothing measured."""
         c, m, GiB = self.config, self.backbone.module.config, 2**30
-        n, width = len(self.backbone.blocks), m.num_attention_heads * m.attention_head_dim
+        n, width = len(self.backbone.blocks), self.backbone.width
         tokens = math.prod(self.shape[1:]) // m.patch_size**2 // m.patch_size_t + 256
         base = [p for p in self.backbone.module.parameters() if not p.requires_grad]
         host = sum(p.nbytes for p in base) / GiB
@@ -1314,6 +1363,49 @@ def load_task(config):
     return HunyuanTask(config)
 
 
+def consistency_step(roles, average, x0, cond, sigma, sigma_next, eps):
+    """One backward of LCM's loss: mean |x0_generator(x_t, sigma) - x0_average(x_s, sigma_next)|^2.
+
+    One Euler step of the backbone leads from x_t, x0 (B, ...) noised to sigma (B,), to x_s at
+    sigma_next just below it; both shall show the same sample. At 0 it is x_s itself. peer
+    """
+    x_t = add_noise(x0, eps, sigma)
+    with roles.use("generator"):
+        with torch.no_grad():
+            x_s = x0_from_velocity(x_t, roles.plain(x_t, sigma, cond), sigma - sigma_next)
+            goal = x0_from_velocity(x_s, average(x_s, sigma_next, cond), sigma_next)
+        x0_now = x0_from_velocity(x_t, roles.generator(x_t, sigma, cond), sigma)
+        require_finite("the generator's sample", x0_now, sigma)
+        loss = torch.nn.functional.mse_loss(at_least_float32(x0_now), at_least_float32(goal))
+        loss.backward()
+    return {"generator_loss": loss.detach()}
+
+
+def without_fake(config, roles, state, data):
+    """The same loop for --objective finetune and lcm, which learn from the data alone."""
+    grid = few_step_sigmas(50, config.shift).to(state.device)  # LCM's; peer: 50 of 1000 levels
+
+    def average(*args):
+        with state.averaged() as generator:
+            return generator(*args)
+
+    while state.iteration < config.iterations:
+        stats = []
+        for name, x0, cond in micro_batches(config, state, data):
+            sigma, eps = losses_noise(config, state, x0, name)
+            if config.objective == "lcm":
+                k = torch.randint(50, sigma.shape, generator=state.rngs["level"], device=x0.device)
+                given = x0, cond, grid[k], grid[k + 1], eps
+                step = consistency_step(roles, average, *given)
+            else:
+                step = fake_step(roles, x0, cond, sigma, eps, role="generator")
+            stats.append(step | moments("data", x0))
+        norm = state.update("generator", lr_scale(config, state.iteration) * config.generator_lr)
+        state.update_average()
+        state.iteration += 1
+        yield mean_of(stats) | {"grad_norm": norm}
+
+
 def memory_mb(device):
     """Peak memory in MB so far: of the process on a CPU, of torch's allocations on a GPU."""
     if torch.device(device).type == "cuda":
@@ -1341,6 +1433,10 @@ def plan(config, task):
     draws = math.ceil(config.fake_updates / config.reuse)  # of the fake's samples
     forwards = draws * (1 + fake_once) + once + 2 + (config.guidance != 1)
     backwards = config.fake_updates + 1
+    if config.gan_weight:  # its features are a third of a forward
+        forwards, backwards = forwards + 2 * config.fake_updates / 3, backwards + 1 / 3
+    if config.objective != "w2svd":
+        forwards, backwards = 2 * (config.objective == "lcm"), 1
     trained = [sum(p.numel() for p in roles.parameters(r)) for r in ("generator", "fake")]
     names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
@@ -1386,6 +1482,41 @@ def save_generator(path, config, state, base_sum):
     write_safetensors(path, {prefix + name: x for name, x in state.average.items()}, info)
 
 
+def base_sum(roles):
+    """The sum over about eight frozen tensors, to show that they did not move."""
+    frozen = [p for p in roles.backbone.module.parameters() if not p.requires_grad]
+    return sum(float(p.double().sum()) for p in frozen[:: max(1, len(frozen) // 8)])
+
+
+def pack(state):
+    """All of a State as one flat {name: tensor}, for a checkpoint."""
+    flat = {f"average/{name}": x for name, x in state.average.items()}
+    flat |= {f"rng/{name}": rng.get_state() for name, rng in state.rngs.items()}
+    for role, optimizer in state.optimizers.items():
+        for name, parameter in state.roles.state(role).items():
+            flat[f"{role}/{name}"] = parameter
+            for slot, x in optimizer.state[parameter].items():
+                flat[f"optimizer/{role}/{name}/{slot}"] = x
+    return flat
+
+
+@torch.no_grad()
+def unpack(state, flat, iteration, taken):
+    """Put the tensors of pack(), and the counts, into a State."""
+    state.iteration, state.taken = iteration, taken
+    for name, x in state.average.items():
+        x.copy_(flat[f"average/{name}"])
+    for name, rng in state.rngs.items():
+        rng.set_state(flat[f"rng/{name}"])
+    for role, optimizer in state.optimizers.items():
+        for name, parameter in state.roles.state(role).items():
+            parameter.copy_(flat[f"{role}/{name}"])
+            slots = {n: f"optimizer/{role}/{name}/{n}" for n in ("step", "exp_avg", "exp_avg_sq")}
+            slots = {n: flat[key] for n, key in slots.items() if key in flat}  # none before its use
+            device = parameter.device
+            optimizer.state[parameter] = {n: x.to(device, copy=True) for n, x in slots.items()}
+
+
 def save(folder, config, state, base_sum, clips):
     """Write the generator, and a checkpoint to resume from, of which the newest two stay."""
     step = f"{state.iteration:06}.safetensors"
@@ -1393,7 +1524,7 @@ def save(folder, config, state, base_sum, clips):
     info = {"iteration": state.iteration, "taken": state.taken, "base_sum": base_sum}
     info |= {"rates": {n: getattr(config, n) for n in ("generator_lr", "fake_lr")}, "clips": clips}
     info |= {"metrics_bytes": (folder / "metrics.jsonl").stat().st_size}
-    write_safetensors(folder / f"checkpoint-{step}", state.tensors(), info)
+    write_safetensors(folder / f"checkpoint-{step}", pack(state), info)
     for kind in ("checkpoint", "generator") if config.generator == "full" else ("checkpoint",):
         for path in sorted(folder.glob(f"{kind}-*"))[:-2]:
             path.unlink()
@@ -1410,7 +1541,7 @@ def restore(folder, state, base_sum, clips):
         # close, not equal: another kind of GPU adds up in another order
         if not math.isclose(info["base_sum"], base_sum, rel_tol=1e-9):
             raise Refused(f"{path} was made from another backbone; see --checkpoint or --cache.")
-        state.restore(tensors, info["iteration"], info["taken"])
+        unpack(state, tensors, info["iteration"], info["taken"])
         gone, new = set(info["clips"]) - set(clips), set(clips) - set(info["clips"])
         if info["clips"] != clips:
             print(f"w2svd: the data have changed: {len(gone)} clips gone, {len(new)} new.")
@@ -1440,7 +1571,8 @@ def as_floats(iterations, state):
     try:
         for stats in iterations:
             line = {name: float(x) for name, x in stats.items()}
-            known = [n for n in ("std", "motion") if line.get(f"data_{n}")]  # 0: captions alone
+            both = [n for n in ("std", "motion") if f"gen_{n}" in line]
+            known = [n for n in both if line.get(f"data_{n}")]  # 0: captions alone
             line |= {f"{n}_ratio": line[f"gen_{n}"] / line[f"data_{n}"] for n in known}
             yield line
     except FloatingPointError as error:
@@ -1480,12 +1612,14 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
     torch.manual_seed(config.seed)
     alphas = config.alpha_weak, config.alpha_strong
     roles = Roles(task.backbone, config.lora_rank, *alphas, config.generator, config.fake)
+    if config.gan_weight:
+        Discriminator(roles, config.gan_r1)
     if config.checkpointing:
         roles.use_checkpointing()
     task.prepare()
-    state, base_sum = State(config, roles, task.device), roles.base_sum()
+    state, base = State(config, roles, task.device), base_sum(roles)
     clips = [clip.name for clip in task.clips]
-    before = restore(folder, state, base_sum, clips) if resume else {}
+    before = restore(folder, state, base, clips) if resume else {}
     if state.iteration > config.iterations:
         raise Refused(f"{folder} has {state.iteration} iterations; --iterations cannot be less.")
     write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
@@ -1507,23 +1641,24 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
     data, tick = task.batches(state.rngs["data"], state.taken), time.perf_counter()
     bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
     with log, bar, signals() as stop:
-        for line in as_floats(distil(config, roles, state, data), state):
+        loop = distil if config.objective == "w2svd" else without_fake
+        for line in as_floats(loop(config, roles, state, data), state):
             line["seconds"] = time.perf_counter() - tick
             line["memory_mb"] = memory_mb(task.device)
-            bar.set_postfix(None, False, loss=line["fake_loss"], gap=line["relative_gap"])
+            bar.set_postfix(None, False, **dict(itertools.islice(line.items(), 2)))
             bar.update()
             if due(config.log_every):
                 print(json.dumps({"step": state.iteration, **line}), file=log, flush=True)
             if due(config.save_every) or stop:
-                save(folder, config, state, base_sum, clips)
+                save(folder, config, state, base, clips)
             if due(config.log_every) or due(config.save_every):
                 picture()  # last, as it may fail
             if stop:
                 raise KeyboardInterrupt(stop[0])
             tick = time.perf_counter()
-    if roles.base_sum() != base_sum:
+    if base_sum(roles) != base:
         raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
-    save_generator(folder / "generator.safetensors", config, state, base_sum)
+    save_generator(folder / "generator.safetensors", config, state, base)
     with state.averaged() as generator:
         run = SimpleNamespace(folder=folder, config=config, generator=generator)
         result, table = task.finish(run)

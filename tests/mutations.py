@@ -78,8 +78,7 @@ the real DiT keeps a little of the adapter at alpha_weak 0 @ Roles._velocity:
 fake and real see different noise @ generator_step:
     real(x_t, sigma, cond) ==> real(x_t + eps, sigma, cond)
 the guided real DiT keeps the condition @ generator_step: sigma, None ==> sigma, cond
-the GT loss skips everything but noise @ generator_step: sigma_in < 1 ==> sigma_in == 1
-the fake is trained at another strength @ fake_step: roles.fake(x_t ==> roles.real(x_t
+the fake is trained at another strength @ fake_step: getattr(roles, role) ==> roles.real
 a rollout takes one evaluation too many @ rollout_input: level + 1 ==> level + 2
 a batch of paired inputs has one noise level @ paired_input: (len(x0),) ==> (1,)
 non-finite values pass @ require_finite: if bad.any() ==> if False
@@ -102,11 +101,12 @@ the fake's warm-up is ignored @ distil: config.fake_warmup if ==> 0 if
 the fake's warm-up comes in every iteration @ distil: if state.iteration == 0 ==> if True
 the fake's samples are not final @ generated: cond, final) ==> cond)
 the fake's samples are of another level @ generated: cond), sigma_in) ==> cond), sigma_in / 2)
-the fake's update trains the generator @ fake_step: roles.fake( ==> roles.generator(
+the fake's update trains the generator @ fake_step: getattr(roles, role) ==> roles.generator
 the generator is trained at the last exit only @ distil: x0, cond) ==> x0, cond, True)
-the ground truth's weight is dropped @ distil: "gt_weight", ==>
-gt_skip_noise is dropped @ distil: "gt_skip_noise", ==>
-guidance is dropped @ distil: , "guidance" ==>
+the ground truth's weight is dropped @ distil: config.gt_weight * ==> 1.0 *
+the GT loss skips everything but noise @ distil: sigma_in < 1 ==> sigma_in == 1
+gt_skip_noise is dropped @ distil: not config.gt_skip_noise ==> True
+guidance is dropped @ distil: ("guidance", "gan_weight") ==> ("gan_weight",)
 the average comes before the update @ distil:
     norm = state.update("generator", ==> state.update_average(); norm = state.update("generator",
 the average follows every other step @ distil:
@@ -121,6 +121,15 @@ a saved generator is not the average @ save_generator:
 the toy's pictures are on another grid @ toy/tasks.py:Task.on_log: self.sigmas ==> self.sigmas**2
 the toy's samples ignore the header's grid @ toy/tasks.py:Task.sample:
     info["sigmas"] ==> [1.0, 0.5, 0.0]
+# test_discriminator.py
+the discriminator reads an adapter @ Discriminator.logit: use(None) ==> use("generator")
+the generator's term has the wrong sign @ Discriminator.gradient: (-logit) ==> (logit)
+the discriminator judges clean samples @ Discriminator.gradient: add_noise(x, eps, sigma) ==> x
+R1 perturbs the clean sample @ discriminator_step: near = x_t + ==> near = x0 +
+real and generated are exchanged @ discriminator_step: [-real, generated] ==> [real, -generated]
+the discriminator's term is divided by numel too @ generator_step: gan_weight * ==>
+    gan_weight / g.numel() *
+the discriminator is not updated @ distil: state.update("discriminator", ==> (lambda *_: 0)(
 # test_hunyuan.py -k mask_reaches
 the text's mask reaches attention @ HunyuanVideo.without_mask: None, *args ==> args[3], *args
 # test_hunyuan.py -k bf16

@@ -13,7 +13,7 @@ import torch
 from torch.func import functional_call
 
 import toy.tasks
-from w2svd import Config, State, distil, read_safetensors, save_generator
+from w2svd import Config, State, distil, pack, read_safetensors, save_generator
 
 POINT, VIDEO = (2,), (2, 4, 4, 4)
 N, ITERATIONS = 3, 3
@@ -270,7 +270,7 @@ def test_the_loop_ends_after_its_iterations_and_another_goes_on_from_its_state(s
         assert all(p.grad is None for role in ("generator", "fake") for p in roles.parameters(role))
         stats += distil(config, roles, state, data)
         assert len(stats) == state.iteration == 4 and state.taken == N * (4 * 3 + 2)
-        found.append(state.tensors())
+        found.append(pack(state))
     assert all(torch.equal(found[1][name], x) for name, x in found[0].items())
 
 

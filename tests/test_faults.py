@@ -95,8 +95,8 @@ def spoil_gradient(monkeypatch, role, nth, bad):
 # all in the third iteration; two fake updates in each, four evaluations of a picture after the 2nd
 STAGES = {
     "the data": lambda p, bad: spoil_data(p, 7, bad),
-    "sample in the fake": lambda p, bad: spoil(p, w2svd, "x0_from_velocity", 15, bad),
-    "the generator's sample is": lambda p, bad: spoil(p, w2svd, "x0_from_velocity", 17, bad),
+    "sample in the fake's": lambda p, bad: spoil(p, w2svd, "x0_from_velocity", 19, bad),
+    "the generator's sample is": lambda p, bad: spoil(p, w2svd, "x0_from_velocity", 21, bad),
     "the fake's velocity": lambda p, bad: spoil(p, w2svd.Roles, "fake", 7, bad),
     "gradient of the fake": lambda p, bad: spoil_gradient(p, "fake", 5, bad),
     "the real DiT's velocity": lambda p, bad: spoil(p, w2svd.Roles, "real", 3, bad),

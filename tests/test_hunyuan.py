@@ -289,6 +289,75 @@ def test_compiled_blocks_give_the_same_numbers_in_every_role(tiny, monkeypatch):
             torch.testing.assert_close(gradients(pair[1], role)[name], g, rtol=1e-3, atol=1e-5)
 
 
+# ---- the discriminator ---------------------------------------------------------------------------
+
+
+def test_the_discriminator_reads_the_plain_transformer_s_last_double_stream_block(tiny):
+    x, sigma, cond, _, _ = inputs()
+    stock, seen = backbone(tiny), []
+    stock.module.transformer_blocks[-1].register_forward_hook(lambda m, a, out: seen.append(out[0]))
+    with torch.no_grad():
+        stock.velocity(x, sigma, cond)
+    roles = roles_of(tiny)
+    roles.backbone.module.single_transformer_blocks[0].register_forward_hook(lambda *_: 1 / 0)
+    d = w2svd.Discriminator(roles)
+    expected = d.head(seen[0]).mean(dim=(1, 2))
+    for role in (None, "generator"):
+        with roles.use(role):
+            torch.testing.assert_close(d.logit(x, sigma, cond), expected)
+    assert len(roles.backbone.module.single_transformer_blocks) == 1
+
+
+def test_a_backward_through_generator_and_discriminator_keeps_both_roles(tiny):
+    def one(checkpointing):
+        roles = roles_of(tiny)
+        torch.manual_seed(0)
+        w2svd.Discriminator(roles)
+        if checkpointing:
+            roles.use_checkpointing()
+        stats = w2svd.generator_step(roles, *inputs(), gan_weight=5.0)
+        return gradients(roles, "generator"), stats
+
+    (plain, stats), (again, _) = one(False), one(True)
+    assert torch.isfinite(stats["gan_loss"])
+    without = roles_of(tiny)
+    generator(without)
+    without = gradients(without, "generator")
+    for name in plain:
+        torch.testing.assert_close(plain[name], again[name], rtol=1e-4, atol=1e-6)
+    assert any((plain[n] - without[n]).norm() > 0.01 * without[n].norm() for n in plain)
+
+
+def test_every_named_method_runs_from_clips_and_resumes(train, capsys):
+    methods = {
+        "w2svd": "--gan-weight .01 --gan-r1 1",
+        "dmd2": "--fake full --generator full --gan-weight .003",
+        "dmd": "--alpha-weak 0",
+        "lcm": "--objective lcm",
+        "finetune": "--objective finetune",
+    }
+    for name, flags in methods.items():
+        train(name, "--iterations", 2, *ODD, *flags.split())
+        run("train", "--resume", "--out", name, "--iterations", 3)
+        assert math.isfinite(lines(name)[-1]["grad_norm"])
+    Path("captions.txt").write_text("a dog")
+    for flags in ("--gan-weight .1", "--objective lcm"):
+        fixed = "--model hunyuan --data captions.txt --generator-input rollout --out r".split()
+        assert "clips" in refused(capsys, ".", "train", *fixed, *flags.split())
+
+
+def test_a_finetuned_backbone_is_distilled_as_a_checkpoint(train, tiny):
+    """The paper's two stages: the data's flow matching, merged, then the distillation."""
+    train("first", "--iterations", 2, *ODD, "--objective", "finetune")
+    run("export", "--run", "first", "--format", "merged", "--out", "merged")
+    shutil.copytree(tiny, "stage")
+    shutil.rmtree("stage/transformer")
+    shutil.copytree("merged", "stage/transformer")
+    train("second", "--iterations", 1, "--checkpoint", "stage")
+    base = w2svd.read_safetensors("second/generator.safetensors")[1]["base_sum"]
+    assert base != w2svd.read_safetensors("first/generator.safetensors")[1]["base_sum"]
+
+
 # ---- the released architecture and its plan ------------------------------------------------------
 
 SIZES = {480: (480, 832, 61), 544: (544, 960, 129), 720: (720, 1280, 129)}
@@ -364,10 +433,9 @@ def test_a_run_logs_every_number_and_leaves_pictures_and_generators(trained):
     names = {path.stem for path in (trained / "samples").iterdir()}
     captions = sorted(name[9:] for name in names if name[:6] == "000004")
     assert captions == ["a-dog", "a-red-square", "a-woman-talks"]
-    assert {name for name in names if "backbone" not in name} == {
-        f"{step}{name[6:]}" for step in ("000000", "000002", "000004") for name in names
-        if name[:6] == "000004"
-    }  # fmt: skip
+    plain = {name for name in names if "backbone" not in name}
+    last = [name[6:] for name in names if name[:6] == "000004"]
+    assert plain == {f"{step}{end}" for step in ("000000", "000002", "000004") for end in last}
     assert sum("backbone" in name for name in names) == 3
     for path in (trained / "samples").iterdir():
         assert iio.imread(path).shape == (9, 32, 48, 3)
@@ -657,8 +725,8 @@ def test_merged_weights_are_the_backbone_with_its_adapter(tiny, trained, capsys)
     assert (ours - theirs).abs().max() < 1e-5 < 1e-3 < (ours - plain).abs().max()
     exact, base = merged.module.state_dict(), stock_transformer(tiny).state_dict()
     learnt = torch.cat([(exact[n] - base[n]).flatten() for n in base])
-    rounded = torch.cat([(exact[n].bfloat16() - exact[n]).flatten() for n in base if
-                         not torch.equal(exact[n], base[n])])  # fmt: skip
+    changed = [exact[n] for n in base if not torch.equal(exact[n], base[n])]
+    rounded = torch.cat([(x.bfloat16() - x).flatten() for x in changed])
     assert lost == pytest.approx(float(rounded.norm() / learnt.norm()), abs=1e-3)
     assert 0 < lost < 1
     run("export", "--run", trained, "--format", "merged", "--out", "half", "--dtype", "bfloat16")

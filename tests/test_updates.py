@@ -76,7 +76,10 @@ def test_the_generators_update_is_autograd_of_its_loss_with_the_gradient_held_fi
     """loss = mean(x_gen * stopgrad(g)), g of DMD with guidance, and the ground truth's."""
     roles = new_roles(shape, alpha_weak=0.25, alpha_strong=1.5)
     given = draw(shape)["generator"]
-    stats = generator_step(roles, **given, **settings)
+    how = {n: x for n, x in settings.items() if n != "gt_skip_noise"}
+    if "gt_skip_noise" in settings:  # a weight for each sample
+        how["gt_weight"] = settings["gt_weight"] * (given["sigma_in"] < 1)
+    stats = generator_step(roles, **given, **how)
 
     level, cond, sigma_in = given["sigma"], given["cond"], given["sigma_in"]
     x_gen = x0_of(roles, "generator", 1.0, given["x_in"], sigma_in, cond)
@@ -221,7 +224,8 @@ def test_skipping_noise_leaves_the_ground_truth_out_where_the_input_is_pure_nois
 
     monkeypatch.setattr(torch.Tensor, "backward", watched)
     for gt_weight, skip in ((0.0, False), (0.5, True), (0.5, False)):
-        generator_step(new_roles(shape), **given, gt_weight=gt_weight, gt_skip_noise=skip)
+        weight = gt_weight * ((given["sigma_in"] < 1) | (not skip))
+        generator_step(new_roles(shape), **given, gt_weight=weight)
     dmd, skipped, everywhere = entered
     noise = given["sigma_in"] == 1
     assert noise.any() and not noise.all()
@@ -302,7 +306,7 @@ def test_one_step_inputs_are_pure_noise(new_roles, draw):
 @pytest.mark.parametrize(
     "step, poisoned, message",
     [
-        ("fake", "the samples", r"generator's sample in the fake update.*sigma 0\.6250"),
+        ("fake", "the samples", r"sample in the fake's update.*sigma 0\.6250"),
         ("fake", "fake", r"the fake's velocity.*sigma 0\.6250"),
         ("generator", "generator", r"the generator's sample.*sigma 0\.8333"),
         ("generator", "fake", r"the fake's velocity.*sigma 0\.6250"),

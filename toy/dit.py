@@ -163,7 +163,8 @@ class DiT(nn.Module):
         x = rearrange(tokens, f"b (t h w) (c pt ph pw) -> {CELLS}", **sizes)
         return x.reshape(-1, *self.shape)
 
-    def forward(self, x_t, sigma, labels=None):
+    def double_stream(self, x_t, sigma, labels=None):
+        """After the double-stream blocks: [image tokens (B, N, D), text tokens], and c (B, D)."""
         tokens = [self.embed(self.with_waves(self.patches(x_t))) + self.position]  # (B, N, D)
         c = self.time(sinusoidal(sigma, self.position.shape[-1]))  # (B, D)
         if self.text:
@@ -173,6 +174,10 @@ class DiT(nn.Module):
         c = F.silu(c)
         for block in self.double_blocks:
             tokens = self.run(block, c, *tokens)
+        return tokens, c
+
+    def forward(self, x_t, sigma, labels=None):
+        tokens, c = self.double_stream(x_t, sigma, labels)
         x = torch.cat(tokens, dim=1)
         for block in self.single_blocks:
             x = self.run(block, c, x)

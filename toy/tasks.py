@@ -23,6 +23,7 @@ from w2svd import (
     Refused,
     Roles,
     add_noise,
+    base_sum,
     euler_sample,
     few_step_sample,
     few_step_sigmas,
@@ -88,6 +89,13 @@ class Backbone:
 
     def checkpoint_with(self, function):
         self.module.run = function
+
+    @property
+    def width(self):
+        return self.module.position.shape[-1]
+
+    def features(self, x_t, sigma, cond):
+        return self.module.double_stream(x_t, sigma, cond)[0][0]
 
 
 def captions(mixture, recipe, n, rng):
@@ -340,7 +348,7 @@ class Task:
         """The velocity of a stored generator."""
         c = self.config
         roles = Roles(self.backbone, info["rank"], c.alpha_weak, c.alpha_strong, info["kind"])
-        if roles.base_sum() != info["base_sum"]:
+        if base_sum(roles) != info["base_sum"]:
             raise Refused(f"The backbone at hand is not the one that {c.out} was distilled from.")
         roles.load("generator", tensors)
         return roles.generator

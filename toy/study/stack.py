@@ -79,14 +79,14 @@ class StackedRoles:
     def _whole_models(self, role, x_t, sigma, cond):
         """A full fake is a model of its own for every lane; its real DiT is the plain backbone."""
         if role == "real":
-            return self.backbone(x_t, sigma, cond)
+            return self.plain(x_t, sigma, cond)
         module, parts = self.one.copies[role].module, []
         conds = [None] * self.n if cond is None else cond.chunk(self.n)
         for k, *args in zip(range(self.n), x_t.chunk(self.n), sigma.chunk(self.n), conds):
             parts.append(torch.func.functional_call(module, self.lane(k, role), tuple(args)))
         return torch.cat(parts)
 
-    def backbone(self, x_t, sigma, cond=None):
+    def plain(self, x_t, sigma, cond=None):
         return self.one.backbone.velocity(x_t, sigma, cond)
 
     def generator(self, x_t, sigma, cond=None):

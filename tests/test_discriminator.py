@@ -1,0 +1,245 @@
+"""Section 5 and what uses it: the head, its losses, its gradient at the generator's samples.
+
+Against: finite differences, losses written again, the exact log density ratio of two mixtures. Run
+with `python -m pytest tests/test_discriminator.py`; about half a minute.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import POINT, VIDEO
+from helpers import lines, resume, same_run, small_toy, train  # noqa: F401
+from torch.nn.functional import softplus
+
+import w2svd
+from toy.mixtures import GaussianMixture, ring
+from toy.tasks import POINTS, Backbone, train_backbone
+from w2svd import Config, Discriminator, Roles, State, add_noise, discriminator_step, distil
+
+SHAPES = pytest.mark.parametrize("shape", [POINT, VIDEO], ids=["point", "video"])
+
+
+@pytest.fixture
+def judge(new_roles):
+    """judge(shape, r1): a discriminator of random weights on random roles."""
+
+    def make(shape=POINT, r1=0.0, **how):
+        torch.manual_seed(5)
+        return Discriminator(new_roles(shape, **how), r1)
+
+    return make
+
+
+def features_of(module, x_t, sigma, cond):
+    """What the last double-stream block gives for the image, seen by a hook on it."""
+    seen = []
+    hook = module.double_blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out[0]))
+    with torch.no_grad():
+        module(x_t, sigma, cond)
+    hook.remove()
+    return seen[0]
+
+
+# ---- the logit -----------------------------------------------------------------------------------
+
+
+@SHAPES
+def test_the_logit_reads_the_plain_backbone_after_its_double_stream_blocks(
+    judge, new_backbone, draw, shape
+):
+    d, given = judge(shape), draw(shape)["fake"]
+    x_t, sigma, cond = given["x_gen"], given["sigma"], given["cond"]
+    plain = features_of(new_backbone(shape).module, x_t, sigma, cond)  # without any adapter
+    expected = torch.stack([d.head(tokens).mean() for tokens in plain])
+    for role in (None, "generator", "fake", "real"):
+        with d.roles.use(role):
+            torch.testing.assert_close(d.logit(x_t, sigma, cond), expected)
+
+
+def test_no_later_block_runs(judge, draw):
+    d, given = judge(VIDEO), draw(VIDEO)["fake"]
+    d.roles.backbone.module.single_blocks[0].register_forward_hook(lambda *_: 1 / 0)
+    d.logit(given["x_gen"], given["sigma"], given["cond"])
+
+
+@SHAPES
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_at_the_samples_is_that_of_finite_differences(
+    judge, draw, shape, checkpointing
+):
+    d, given = judge(shape), draw(shape)["fake"]
+    d.roles.backbone.module.double()
+    d.head.double()
+    x, sigma, cond, eps = (given[n] for n in ("x_gen", "sigma", "cond", "eps"))
+    x, eps, sigma = x.double(), eps.double(), sigma.double()
+    if checkpointing:
+        d.roles.use_checkpointing()
+    with d.roles.use("generator"):
+        gradient, loss = d.gradient(x, cond, sigma, eps)
+    assert d.head[1].weight.grad is None and d.roles.role is None
+
+    def loss_at(x):
+        with torch.no_grad():
+            return softplus(-d.logit(add_noise(x, eps, sigma), sigma, cond)).mean()
+
+    torch.testing.assert_close(loss, loss_at(x))
+    rng, found = torch.Generator().manual_seed(0), gradient.flatten()
+    for i in torch.randperm(x.numel(), generator=rng)[:8]:
+        nudge = torch.zeros_like(x).flatten()
+        nudge[i] = 1e-4
+        nudge = nudge.reshape(x.shape)
+        slope = (loss_at(x + nudge) - loss_at(x - nudge)) / 2e-4
+        assert float(found[i]) == pytest.approx(float(slope), rel=1e-3, abs=1e-7)
+
+
+# ---- the two steps -------------------------------------------------------------------------------
+
+
+@SHAPES
+@pytest.mark.parametrize("r1", [0.0, 2.0])
+def test_the_head_alone_learns_from_its_loss(judge, draw, shape, r1):
+    d, given = judge(shape, r1), draw(shape)["fake"]
+    x_gen, sigma, cond, eps = (given[n] for n in ("x_gen", "sigma", "cond", "eps"))
+    x0 = draw(shape)["generator"]["x_in"]
+    rng = torch.Generator().manual_seed(3)
+    stats = discriminator_step(d.roles, x_gen, x0, cond, sigma, eps, rng)
+    module = d.roles.backbone.module
+
+    def logit(x):
+        return d.head(features_of(module, x, sigma, cond)).mean(dim=(1, 2))
+
+    x_t = add_noise(x0, eps, sigma)
+    real, generated = logit(x_t), logit(add_noise(x_gen, eps, sigma))
+    loss = (torch.log1p(torch.exp(-real)) + torch.log1p(torch.exp(generated))).mean()
+    if r1:  # a hundredth of noise on x_t itself, not on the clean sample
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3))
+        loss = loss + r1 * (100 * (logit(x_t + 0.01 * noise) - real)).square().mean()
+    torch.testing.assert_close(stats["discriminator_loss"], loss.detach(), rtol=1e-3, atol=1e-5)
+    expected = torch.autograd.grad(loss, list(d.head.parameters()))
+    for parameter, gradient in zip(d.head.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=2e-3, atol=1e-5)
+    for role in ("generator", "fake"):
+        assert all(p.grad is None for p in d.roles.parameters(role))
+
+
+def test_the_generator_s_backward_starts_from_the_sum_of_both_gradients(judge, draw, monkeypatch):
+    entered, backward = [], torch.Tensor.backward
+
+    def watched(x, gradient=None, *args, **kwargs):
+        entered.append((x.detach(), gradient))
+        return backward(x, gradient, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    given = draw(VIDEO)["generator"]
+    for weight in (0.0, 0.7):
+        d = judge(VIDEO)
+        stats = w2svd.generator_step(d.roles, **given, gan_weight=weight)
+    (x_gen, dmd), (_, both) = entered
+    gradient, loss = d.gradient(x_gen, given["cond"], given["sigma"], given["eps"])
+    torch.testing.assert_close(both, dmd + 0.7 * gradient)
+    assert torch.equal(stats["gan_loss"], loss)
+    assert all(p.grad is None for p in d.head.parameters())
+
+
+def test_in_the_loop_both_read_the_fake_update_s_samples_and_noise(new_roles, monkeypatch):
+    seen = {"fake_step": [], "discriminator_step": []}
+
+    def spied(name, step):
+        def spy(roles, *args):
+            seen[name].append(args)
+            return step(roles, *args)
+
+        monkeypatch.setattr(w2svd, name, spy)
+
+    for name in seen:
+        spied(name, getattr(w2svd, name))
+    config = Config(gan_weight=0.1, fake_updates=3, accumulate=2, iterations=2, lora_rank=3)
+    roles = new_roles()
+    d = Discriminator(roles)
+    state = State(config, roles, "cpu")
+    before = [p.clone() for p in d.head.parameters()]
+    data = ({"x0": torch.full((4, 2), float(i)), "cond": None} for i in range(99))
+    rows = list(distil(config, roles, state, data))
+    assert len(seen["discriminator_step"]) == len(seen["fake_step"]) == 2 * 3 * 2
+    for fake, judged in zip(seen["fake_step"], seen["discriminator_step"]):
+        x_gen, cond, sigma, eps = fake
+        assert judged[0] is x_gen and judged[3] is sigma and judged[4] is eps
+    reals = [float(judged[1][0, 0]) for judged in seen["discriminator_step"]]
+    assert reals == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]  # the batches behind the samples
+    assert {"discriminator_loss", "logit_real", "logit_gen", "gan_loss"} <= rows[0].keys()
+    assert any(not torch.equal(a, b) for a, b in zip(before, d.head.parameters()))
+
+
+# ---- against an exact answer ---------------------------------------------------------------------
+
+
+def test_the_trained_logit_is_the_log_density_ratio_of_two_mixtures():
+    """Real: the ring. Generated: the ring with its eight weights changed, 15 times in all.
+
+    The optimum of softplus losses is log p(x_t) - log q(x_t), which both mixtures know. The head
+    sits on the toy's backbone as it is distilled, at one noise level.
+    """
+    exact = ring()
+    weights = torch.linspace(0.2, 3.0, 8)
+    other = GaussianMixture(weights, exact.means, torch.full((8,), 0.2**2))
+    recipe = dataclasses.replace(POINTS, iterations=600)
+    backbone = Backbone(train_backbone(exact, recipe, seed=3).requires_grad_(False))
+    torch.manual_seed(0)
+    d = Discriminator(Roles(backbone, 4, 0.25, 1.0))
+    optimizer = torch.optim.Adam(d.head.parameters(), 3e-3)
+    rng, level = torch.Generator().manual_seed(1), 0.3
+    for step in range(600):
+        x0, x_gen = exact.sample(1024, rng), other.sample(1024, rng)
+        sigma, eps = torch.full((1024,), level), torch.randn(1024, 2, generator=rng)
+        discriminator_step(d.roles, x_gen, x0, None, sigma, eps)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / 600)
+        optimizer.step()
+        optimizer.zero_grad()
+    x0, eps = exact.sample(2048, rng), torch.randn(2048, 2, generator=rng)
+    sigma = torch.full((2048,), level)
+    x_t = add_noise(x0, eps, sigma)
+    logit = d.logit(x_t, sigma, None).detach()
+
+    def ratio(x_t):
+        return exact.log_prob(x_t, level) - other.log_prob(x_t, level)
+
+    assert (logit - ratio(x_t)).abs().mean() < 0.06 < 0.5 < ratio(x_t).abs().mean()
+    gradient, _ = d.gradient(x0, None, sigma, eps)
+    x = x_t.clone().requires_grad_()
+    (steepest,) = torch.autograd.grad(ratio(x).sum(), x)
+    steep = steepest.norm(dim=1) > steepest.norm(dim=1).median()
+    cosine = torch.cosine_similarity(-gradient, steepest)[steep]
+    assert cosine.mean() > 0.8, cosine.mean()
+
+
+# ---- as a command --------------------------------------------------------------------------------
+
+
+def test_a_run_with_a_discriminator_is_resumed_to_the_same_bits(small_toy):  # noqa: F811
+    flags = ["--gan-weight", 0.5, "--gan-r1", 1, "--gan-lr", 0.01, "--lr-schedule", "constant"]
+    train("whole", "--iterations", 4, *flags)
+    train("parts", "--iterations", 2, *flags)
+    resume("parts", "--iterations", 4)
+    same_run("whole", "parts")
+    saved = w2svd.read_safetensors("whole/checkpoint-000004.safetensors")[0]
+    heads = [w2svd.read_safetensors(f"whole/checkpoint-00000{i}.safetensors")[0] for i in (2, 4)]
+    name = "discriminator/1.weight"
+    assert not torch.equal(heads[0][name], heads[1][name])
+    assert f"optimizer/{name}/exp_avg_sq" in saved
+    assert {"discriminator_loss", "gan_loss"} <= lines("whole")[0].keys()
+    train("plain", "--iterations", 4, "--lr-schedule", "constant")
+    generator = [w2svd.read_generator(run)[0] for run in ("whole", "plain")]
+    assert any(not torch.equal(x, generator[1][n]) for n, x in generator[0].items())
+
+
+@pytest.mark.parametrize("objective", ["finetune", "lcm"])
+def test_the_other_objectives_run_and_resume(small_toy, objective):  # noqa: F811
+    flags = ["--objective", objective, "--lr-schedule", "constant"]
+    train("whole", "--iterations", 4, *flags)
+    train("parts", "--iterations", 2, *flags)
+    resume("parts", "--iterations", 4)
+    same_run("whole", "parts")
+    assert {"generator_loss", "grad_norm", "data_std"} <= lines("whole")[0].keys()
+    assert "fake_loss" not in lines("whole")[0]
