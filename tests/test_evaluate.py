@@ -290,7 +290,7 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(place, evaluated, tm
         film(tmp_path / f"few/{i}.mp4", frames=20, fps=12)
         (tmp_path / f"few/{i}.txt").write_text("dog")
     run("encode", "--data", tmp_path / "few", "--checkpoint", place / "tiny", *SIZE)
-    assert "has 3 clips" in refused(*out, "--data", tmp_path / "few")
+    assert "3 clips are too few" in refused(*out, "--data", tmp_path / "few")
     config = json.loads((place / "run/config.json").read_text())
     config["config"] |= {"model": "toy", "data": "ring"}
     (tmp_path / "config.json").write_text(json.dumps(config))

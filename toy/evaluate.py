@@ -198,6 +198,14 @@ def pages(films):
     return np.concatenate(rows, axis=1)
 
 
+def write_film(path, frames, fps):
+    """Write frames (T, H, W, 3) in [0, 1] as .mp4; returns them as bytes."""
+    frames = (frames * 255).round().astype("uint8")
+    with atomic_write(path) as part:
+        iio.imwrite(part, frames, plugin="FFMPEG", fps=fps)
+    return frames
+
+
 def films(config, captions, latents, out):
     """Decode everything and write the films; {method: [measure() of each]}, seconds to decode one.
 
@@ -211,16 +219,14 @@ def films(config, captions, latents, out):
     together = out / "together.mp4"
     with atomic_write(together) as part, imageio.v2.get_writer(part, **how) as beside:
         for i, caption in enumerate(tqdm(captions, desc="decode", unit="prompt")):
-            words, shown = re.sub(r"[^\w ,.']+", " ", caption).encode()[:180], {}
-            words = words.decode(errors="ignore").strip(" .")  # file systems count bytes
-            for name, x0 in latents.items():
-                start = time.perf_counter()
-                frames = decode(pipe, x0[i])
-                spent.append(time.perf_counter() - start)
+            words = re.sub(r"[^\w ,.']+", " ", caption).encode()[:180]  # file systems count bytes
+            name_of_film = f"{words.decode(errors='ignore').strip(' .')}-{i}.mp4"
+            start = time.perf_counter()
+            shown = {name: decode(pipe, x0[i]) for name, x0 in latents.items()}
+            spent.append((time.perf_counter() - start) / len(shown))
+            for name, frames in shown.items():
                 numbers[name].append(measure(frames))
-                shown[name] = (frames * 255).round().astype("uint8")
-                with atomic_write(out / name / f"{words}-{i}.mp4") as film:
-                    iio.imwrite(film, shown[name], plugin="FFMPEG", fps=config.fps)
+                shown[name] = write_film(out / name / name_of_film, frames, config.fps)
             for page in pages(shown):
                 beside.append_data(page)
     return numbers, statistics.median(spent)
@@ -247,6 +253,17 @@ def prepare(run, data, n, out, seed, checkpoint):
     return task.config, task
 
 
+def choose(config, n, seed):
+    """The clips' files in an order drawn by the seed, and how many of the first are evaluated."""
+    files = w2svd.encoded_clips(config)
+    if len(files) < 4:
+        raise Refused(f"{len(files)} clips are too few: at least 4 are needed, better hundreds.")
+    if n > len(files):
+        print(f"--n {n}: {config.data} has {len(files)} clips, which are all used")
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
+    return [files[i] for i in order[: max(n, REFERENCE)]], min(n, len(files))
+
+
 def evaluate(run, data, n=16, out="", seed=0, at=None, checkpoint=""):
     """Draw, decode, compare and write; returns what evaluation.json holds."""
     from diffusers.training_utils import free_memory
@@ -255,13 +272,7 @@ def evaluate(run, data, n=16, out="", seed=0, at=None, checkpoint=""):
     config, task = prepare(run, data, n, out, seed, checkpoint)
     generator = w2svd.read_generator(run, at)
     made_by = w2svd.plan(config, task)
-    files = w2svd.encoded_clips(config)
-    if len(files) < 4:
-        raise Refused(f"{data} has {len(files)} clips; at least 4 are needed, and better hundreds.")
-    if n > len(files):
-        print(f"--n {n}: {data} has {len(files)} clips, which are all used")
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
-    files, n = [files[i] for i in order[: max(n, REFERENCE)]], min(n, len(files))
+    files, n = choose(config, n, seed)
     real = torch.cat([task.read(file)["x0"].cpu() for file in files])
     captions = [task.read(file)["caption"] for file in files[:n]]
     levels, seeds = grids(generator[1]), [1_000_003 * seed + i for i in range(n)]
