@@ -1,7 +1,7 @@
 """toy/evaluate.py: its numbers against closed forms and numpy, and the whole command.
 
 Against: Gaussians whose distance is known, scipy's square root of a matrix, films with one known
-fault each, `w2svd.py sample`, a second run of the same command.
+fault each, diffusers' pipeline, `w2svd.py sample`, a second run of the same command.
 Run with `python -m pytest tests/test_evaluate.py`; about half a minute.
 """
 
@@ -14,6 +14,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from diffusers import HunyuanVideoPipeline
 from helpers import contents, names, run, said, timeless
 from scipy.linalg import sqrtm
 
@@ -23,6 +24,7 @@ from toy.tiny_hunyuan import SIZE, TEMPLATE, film, save_tiny
 
 LEARN = "--lora-rank 2 --iterations 2 --save-every 1 --log-every 1 --fake-updates 1 --ema 0".split()
 LEARN += "--generator-lr .05 --fake-lr .05 --shift 4 --embedded-guidance 3".split()
+LONG = "woman " + 200 * "é"  # 406 bytes, where a name of a file may have 255
 METHODS = ["euler-4-shift-4", "euler-4-shift-7", "euler-28-shift-7", "student-4"]
 
 
@@ -40,7 +42,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     save_tiny(folder / "tiny")
     (folder / "clips").mkdir()
-    for i, caption in enumerate(("a dog", "a red/blue square?", "woman", "the dog", "left")):
+    for i, caption in enumerate(("a dog", "a red/blue square?", LONG, "the dog", "left")):
         size = (48, 80) if i % 2 else (64, 56)
         film(folder / f"clips/{i}.mp4", frames=30 + 5 * i, size=size, fps=12 + 6 * i)
         (folder / f"clips/{i}.txt").write_text(caption)
@@ -182,7 +184,7 @@ def test_the_command_leaves_films_of_each_method_and_all_numbers(evaluated):
     assert sorted(p.name for p in evaluated.iterdir() if p.is_dir()) == sorted(result["methods"])
     films = names(evaluated / "data")
     assert len(films) == 4 and all(names(evaluated / name) == films for name in METHODS)
-    captions = {"a dog", "a red blue square", "woman", "the dog", "left"}  # as VBench reads them
+    captions = {"a dog", "a red blue square", LONG[:93], "the dog", "left"}  # as VBench reads them
     assert {name.rsplit("-", 1)[0] for name in films} <= captions
     for path in evaluated.rglob("*-*.mp4"):
         assert iio.imread(path).shape == (9, 32, 48, 3)
@@ -194,6 +196,16 @@ def test_the_command_leaves_films_of_each_method_and_all_numbers(evaluated):
     assert result["seed"] == 0 and result["seeds"] == [0, 1, 2, 3] and result["step"] == 2
     assert [result[name] for name in ("height", "width", "frames", "fps")] == [32, 48, 9, 12]
     assert "torch" in result["versions"] and len(result["prompts"]) == 4
+
+
+def test_the_data_s_films_are_the_clips_of_the_prompts_decoded(place, evaluated, tmp_path):
+    config = w2svd.read_run(place / "run")
+    task, pipe = w2svd.HunyuanTask(config), w2svd.load_pipeline(config.checkpoint, w2svd.TEXT)
+    clips = {clip["caption"]: clip["x0"][0] for clip in map(task.read, w2svd.encoded_clips(config))}
+    for i, caption in enumerate(result_of(evaluated)["prompts"]):
+        evaluate.write_film(tmp_path / "a.mp4", evaluate.decode(pipe, clips[caption]), 12)
+        film = next((evaluated / "data").glob(f"*-{i}.mp4"))
+        assert film.read_bytes() == (tmp_path / "a.mp4").read_bytes()
 
 
 def test_the_table_has_a_row_for_each_method_and_says_what_it_rests_on(evaluated):
@@ -215,7 +227,24 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(place, evaluated
     assert all(one[evaluated / name] == two[same / name] for name in films)
     assert timeless(result_of(evaluated)) == timeless(result_of(same))
     assert result_of(other)["methods"] != result_of(same)["methods"]
+    assert result_of(other)["prompts"] != result_of(same)["prompts"]
     assert result_of(other)["seeds"] == [1_000_003 + i for i in range(4)]
+
+
+def test_the_backbone_s_28_steps_are_the_stock_pipeline_s(place):
+    config = w2svd.read_run(place / "run")
+    task, generator = w2svd.HunyuanTask(config), w2svd.read_generator(place / "run")
+    file, levels = w2svd.encoded_clips(config)[1], evaluate.grids(generator[1])
+    latents, seconds = evaluate.draw(task, [file], levels, generator, [5])
+    pipe = HunyuanVideoPipeline.from_pretrained(place / "tiny")
+    how = {"height": 32, "width": 48, "num_frames": 9, "guidance_scale": 3.0}
+    how |= {"prompt_template": TEMPLATE, "output_type": "latent", "num_inference_steps": 28}
+    rng = torch.Generator().manual_seed(5)
+    stock = pipe(task.read(file)["caption"], generator=rng, **how).frames
+    assert (stock - latents["euler-28-shift-7"]).abs().max() < 1e-5
+    own, released = (latents[f"euler-4-shift-{shift}"] for shift in (4, 7))
+    assert (own - released).abs().max() > 1e-3 and set(seconds) == set(METHODS)
+    assert (latents["student-4"] - own).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["run", "full"])
@@ -276,6 +305,7 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(place, evaluated, tm
 
     out = ["--out", tmp_path / "a"]
     assert "in use" in refused()  # RUN/evaluation
+    assert evaluate.main(["--run", str(place / "run")]) == 2 and "--data" in said(capsys)
     assert "not a run folder" in refused("--run", tmp_path)
     assert "at least 4" in refused(*out, "--n", 3)
     assert "saved iterations" in refused(*out, "--at", 7)

@@ -179,6 +179,8 @@ def decode(pipe, x0):
     """Frames (T', H', W', 3) in [0, 1], of scaled latents (C, T, H, W)."""
     x0 = x0[None].to(pipe.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
     frames = pipe.vae.decode(x0, return_dict=False)[0]
+    if not frames.isfinite().all():
+        raise Refused("A decoded video is not finite; nothing can be compared.")
     return pipe.video_processor.postprocess_video(frames, output_type="np")[0]
 
 
