@@ -57,7 +57,7 @@ def frechet(mean1, cov1, mean2, cov2):
 
 def moments(x):
     """Mean (D,) and unbiased covariance (D, D) of x (n, D)."""
-    return x.mean(0), torch.cov(x.T)
+    return x.mean(0), torch.atleast_2d(torch.cov(x.T))  # of one column it is a number
 
 
 def frame_moments(mean, cov, shape):
