@@ -48,19 +48,19 @@ Commands
     python w2svd.py train  --model toy                      a tiny DiT, checked by an exact answer
     python w2svd.py train  --model hunyuan --data my_clips/ --out runs/mine     one 80 GB GPU
     python w2svd.py encode --model hunyuan --data my_clips/      its first part alone: the latents
-    python w2svd.py sample --run runs/mine --prompt "a woman talks" --out talk.mp4
+    python w2svd.py sample --run runs/mine --prompt "a woman talks" --out talk.mp4   (--image a.png)
     python w2svd.py export --run runs/mine --format diffusers --out lora/
 
 Where a setting comes from: 'paper' read off the authors' figures; 'author-code' related public
 code of the first author, not a release of this paper; 'peer' common in public code of the family;
 'ours'. The paper's body, and so its learning rates, rank and batch, were not available to us.
 
-Deviations from the paper, as far as we know it: text is the only condition (its model also reads a
-first image); the discriminator reads the frozen backbone (its figure's arrow starts at the
-generator) and is off by default, as the GT loss is, which trades motion for picture quality in the
-paper's table; alpha_strong is not printed there, 1 is the author's later code's; the generator is
-an adapter by default; denominators, average and optimizer are peers', the author's later code's or
-ours; on the toy: rollouts, a fake that learns final samples only, with a weight decay.
+Deviations from the paper, as far as we know it: a first image is read only where the checkpoint is
+image-to-video, as its model is; the discriminator reads the frozen backbone (its figure's arrow
+starts at the generator) and is off by default, as the GT loss is, which trades motion for picture
+quality in the paper's table; alpha_strong is not printed there, 1 is the author's later code's; the
+generator is an adapter by default; denominators, average and optimizer are peers', the author's
+later code's or ours; on the toy: rollouts, a fake that learns final samples only, with a decay.
 """
 
 from __future__ import annotations
@@ -792,6 +792,7 @@ class HunyuanVideo:
         self.lora_targets = rf"(single_)?transformer_blocks\.\d+\.({layers})"
         self.blocks = [*module.transformer_blocks, *module.single_transformer_blocks]
         self.width = module.config.num_attention_heads * module.config.attention_head_dim
+        self.form = module.config.image_condition_type  # None, token_replace or latent_concat
         for block in self.blocks:
             block.register_forward_pre_hook(self.without_mask)
 
@@ -816,6 +817,19 @@ class HunyuanVideo:
             watch.remove()
         return seen[0]
 
+    def with_image(self, x_t, cond):
+        """What the transformer reads: x_t with the first frame's latents, cond['image'], beside it.
+
+        token_replace: in front, x_t being the frames behind it; latent_concat: in more channels.
+        """
+        if self.form == "token_replace":
+            return torch.cat([cond["image"].to(x_t), x_t], dim=2)
+        if self.form == "latent_concat":
+            beside = x_t.new_zeros(len(x_t), x_t.shape[1] + 1, *x_t.shape[2:])  # the last: a mask
+            beside[:, :-1, :1], beside[:, -1:, :1] = cond["image"], 1
+            return torch.cat([x_t, beside], dim=1)
+        return x_t
+
     def velocity(self, x_t, sigma, cond):
         """x_t: latents (B, C, T, H, W); cond: prompt_embeds (B, L, D), trimmed; pooled (B, P)."""
         text = cond["prompt_embeds"].to(self.dtype)
@@ -824,7 +838,7 @@ class HunyuanVideo:
         # NOTE silent: without autocast the float32 adapters would compute in float32
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             v = self.module(
-                hidden_states=x_t.to(self.dtype),
+                hidden_states=self.with_image(x_t, cond).to(self.dtype),
                 timestep=1000 * sigma.float(),  # NOTE silent: bf16 would round 954.5 to 956
                 encoder_hidden_states=text,
                 encoder_attention_mask=torch.ones(text.shape[:2], device=x_t.device),
@@ -832,7 +846,7 @@ class HunyuanVideo:
                 guidance=guidance * 1000,  # 6000 becomes 6016 in bf16, as in diffusers
                 return_dict=False,
             )[0]
-        return v.to(x_t.dtype)
+        return v[:, :, -x_t.shape[2] :].to(x_t.dtype)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -856,7 +870,7 @@ def load_pipeline(checkpoint, without):
     diffusers.utils.logging.disable_progress_bar()  # its bars would cut through ours
     diffusers.utils.logging.set_verbosity_error()
     how = {"dtype": torch.bfloat16 if DEVICE == "cuda" else torch.float32, "use_safetensors": True}
-    load = diffusers.HunyuanVideoPipeline.from_pretrained
+    load = diffusers.DiffusionPipeline.from_pretrained  # text-to-video's, or image-to-video's
     with reading(checkpoint):
         pipe = load(checkpoint, **how, **dict.fromkeys(without)).to(DEVICE)
     if pipe.vae:
@@ -865,11 +879,28 @@ def load_pipeline(checkpoint, without):
 
 
 @torch.no_grad()
-def encode_text(pipe, caption):
-    """prompt_embeds (1, L, D), trimmed to the L tokens that count, and pooled (1, P)."""
+def encode_text(pipe, caption, first=None, form=None):
+    """prompt_embeds (1, L, D), trimmed to the L tokens that count, and pooled (1, P).
+
+    Image-to-video's encoder reads the first frame too, (1, 3, 1, H, W) in [-1, 1], thinned out by
+    the number that goes with the form; its latents are 'image', (1, C, 1, H, W).
+    """
     own = HunyuanVideo.prompt_template
-    embeds, pooled, mask = pipe.encode_prompt(caption, **({"prompt_template": own} if own else {}))
-    return {"prompt_embeds": embeds[:, mask[0].bool()], "pooled": pooled}
+    how = {"prompt": caption} | ({"prompt_template": own} if own else {})
+    if form:
+        picture = pipe.video_processor.postprocess(first[:, :, 0], output_type="pil")[0]
+        how |= {"image": picture, "image_embed_interleave": 4 if form == "token_replace" else 2}
+    embeds, pooled, mask = pipe.encode_prompt(**how)
+    text = {"prompt_embeds": embeds[:, mask[0].bool()], "pooled": pooled}
+    return text | {"image": encode_video(pipe, first)} if form else text
+
+
+@torch.no_grad()
+def encode_video(pipe, video):
+    """A video (1, 3, T, H, W) in [-1, 1] as scaled latents (1, C, T, H, W)."""
+    vae = pipe.vae.float()  # bf16 would round the latents
+    latents = vae.encode(video.to(pipe.device)).latent_dist.mode()
+    return latents.float() * pipe.vae.config.scaling_factor
 
 
 # ---- 8. Files and data ---------------------------------------------------------------------------
@@ -1064,14 +1095,11 @@ def read_clip(path, config):
     return frames.permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 
-@torch.no_grad()
-def encode_clip(pipe, video, caption):
+def encode_clip(pipe, video, caption, form=None):
     """Text and, of a video (1, 3, T, H, W), scaled latents (C, T, H, W), without a batch."""
-    tensors = encode_text(pipe, caption)
+    tensors = encode_text(pipe, caption, None if video is None else video[:, :, :1], form)
     if video is not None:
-        vae = pipe.vae.float()  # bf16 would round the latents
-        latents = vae.encode(video.to(pipe.device)).latent_dist.mode()
-        tensors["latents"] = latents.float() * pipe.vae.config.scaling_factor
+        tensors["latents"] = encode_video(pipe, video)
     for name, x in tensors.items():
         if not x.isfinite().all() or not x.numel():
             raise ValueError(f"its {name} are empty or not finite")
@@ -1098,7 +1126,7 @@ def one_line(caption):
     return " ".join(line.strip() for line in text.strip().split("\n"))
 
 
-def encoded_clips(config):
+def encoded_clips(config, form=None):
     """The files of all clips that can be used, encoded where they are missing; says what is not."""
     if not config.data:
         raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
@@ -1118,7 +1146,7 @@ def encoded_clips(config):
             if not file.exists():
                 video = read_clip(path, config) if path else None
                 pipe = pipe or load_pipeline(config.checkpoint, ("transformer",))
-                tensors = encode_clip(pipe, video, caption)
+                tensors = encode_clip(pipe, video, caption, form)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_safetensors(file, tensors, {"source": name, "caption": caption})
                 made.append((name, path and look(path), len(tensors["prompt_embeds"])))
@@ -1182,14 +1210,24 @@ class HunyuanTask:
         if config.checkpoint != HUNYUAN:
             with reading(config.checkpoint):
                 found = Model.load_config(config.checkpoint, subfolder="transformer")
-        name, channels = found.get("_class_name", Model.__name__), found.get("in_channels", 16)
-        odd = channels != found.get("out_channels", 16) or found.get("patch_size_t", 1) != 1
-        if name != Model.__name__ or found.get("image_condition_type") or odd:
-            raise Refused(f"--checkpoint {config.checkpoint} is no text-to-video HunyuanVideo.")
+        name, form = found.get("_class_name", Model.__name__), found.get("image_condition_type")
+        channels, self.form = found.get("out_channels", 16), form
+        reads = 2 * channels + 1 if form == "latent_concat" else channels
+        odd = found.get("in_channels", 16) != reads or found.get("patch_size_t", 1) != 1
+        if name != Model.__name__ or odd:
+            raise Refused(
+                f"--checkpoint {config.checkpoint} is no HunyuanVideo that is known here."
+            )
+        if form and ".txt" in (config.data[-4:], config.sample_prompts[-4:]):
+            raise Refused(
+                "Image-to-video needs clips with first frames: no .txt of captions alone."
+            )
         with torch.device("meta"):  # shapes and no numbers, for the plan
             self.wrap(Model.from_config(found).bfloat16(), torch.bfloat16)
-        # the VAE takes 4 frames and 8 x 8 pixels into one
-        self.shape = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
+        # the VAE takes 4 frames and 8 x 8 pixels into one; token_replace samples what is behind
+        # the first frame
+        self.whole = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
+        self.shape = (channels, self.whole[1] - (form == "token_replace"), *self.whole[2:])
 
     def wrap(self, module, dtype):
         c = self.config
@@ -1200,7 +1238,7 @@ class HunyuanTask:
         if DEVICE == "cpu" and self.backbone.module.num_parameters() > 1e9:
             raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {EXAMPLE}")
         c = self.config
-        self.clips = encoded_clips(c)
+        self.clips = encoded_clips(c, self.form)
         draw = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(0))
         self.filmed = [self.clips[i] for i in draw[:4]]
         if c.sample_prompts:
@@ -1231,7 +1269,12 @@ class HunyuanTask:
         tensors, info = read_safetensors(clip)
         cond = {name: x[None].to(DEVICE) for name, x in tensors.items()}
         x0 = cond.pop("latents", torch.zeros(1, *self.shape, device=DEVICE))
-        return {"x0": x0, "cond": cond, "name": clip.name, "caption": info["caption"]}
+        return {
+            "x0": x0[:, :, -self.shape[1] :],
+            "cond": cond,
+            "name": clip.name,
+            "caption": info["caption"],
+        }
 
     def batches(self, rng, taken=0):
         """Each clip once an epoch, in an order of its own, from seed and epoch; endless."""
@@ -1245,7 +1288,7 @@ class HunyuanTask:
         """Memory, time and disk by formulas: simulated or published figures, nothing measured."""
         c, m, GiB = self.config, self.backbone.module.config, 2**30
         n, width = len(self.backbone.blocks), self.backbone.width
-        tokens = math.prod(self.shape[1:]) // m.patch_size**2 // m.patch_size_t + 256
+        tokens = math.prod(self.whole[1:]) // m.patch_size**2 // m.patch_size_t + 256
         base = [p for p in self.backbone.module.parameters() if not p.requires_grad]
         host = sum(p.nbytes for p in base) / GiB
         if c.fp8_base:
@@ -1284,23 +1327,38 @@ class HunyuanTask:
             "tokens": tokens,
         }
 
-    def film(self, path, velocity, sigmas, cond, seed, euler=False):
-        """Sample a video and write it as .mp4; the seed decides it. The VAE comes and goes."""
-        import imageio.v3 as iio
+    def complete(self, x0, cond):
+        """A sample (B, C, T, H, W) with the given first frame in front, where that is not in it."""
+        return torch.cat([cond["image"], x0], dim=2) if self.form == "token_replace" else x0
 
+    def draw(self, velocity, sigmas, cond, seed, euler=False):
+        """Latents of a whole video, (1, C, T, H, W); the seed decides it."""
         rng = torch.Generator(DEVICE).manual_seed(seed)
-        noise = torch.randn(1, *self.shape, generator=rng, device=DEVICE)
+        noise = torch.randn(1, *self.whole, generator=rng, device=DEVICE)[:, :, -self.shape[1] :]
+        if self.form:  # as diffusers' image-to-video pipeline begins
+            noise = 0.999 * noise + 0.001 * cond["image"]
         given = velocity, noise, sigmas, cond
-        x0 = euler_sample(*given) if euler else few_step_sample(*given, rng)
-        pipe = load_pipeline(self.config.checkpoint, (*TEXT, "transformer"))
-        with torch.no_grad():
-            x0 = x0.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-            frames = pipe.vae.decode(x0, return_dict=False)[0]
+        return self.complete(euler_sample(*given) if euler else few_step_sample(*given, rng), cond)
+
+    @torch.no_grad()
+    def decode(self, pipe, x0):
+        """Frames (T', H', W', 3) in [0, 1] of latents (1, C, T, H, W)."""
+        x0 = x0.to(pipe.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
+        frames = pipe.vae.decode(x0, return_dict=False)[0]
         if not frames.isfinite().all():
             raise Refused("The sampled video is not finite; nothing is written.")
-        frames = pipe.video_processor.postprocess_video(frames, output_type="np")[0]
+        # the first 4 repeat the picture; diffusers drops them too
+        frames = frames[:, :, 4:] if self.form == "latent_concat" else frames
+        return pipe.video_processor.postprocess_video(frames, output_type="np")[0]
+
+    def film(self, path, *how, **more):
+        """Draw a video and write it as .mp4. The VAE comes and goes."""
+        import imageio.v3 as iio
+
+        x0 = self.draw(*how, **more)
+        frames = self.decode(load_pipeline(self.config.checkpoint, (*TEXT, "transformer")), x0)
         path.parent.mkdir(exist_ok=True)
-        with atomic_write(path) as part:  # frames (T', H', W', 3) in [0, 1]
+        with atomic_write(path) as part:
             video = (frames * 255).round().astype("uint8")
             iio.imwrite(part, video, plugin="FFMPEG", fps=self.config.fps)
 
@@ -1324,15 +1382,30 @@ class HunyuanTask:
         table = f'now: python w2svd.py sample --run {run.folder} --prompt "..." --out video.mp4'
         return {"student": last | {"steps": run.config.steps}}, table
 
-    def sample(self, tensors, info, out, seed, prompt=None, negative_prompt=None, cfg=2.0, steps=0):
+    def first_frame(self, path):
+        """A picture, cropped and resized to the video's size: (1, 3, 1, H, W) in [-1, 1]."""
+        from PIL import Image, ImageOps
+
+        size = self.config.width, self.config.height
+        with Image.open(path) as file:
+            pixels = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGB"), size).tobytes()
+        picture = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(*size[::-1], 3)
+        return picture.permute(2, 0, 1)[None, :, None] / 127.5 - 1
+
+    def sample(self, tensors, info, out, seed, negative_prompt=None, cfg=2.0, steps=0, **given):
         """A video of the prompt, led away from a negative one by `cfg` at twice the evaluations."""
         from diffusers.training_utils import free_memory
 
-        if prompt is None or out.suffix != ".mp4":
-            raise Refused("Name a --prompt, and an .mp4 as --out.")
-        pipe = load_pipeline(self.config.checkpoint, ("transformer", "vae"))
-        cond = encode_text(pipe, prompt)
-        avoided = None if negative_prompt is None else encode_text(pipe, negative_prompt)
+        form, needs = self.form, {"prompt", "image"} if self.form else {"prompt"}
+        if given.keys() != needs or out.suffix != ".mp4":
+            raise Refused(f"Name --{' and --'.join(sorted(needs))}, and an .mp4 as --out.")
+        first = self.first_frame(given["image"]) if form else None
+        pipe = load_pipeline(self.config.checkpoint, ("transformer", *["vae"] * (form is None)))
+        cond, avoided = encode_text(pipe, given["prompt"], first, form), None
+        if negative_prompt is not None:
+            black = None if first is None else 0 * first - 1
+            avoided = cond | encode_text(pipe, negative_prompt, black, form)
+            avoided |= {"image": cond["image"]} if form else {}
         del pipe
         free_memory()  # before the transformer comes
         self.load_weights()
@@ -1691,7 +1764,7 @@ def sample(run, out, seed, at=None, **given):
         raise Refused(f"--seed cannot be {seed}.")
     if not out.parent.is_dir():
         raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
-    fits = {"toy": ["n"], "hunyuan": ["prompt", "negative_prompt", "cfg", "steps", *SIZES]}
+    fits = {"toy": ["n"], "hunyuan": ["prompt", "image", "negative_prompt", "cfg", "steps", *SIZES]}
     for name, x in given.items():
         if name not in fits[config.model]:
             raise Refused(f"{flag(name)} does not fit {run}, a run of --model {config.model}.")
@@ -1741,6 +1814,11 @@ USE = {
     "diffusers": DIFFUSERS.replace("{load}", 'pipe.load_lora_weights("this folder", "w2svd")'),
     "comfyui": COMFYUI,
     "merged": DIFFUSERS.replace("{load}", MERGED),
+}
+IMAGE_TO_VIDEO = {
+    "HunyuanVideoPipeline": "HunyuanVideoImageToVideoPipeline",
+    "export_to_video\n": "export_to_video, load_image\n",
+    'pipe("a': 'pipe(load_image("face.png"), "a',
 }
 # HunyuanVideo's own layers, as ComfyUI names them, out of diffusers' parts
 DOUBLE = {
@@ -1831,8 +1909,10 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
 
         scheduler = Scheduler(shift=config.shift, stochastic_sampling=True)
         scheduler.save_pretrained(out / "scheduler")
-    words = dataclasses.asdict(config) | info | {"checkpoint": config.checkpoint}
-    (out / "README.md").write_text((CARD + USE[format]).format(**words), encoding="utf-8")
+    card = (CARD + USE[format]).format(**info | dataclasses.asdict(config))
+    for text, other in IMAGE_TO_VIDEO.items() if task.form else ():
+        card = card.replace(text, other)
+    (out / "README.md").write_text(card, encoding="utf-8")
     print(f"wrote {out}, for {format}")
 
 
@@ -1889,6 +1969,7 @@ def parser():
     samples.add_argument("--seed", type=int, default=0, help="of the noise [0]")
     samples.add_argument("--n", type=int, help="toy: number of samples [1000]")
     samples.add_argument("--prompt", help="hunyuan: what to show")
+    samples.add_argument("--image", help="hunyuan, image-to-video: the first frame")
     samples.add_argument("--negative-prompt", help="hunyuan: what to avoid, at twice the time")
     samples.add_argument("--cfg", type=float, help="hunyuan: weight of a negative prompt [2]")
     for name in ("height", "width", "frames", "steps"):

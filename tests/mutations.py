@@ -130,6 +130,14 @@ real and generated are exchanged @ discriminator_step: [-real, generated] ==> [r
 the discriminator's term is divided by numel too @ generator_step: gan_weight * ==>
     gan_weight / g.numel() *
 the discriminator is not updated @ distil: state.update("discriminator", ==> (lambda *_: 0)(
+# test_first_image.py
+the first frame comes last @ HunyuanVideo.with_image: [cond["image"].to(x_t), x_t] ==>
+    [x_t, cond["image"].to(x_t)]
+the mask of the first frame is empty @ HunyuanVideo.with_image:
+    cond["image"], 1 ==> cond["image"], 0
+the text did not see the picture @ encode_text: 4 if form == ==> 2 if form ==
+the picture is stretched @ HunyuanTask.first_frame: ImageOps.fit( ==>
+    (lambda image, size: image.resize(size))(
 # test_hunyuan.py -k mask_reaches
 the text's mask reaches attention @ HunyuanVideo.without_mask: None, *args ==> args[3], *args
 # test_hunyuan.py -k bf16

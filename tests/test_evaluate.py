@@ -203,7 +203,7 @@ def test_the_data_s_films_are_the_clips_of_the_prompts_decoded(place, evaluated,
     task, pipe = w2svd.HunyuanTask(config), w2svd.load_pipeline(config.checkpoint, w2svd.TEXT)
     clips = {clip["caption"]: clip["x0"][0] for clip in map(task.read, w2svd.encoded_clips(config))}
     for i, caption in enumerate(result_of(evaluated)["prompts"]):
-        evaluate.write_film(tmp_path / "a.mp4", evaluate.decode(pipe, clips[caption]), 12)
+        evaluate.write_film(tmp_path / "a.mp4", task.decode(pipe, clips[caption][None]), 12)
         film = next((evaluated / "data").glob(f"*-{i}.mp4"))
         assert film.read_bytes() == (tmp_path / "a.mp4").read_bytes()
 

@@ -160,10 +160,8 @@ def draw(task, files, levels, generator, seeds):
         euler, drawn, spent = name.startswith("euler"), [], []
         velocity = task.backbone.velocity if euler else student_of(task, *generator)
         for file, seed in zip(files, seeds):
-            rng = torch.Generator(DEVICE).manual_seed(seed)
-            noise = torch.randn(1, *task.shape, generator=rng, device=DEVICE)
-            given, start = (velocity, noise, sigmas, task.read(file)["cond"]), time.perf_counter()
-            x0 = w2svd.euler_sample(*given) if euler else w2svd.few_step_sample(*given, rng)
+            cond, start = task.read(file)["cond"], time.perf_counter()
+            x0 = task.draw(velocity, sigmas, cond, seed, euler)
             drawn.append(x0[0].cpu())  # which waits for the GPU
             spent.append(time.perf_counter() - start)
             if not drawn[-1].isfinite().all():
@@ -172,16 +170,6 @@ def draw(task, files, levels, generator, seeds):
         latents[name], seconds[name] = torch.stack(drawn), statistics.median(spent)
     bar.close()
     return latents, seconds
-
-
-@torch.no_grad()
-def decode(pipe, x0):
-    """Frames (T', H', W', 3) in [0, 1], of scaled latents (C, T, H, W)."""
-    x0 = x0[None].to(pipe.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    frames = pipe.vae.decode(x0, return_dict=False)[0]
-    if not frames.isfinite().all():
-        raise Refused("A decoded video is not finite; nothing can be compared.")
-    return pipe.video_processor.postprocess_video(frames, output_type="np")[0]
 
 
 def pages(films):
@@ -208,11 +196,12 @@ def write_film(path, frames, fps):
     return frames
 
 
-def films(config, captions, latents, out):
+def films(task, captions, latents, out):
     """Decode everything and write the films; {method: [measure() of each]}, seconds to decode one.
 
     latents: {method: (n, C, T, H, W)}, in the order of the captions.
     """
+    config = task.config
     pipe = w2svd.load_pipeline(config.checkpoint, (*w2svd.TEXT, "transformer"))
     numbers, spent = {name: [] for name in latents}, []
     for name in latents:
@@ -224,7 +213,7 @@ def films(config, captions, latents, out):
             words = re.sub(r"[^\w ,.']+", " ", caption).encode()[:180]  # file systems count bytes
             name_of_film = f"{words.decode(errors='ignore').strip(' .')}-{i}.mp4"
             start = time.perf_counter()
-            shown = {name: decode(pipe, x0[i]) for name, x0 in latents.items()}
+            shown = {name: task.decode(pipe, x0[i : i + 1]) for name, x0 in latents.items()}
             spent.append((time.perf_counter() - start) / len(shown))
             for name, frames in shown.items():
                 numbers[name].append(measure(frames))
@@ -255,9 +244,9 @@ def prepare(run, data, n, out, seed, checkpoint):
     return task.config, task
 
 
-def choose(config, n, seed):
+def choose(config, form, n, seed):
     """The clips' files in an order drawn by the seed, and how many of the first are evaluated."""
-    files = w2svd.encoded_clips(config)
+    files = w2svd.encoded_clips(config, form)
     if len(files) < 4:
         raise Refused(f"{len(files)} clips are too few: at least 4 are needed, better hundreds.")
     if n > len(files):
@@ -274,15 +263,16 @@ def evaluate(run, data, n=16, out="", seed=0, at=None, checkpoint=""):
     config, task = prepare(run, data, n, out, seed, checkpoint)
     generator = w2svd.read_generator(run, at)
     made_by = w2svd.plan(config, task)
-    files, n = choose(config, n, seed)
-    real = torch.cat([task.read(file)["x0"].cpu() for file in files])
+    files, n = choose(config, task.form, n, seed)
+    clips = map(task.read, files)
+    real = torch.cat([task.complete(clip["x0"], clip["cond"]).cpu() for clip in clips])
     captions = [task.read(file)["caption"] for file in files[:n]]
     levels, seeds = grids(generator[1]), [1_000_003 * seed + i for i in range(n)]
     latents, seconds = draw(task, files[:n], levels, generator, seeds)
     task.backbone = None
     free_memory()  # before the VAE comes
     apart, about = compare(real.flatten(1), {name: x.flatten(1) for name, x in latents.items()})
-    numbers, decoding = films(config, captions, {"data": real[:n], **latents}, out)
+    numbers, decoding = films(task, captions, {"data": real[:n], **latents}, out)
     rows = {"data": {"nfe": 0, "seconds": 0.0}}
     rows |= {name: {"nfe": len(s) - 1, "seconds": seconds[name]} for name, s in levels.items()}
     for name, row in rows.items():

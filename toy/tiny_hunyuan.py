@@ -6,16 +6,22 @@ import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
 
@@ -27,18 +33,38 @@ TEMPLATE = {"template": "{}", "crop_start": 0}
 SIZE = "--height 32 --width 48 --frames 9 --fps 12".split()  # of clips that it takes quickly
 
 
-def tokenizer():
+# Image-to-video's: the encoder finds the picture's 16 tokens, and the roles, by these marks
+MARKS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>"]
+I2V_TEMPLATE = {
+    "template": "<|start_header_id|>system<|end_header_id|><image>the dog<|eot_id|>"
+    "<|start_header_id|>woman<|end_header_id|>{}<|eot_id|>"
+    "<|start_header_id|>camera<|end_header_id|>",
+    "crop_start": 11,
+    "image_emb_start": 4,
+    "image_emb_end": 20,
+    "image_emb_len": 16,
+}
+
+
+def tokenizer(marks=()):
     table = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     table.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=table, padding_side="right", **SPECIAL)
+    how = {"padding_side": "right", **SPECIAL}
+    if marks:
+        begin = ("<s>", WORDS.index("<s>"))
+        table.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
+        how["additional_special_tokens"] = list(marks)
+    return PreTrainedTokenizerFast(tokenizer_object=table, **how)
 
 
-def save_tiny(folder, channels=4, text=16, scaling=0.476986):
-    """A whole pipeline of random weights; always the same ones."""
+def save_tiny(folder, channels=4, text=16, scaling=0.476986, form=None):
+    """A whole pipeline of random weights; always the same ones. form: of image-to-video."""
     torch.manual_seed(0)
     transformer = HunyuanVideoTransformer3DModel(
-        in_channels=channels,
+        in_channels=2 * channels + 1 if form == "latent_concat" else channels,
         out_channels=channels,
+        image_condition_type=form,
+        guidance_embeds=form != "latent_concat",  # as the released checkpoints
         num_attention_heads=2,
         attention_head_dim=10,
         num_layers=1,
@@ -59,12 +85,29 @@ def save_tiny(folder, channels=4, text=16, scaling=0.476986):
     shared = {"vocab_size": len(WORDS), "num_attention_heads": 2}
     shared |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     shape = {"hidden_size": text, "intermediate_size": 16, "num_hidden_layers": 3}
-    llama = LlamaModel(LlamaConfig(max_position_embeddings=512, **shape, **shared))
+    llama = LlamaConfig(max_position_embeddings=512, **shape, **shared)
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     clip = CLIPTextModel(CLIPTextConfig(max_position_embeddings=77, **shape, **shared))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
-    models = llama.eval(), tokenizer(), transformer.eval(), vae.eval(), scheduler, clip.eval()
-    HunyuanVideoPipeline(*models, tokenizer()).save_pretrained(folder)
+    rest = transformer.eval(), vae.eval(), scheduler, clip.eval(), tokenizer()
+    if form is None:
+        HunyuanVideoPipeline(LlamaModel(llama).eval(), tokenizer(), *rest).save_pretrained(folder)
+        return
+    words = tokenizer(MARKS)
+    llava, eyes = reader(llama, words)
+    HunyuanVideoImageToVideoPipeline(llava, words, *rest, eyes).save_pretrained(folder)
+
+
+def reader(llama, words):
+    """Image-to-video's text encoder, which sees a picture as 16 tokens, and what cuts pictures."""
+    llama.vocab_size = len(words)
+    vision = {"hidden_size": 8, "intermediate_size": 16, "projection_dim": 8}
+    vision |= {"num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+    image = words.convert_tokens_to_ids("<image>")
+    parts = {"vision_config": CLIPVisionConfig(**vision), "text_config": llama}
+    config = LlavaConfig(**parts, image_token_index=image, pad_token_id=0)
+    sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    return LlavaForConditionalGeneration(config).eval(), CLIPImageProcessor(**sides)
 
 
 def film(path, frames=40, size=(48, 80), fps=30):
