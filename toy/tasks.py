@@ -64,7 +64,7 @@ RECIPES = {
         precondition=True,
         labels=2,
         batch=128,
-        iterations=2000,
+        iterations=3000,
         lr=3e-3,
         shift=3.0,
     ),
