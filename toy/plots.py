@@ -46,8 +46,8 @@ def scored(measure, rows):
 
     def lines(numbers):
         if "clip_frechet" not in numbers:
-            return f"KL {numbers['kl']:.2f}"
-        return "KL {kl:.2f}, motion {dynamic_degree:.2f}".format(**numbers)
+            return f"KL {numbers['kl']:z.2f}"
+        return "KL {kl:z.2f}, motion {dynamic_degree:.2f}".format(**numbers)
 
     return [(f"{title}\n{lines(measure(x))}", x) for title, x in rows]
 
