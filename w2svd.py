@@ -120,10 +120,11 @@ Layers = Literal["all", "attention"]
 #   W2SVD with reg. loss (paper)           --gt-weight .05 (author-code) --generator-input paired
 #   DMD with a LoRA fake (peer)            --alpha-weak 0
 #   with a discriminator (paper)           --gan-weight .003 (peer: .003 to .03)
-#   DMD2 (peer)                            --fake full --generator full --gan-weight .003
+#   DMD2 (peer; its discriminator: ours)   --fake full --generator full --gan-weight .003
+#                                          --generator-input rollout
 #   DMDR's schedule (peer)                 --alpha-weak .75 --alpha-weak-schedule cosine
 #   LCM (peer)                             --objective lcm
-#   the paper's first stage, fine-tuning   --objective finetune, then export --format merged
+#   fine-tuning, as a stage before (ours)  --objective finetune, then export --format merged
 
 
 def setting(default, text, group=None):
@@ -146,7 +147,7 @@ class Config:
 
     steps: int = setting(4, "evaluations of the finished generator / paper: 4, 1", "the generator")
     shift: float = setting(5.0, "of the few-step grid: 1, .9375, .8333, .625 / author-code")
-    objective: Objective = setting("w2svd", "finetune: flow matching of the data / paper, peer")
+    objective: Objective = setting("w2svd", "finetune: flow matching of the data / ours, peer")
     generator: Kind = setting("lora", "an adapter, or a whole copy / ours, author-code")
     generator_input: Input = setting("paired", "noised real sample, or from noise / paper, peer")
     ema: float = setting(0.995, "decay of the generator's average, in the end; 0 is off / ours")
@@ -238,8 +239,10 @@ def check(c: Config):
         raise Refused("--gt-weight needs --generator-input paired and --steps > 1, not pure noise.")
     if c.generator_input == "paired" and c.fake_samples == "final":
         raise Refused("--fake-samples final needs --generator-input rollout: paired learns all.")
-    if c.objective != "w2svd" and (c.gt_weight or c.gan_weight):
-        raise Refused("--gt-weight and --gan-weight belong to --objective w2svd.")
+    if c.objective != "w2svd" and (c.gt_weight or c.gan_weight or c.guidance != 1):
+        raise Refused("--gt-weight, --gan-weight, --guidance belong to --objective w2svd.")
+    if c.gan_r1 and not c.gan_weight:
+        raise Refused("--gan-r1 needs a --gan-weight: without it there is no discriminator.")
     if c.model == "hunyuan":
         check_hunyuan(c)
 
@@ -618,7 +621,7 @@ def generator_step(
 def moments(name, x):
     """Mean, std and, of videos (B, C, T, H, W), motion: to hold against the data's."""
     stats = {f"{name}_mean": x.mean(), f"{name}_std": x.std()}
-    if x.ndim == 5:
+    if x.ndim == 5 and x.shape[2] > 1:
         stats[f"{name}_motion"] = x.diff(dim=2).abs().mean()  # between neighbouring frames
     return stats
 
@@ -806,7 +809,7 @@ class HunyuanVideo:
         self.module.enable_gradient_checkpointing(function)
 
     def features(self, x_t, sigma, cond):
-        """The video's tokens after the last double-stream block, (B, tokens, width)."""
+        """The sample's tokens after the last double-stream block, (B, tokens, width)."""
         seen, later = [], self.module.single_transformer_blocks
         watch = self.module.norm_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         self.module.single_transformer_blocks = torch.nn.ModuleList()  # no block runs that is late
@@ -815,7 +818,8 @@ class HunyuanVideo:
         finally:
             self.module.single_transformer_blocks = later
             watch.remove()
-        return seen[0]
+        frames = x_t.shape[2] + (self.form == "token_replace")  # the first, which was given
+        return seen[0][:, -(seen[0].shape[1] // frames * x_t.shape[2]) :]
 
     def with_image(self, x_t, cond):
         """What the transformer reads: x_t with the first frame's latents, cond['image'], beside it.
@@ -1033,7 +1037,8 @@ def find_clips(data):
     clips += [(film, film.with_suffix(".txt")) for film in films]
     known = {os.path.abspath(p) for film, _ in clips for p in (film, film.with_suffix(".txt"))}
     for file in files:
-        if file.name not in (*LISTS, "prompt.txt") and os.path.abspath(file) not in known:
+        pair = file.name == "prompt.txt" and file.with_name("videos.txt") in files
+        if file.name not in LISTS and not pair and os.path.abspath(file) not in known:
             left_out[os.path.relpath(file, data)] = "no clip, nor a caption of one"
     return clips, left_out
 
@@ -1059,7 +1064,7 @@ def look(path):
     aspect = w / h * int(pixel[1]) / int(pixel[2])
     if re.search(r"rotation of -?90", said):
         aspect = 1 / aspect
-    clock = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said) or (0, 0, 0, "nan")
+    clock = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said) or (0, 0, 0, 0)
     seconds = 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3])
     fps = float((re.search(r"([\d.]+) fps", stream) or (0, "inf"))[1])
     alpha = "alpha_mode" in said  # WebM's, which only libvpx reads
@@ -1149,7 +1154,8 @@ def encoded_clips(config, form=None):
                 tensors = encode_clip(pipe, video, caption, form)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_safetensors(file, tensors, {"source": name, "caption": caption})
-                made.append((name, path and look(path), len(tensors["prompt_embeds"])))
+                tokens = 0 if form else len(tensors["prompt_embeds"])  # else of the picture too
+                made.append((name, path and look(path), tokens))
             files.append(file)
         except (Refused, ImportError, torch.OutOfMemoryError):
             raise
@@ -1242,7 +1248,8 @@ class HunyuanTask:
         draw = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(0))
         self.filmed = [self.clips[i] for i in draw[:4]]
         if c.sample_prompts:
-            self.filmed = encoded_clips(dataclasses.replace(c, data=c.sample_prompts))[:4]
+            shown = dataclasses.replace(c, data=c.sample_prompts)
+            self.filmed = encoded_clips(shown, self.form)[:4]
         self.load_weights()
 
     def read_weights(self, dtype):
@@ -1288,7 +1295,8 @@ class HunyuanTask:
         """Memory, time and disk by formulas: simulated or published figures, nothing measured."""
         c, m, GiB = self.config, self.backbone.module.config, 2**30
         n, width = len(self.backbone.blocks), self.backbone.width
-        tokens = math.prod(self.whole[1:]) // m.patch_size**2 // m.patch_size_t + 256
+        tokens = math.prod(self.whole[1:]) // m.patch_size**2 // m.patch_size_t
+        tokens += 256 + {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
         base = [p for p in self.backbone.module.parameters() if not p.requires_grad]
         host = sum(p.nbytes for p in base) / GiB
         if c.fp8_base:
@@ -1299,7 +1307,8 @@ class HunyuanTask:
             "generator and fake, float32": 4 * (generator + fake) / GiB,
             "Adam, average": (8 * (generator + fake) + 4 * generator) / GiB,
             "gradients": 4 * max(generator, fake) / GiB,
-            "inputs of the blocks": n * one if c.checkpointing else 0.0,
+            # the discriminator's features are a third of the blocks
+            "inputs of the blocks": n * one * (1 + (c.gan_weight > 0) / 3) * c.checkpointing,
             "a block, recomputed": 37.2 * one if c.checkpointing else n * 37.2 * one,
             "CUDA, fragments": 1.6,  # with expandable segments
         }
@@ -1364,14 +1373,15 @@ class HunyuanTask:
 
     def on_log(self, step, generator):
         """At the start and at every save: up to four prompts, always from the same noise."""
-        c, sigmas = self.config, few_step_sigmas(self.config.steps, self.config.shift)
+        c, flow = self.config, self.config.objective == "finetune"
+        sigmas = few_step_sigmas(28, 7.0) if flow else few_step_sigmas(c.steps, c.shift)
         for i, clip in enumerate(
             self.filmed if step % c.save_every == 0 or step == c.iterations else ()
         ):
             one = self.read(clip)
             words = re.sub(r"\W+", "-", one["caption"])[:60].strip("-")
             path = Path(c.out) / f"samples/{step:06}-{i}-{words}.mp4"
-            self.film(path, generator, sigmas, one["cond"], c.seed)
+            self.film(path, generator, sigmas, one["cond"], c.seed, euler=flow)
             if step == 0:
                 beside = path.with_stem(f"{path.stem}-backbone")
                 self.film(beside, self.backbone.velocity, sigmas, one["cond"], c.seed, euler=True)
@@ -1387,9 +1397,11 @@ class HunyuanTask:
         from PIL import Image, ImageOps
 
         size = self.config.width, self.config.height
-        with Image.open(path) as file:
-            pixels = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGB"), size).tobytes()
-        picture = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(*size[::-1], 3)
+        with Image.open(path) as file:  # upright; what is transparent is black, as in films
+            picture = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGBA"), size)
+        pixels = Image.alpha_composite(Image.new("RGBA", size, "black"), picture).convert("RGB")
+        picture = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
+        picture = picture.reshape(*size[::-1], 3)
         return picture.permute(2, 0, 1)[None, :, None] / 127.5 - 1
 
     def sample(self, tensors, info, out, seed, negative_prompt=None, cfg=2.0, steps=0, **given):
@@ -1422,7 +1434,7 @@ class HunyuanTask:
             return v if avoided is None else guided(v, student(x_t, sigma, avoided), cfg)
 
         sigmas = few_step_sigmas(steps, info["shift"]) if steps else torch.tensor(info["sigmas"])
-        self.film(out, velocity, sigmas, cond, seed)
+        self.film(out, velocity, sigmas, cond, seed, euler=info["euler"])
         return f"wrote {out}"
 
 
@@ -1440,7 +1452,8 @@ def consistency_step(roles, average, x0, cond, sigma, sigma_next, eps):
     """One backward of LCM's loss: mean |x0_generator(x_t, sigma) - x0_average(x_s, sigma_next)|^2.
 
     One Euler step of the backbone leads from x_t, x0 (B, ...) noised to sigma (B,), to x_s at
-    sigma_next just below it; both shall show the same sample. At 0 it is x_s itself. peer
+    sigma_next just below it; both shall show the same sample. At 0 it is x_s itself.
+    paper: the baseline. peer: its loss, here a plain mean square of x0.
     """
     x_t = add_noise(x0, eps, sigma)
     with roles.use("generator"):
@@ -1456,7 +1469,8 @@ def consistency_step(roles, average, x0, cond, sigma, sigma_next, eps):
 
 def without_fake(config, roles, state, data):
     """The same loop for --objective finetune and lcm, which learn from the data alone."""
-    grid = few_step_sigmas(50, config.shift).to(state.device)  # LCM's; peer: 50 of 1000 levels
+    n = config.steps * math.ceil(50 / config.steps)  # of LCM's grid, which has the generator's
+    grid = few_step_sigmas(n, config.shift).to(state.device)  # levels too. peer: 50 of 1000
 
     def average(*args):
         with state.averaged() as generator:
@@ -1466,12 +1480,12 @@ def without_fake(config, roles, state, data):
         stats = []
         for name, x0, cond in micro_batches(config, state, data):
             sigma, eps = losses_noise(config, state, x0, name)
-            if config.objective == "lcm":
-                k = torch.randint(50, sigma.shape, generator=state.rngs["level"], device=x0.device)
-                given = x0, cond, grid[k], grid[k + 1], eps
-                step = consistency_step(roles, average, *given)
-            else:
+            if config.objective == "finetune":
                 step = fake_step(roles, x0, cond, sigma, eps, role="generator")
+            else:
+                k = torch.randint(n, sigma.shape, generator=state.rngs["level"], device=x0.device)
+                state.reads[-1] = name, grid[k]
+                step = consistency_step(roles, average, x0, cond, grid[k], grid[k + 1], eps)
             stats.append(step | moments("data", x0))
         norm = state.update("generator", lr_scale(config, state.iteration) * config.generator_lr)
         state.update_average()
@@ -1506,11 +1520,12 @@ def plan(config, task):
     draws = math.ceil(config.fake_updates / config.reuse)  # of the fake's samples
     forwards = draws * (1 + fake_once) + once + 2 + (config.guidance != 1)
     backwards = config.fake_updates + 1
-    if config.gan_weight:  # its features are a third of a forward
-        forwards, backwards = forwards + 2 * config.fake_updates / 3, backwards + 1 / 3
-    if config.objective != "w2svd":
-        forwards, backwards = 2 * (config.objective == "lcm"), 1
     trained = [sum(p.numel() for p in roles.parameters(r)) for r in ("generator", "fake")]
+    if config.gan_weight:  # its features are a third of a forward
+        looks = config.fake_updates * (2 + (config.gan_r1 > 0))
+        forwards, backwards = forwards + looks / 3, backwards + 1 / 3
+    if config.objective != "w2svd":
+        forwards, backwards, trained[1] = 2 * (config.objective == "lcm"), 1, 0
     names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
     return task.costs(forwards, backwards, *trained) | {
@@ -1546,11 +1561,13 @@ def read_run(folder):
 
 def save_generator(path, config, state, base_sum):
     """The average in float32 under diffusers' names; the header has all that sampling needs."""
-    names = "model data checkpoint steps shift alpha_weak alpha_strong guidance".split()
+    names = "model data checkpoint objective alpha_weak alpha_strong guidance".split()
     info = {name: getattr(config, name) for name in (*names, "embedded_guidance", "seed")}
+    flow = config.objective == "finetune" and config.model == "hunyuan"  # sampled as the backbone
+    steps, shift = (28, 7.0) if flow else (config.steps, config.shift)
     info |= {"kind": config.generator, "rank": config.lora_rank, "lora_alpha": config.lora_rank}
-    info |= {"sigmas": few_step_sigmas(config.steps, config.shift).tolist()}
-    info |= {"step": state.iteration, "base_sum": base_sum}
+    info |= {"sigmas": few_step_sigmas(steps, shift).tolist(), "steps": steps, "shift": shift}
+    info |= {"euler": flow, "step": state.iteration, "base_sum": base_sum}
     prefix = "transformer." if config.generator == "lora" else ""
     write_safetensors(path, {prefix + name: x for name, x in state.average.items()}, info)
 
@@ -1778,18 +1795,18 @@ def sample(run, out, seed, at=None, **given):
 CARD = """---
 base_model: {checkpoint}
 license: other
-tags: [text-to-video, step-distillation, w2svd]
+tags: [step-distillation, w2svd]
 ---
-# A {steps}-step HunyuanVideo, distilled by W2SVD (arXiv 2503.13319)
+# HunyuanVideo in {steps} steps, by w2svd (W2SVD, arXiv 2503.13319)
 
-Generator: {kind}, rank {rank}; {step} updates, seed {seed}, alpha_weak {alpha_weak}. The base
-model's licence goes for these weights. """
+Objective: {objective}; generator: {kind}, fake: {fake}, adapters of rank {rank}, alpha_weak
+{alpha_weak}; {step} updates, seed {seed}. The base model's licence goes for these weights.
+"""
 DIFFUSERS = """For diffusers alone: ComfyUI and musubi-tuner apply none of it, silently.
 
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
     from diffusers.utils import export_to_video
-    pipe = HunyuanVideoPipeline.from_pretrained("{checkpoint}", dtype=torch.bfloat16).to("cuda")
     {load}
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("this folder/scheduler")
     pipe.vae.enable_tiling()
@@ -1801,7 +1818,13 @@ DIFFUSERS = """For diffusers alone: ComfyUI and musubi-tuner apply none of it, s
 
 A second LoRA switches this one off, until `pipe.set_adapters(["w2svd", "the other's name"])`.
 """
-MERGED = "pipe.transformer = type(pipe.transformer).from_pretrained('this folder').to('cuda')"
+LOAD = """base = "{checkpoint}"
+    pipe = HunyuanVideoPipeline.from_pretrained(base, dtype=torch.bfloat16).to("cuda")
+    pipe.load_lora_weights("this folder", "w2svd")"""
+MERGED = """from diffusers import HunyuanVideoTransformer3DModel as Model
+    base, model = "{checkpoint}", Model.from_pretrained("this folder", dtype=torch.bfloat16)
+    pipe = HunyuanVideoPipeline.from_pretrained(base, transformer=model, dtype=torch.bfloat16)
+    pipe.to("cuda")"""
 COMFYUI = """For ComfyUI, kijai's wrapper, and musubi-tuner after its `convert_lora.py --target
 default`; not for diffusers, which refuses it.
 
@@ -1811,11 +1834,12 @@ BasicScheduler (simple, {steps} steps), or ManualSigmas {sigmas}; KSamplerSelect
 BasicScheduler on the loader itself, FluxGuidance's 3.5, the sampler euler, KSampler's cfg of 8.
 """
 USE = {
-    "diffusers": DIFFUSERS.replace("{load}", 'pipe.load_lora_weights("this folder", "w2svd")'),
+    "diffusers": DIFFUSERS.replace("{load}", LOAD),
     "comfyui": COMFYUI,
     "merged": DIFFUSERS.replace("{load}", MERGED),
 }
 IMAGE_TO_VIDEO = {
+    "In ComfyUI: ": "For text-to-video (image-to-video was not tried there) in ComfyUI: ",
     "HunyuanVideoPipeline": "HunyuanVideoImageToVideoPipeline",
     "export_to_video\n": "export_to_video, load_image\n",
     'pipe("a': 'pipe(load_image("face.png"), "a',
@@ -1889,7 +1913,7 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     if format == "merged":
         module = task.read_weights(torch.float32)
         lost = merge(module, tensors)
-        print(f"stored in bfloat16, {lost:.1%} of what was learnt would be rounded away")
+        print(f"bfloat16 would round away {lost:.1%} of what was learnt")
         module.to(kind).save_pretrained(out)
         for file in out.glob("*.safetensors"):  # which diffusers keeps from everybody else
             file.chmod((out / "config.json").stat().st_mode)
@@ -1907,9 +1931,9 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     if format != "comfyui":
         from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
 
-        scheduler = Scheduler(shift=config.shift, stochastic_sampling=True)
+        scheduler = Scheduler(shift=info["shift"], stochastic_sampling=not info["euler"])
         scheduler.save_pretrained(out / "scheduler")
-    card = (CARD + USE[format]).format(**info | dataclasses.asdict(config))
+    card = (CARD + USE[format]).format(**dataclasses.asdict(config) | info)
     for text, other in IMAGE_TO_VIDEO.items() if task.form else ():
         card = card.replace(text, other)
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -2053,7 +2077,7 @@ def main(argv=None):
         if command == "train":
             train(config, **how)
         elif config.model == "hunyuan":
-            encoded_clips(config)
+            encoded_clips(config, load_task(config).form)
         else:
             raise Refused("encode is for --model hunyuan: the toy draws its samples.")
         return 0

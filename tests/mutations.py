@@ -130,6 +130,11 @@ real and generated are exchanged @ discriminator_step: [-real, generated] ==> [r
 the discriminator's term is divided by numel too @ generator_step: gan_weight * ==>
     gan_weight / g.numel() *
 the discriminator is not updated @ distil: state.update("discriminator", ==> (lambda *_: 0)(
+LCM's target has a gradient @ consistency_step: torch.no_grad() ==> nullcontext()
+LCM's target is the generator itself @ consistency_step: average( ==> roles.generator(
+LCM steps with the generator @ consistency_step: roles.plain( ==> roles.generator(
+LCM's levels are exchanged @ without_fake: grid[k], grid[k + 1], eps ==> grid[k + 1], grid[k], eps
+fine-tuning learns noise @ without_fake: fake_step(roles, x0, ==> fake_step(roles, eps,
 # test_first_image.py
 the first frame comes last @ HunyuanVideo.with_image: [cond["image"].to(x_t), x_t] ==>
     [x_t, cond["image"].to(x_t)]

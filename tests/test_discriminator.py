@@ -243,3 +243,86 @@ def test_the_other_objectives_run_and_resume(small_toy, objective):  # noqa: F81
     same_run("whole", "parts")
     assert {"generator_loss", "grad_norm", "data_std"} <= lines("whole")[0].keys()
     assert "fake_loss" not in lines("whole")[0]
+
+
+# ---- the loop without a fake ---------------------------------------------------------------------
+
+
+@SHAPES
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lcm_s_step_is_autograd_of_its_loss_written_again(
+    new_roles, new_backbone, merged, draw, shape, checkpointing
+):
+    """Two evaluations that nothing flows through: the plain backbone's, then the average's."""
+    roles, given = new_roles(shape), draw(shape)["fake"]
+    if checkpointing:
+        roles.use_checkpointing()
+    x0, cond, eps = given["x_gen"], given["cond"], given["eps"]
+    sigma, lower = torch.tensor([0.9, 0.6, 0.4, 0.1]), torch.tensor([0.85, 0.5, 0.35, 0.0])
+    average = {n: 0.7 * p.detach() for n, p in roles.state("generator").items()}
+    module = new_backbone(shape).module
+
+    def velocity(trained, x, level):
+        weights = merged(module, trained, 1.0)
+        return torch.func.functional_call(module, weights, (x, level, cond))
+
+    def column(level):
+        return level.reshape(-1, *[1] * (x0.ndim - 1))
+
+    stats = w2svd.consistency_step(
+        roles, lambda x, level, _: velocity(average, x, level), x0, cond, sigma, lower, eps
+    )
+    x_t = (1 - column(sigma)) * x0 + column(sigma) * eps
+    with torch.no_grad():
+        x_s = x_t + column(lower - sigma) * velocity({}, x_t, sigma)
+        goal = x_s - column(lower) * velocity(average, x_s, lower)
+    weights = {n: p.detach().clone().requires_grad_() for n, p in roles.state("generator").items()}
+    loss = (x_t - column(sigma) * velocity(weights, x_t, sigma) - goal).square().mean()
+    torch.testing.assert_close(stats["generator_loss"], loss.detach(), rtol=1e-4, atol=1e-6)
+    for (name, p), g in zip(
+        roles.state("generator").items(), torch.autograd.grad(loss, list(weights.values()))
+    ):
+        torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-5, msg=name)
+    assert all(p.grad is None for p in roles.parameters("fake"))
+
+
+@pytest.mark.parametrize("objective", ["finetune", "lcm"])
+def test_the_loop_without_a_fake_reads_real_samples_at_its_levels(
+    new_roles, objective, monkeypatch
+):
+    seen = []
+    for name in ("fake_step", "consistency_step"):
+        monkeypatch.setattr(w2svd, name, lambda *args, **how: seen.append((args, how)) or SUM)
+    config = Config(objective=objective, iterations=2, accumulate=2, lora_rank=3, steps=4)
+    roles = new_roles()
+    state = State(config, roles, "cpu")
+    monkeypatch.setattr(state, "update", lambda role, lr: seen.append((role, lr)) or 1.0)
+    data = ({"x0": torch.full((4, 2), float(i)), "cond": i, "name": f"clip {i}"} for i in range(9))
+    rows = list(w2svd.without_fake(config, roles, state, data))
+    assert [x[0] for x in seen if x[0] == "generator"] == ["generator"] * 2 and len(rows) == 2
+    steps = [(args, how) for args, how in seen if args != "generator"]
+    for i, (args, how) in enumerate(steps):
+        x0, cond = args[2 if objective == "lcm" else 1], args[3 if objective == "lcm" else 2]
+        assert (x0 == i).all() and cond == i
+        if objective == "finetune":
+            assert (
+                how == {"role": "generator"} and (args[3] > 0.02).all() and (args[3] < 0.98).all()
+            )
+            continue
+        average, sigma, lower = args[1], args[4], args[5]
+        grid = w2svd.few_step_sigmas(52, config.shift)
+        places = [int((grid - level).abs().argmin()) for level in sigma]
+        assert torch.equal(sigma, grid[places])
+        assert torch.equal(lower, grid[[place + 1 for place in places]])
+        with torch.no_grad():
+            for x in state.average.values():
+                x.zero_()
+            x = torch.randn(4, 2)
+            plain = roles.plain(x, sigma, None)
+            torch.testing.assert_close(average(x, sigma, None), plain)  # the average's weights
+    assert set(w2svd.few_step_sigmas(4, 5.0).tolist()) <= set(
+        w2svd.few_step_sigmas(52, 5.0).tolist()
+    )
+
+
+SUM = {"generator_loss": torch.tensor(1.0)}

@@ -104,7 +104,14 @@ def stock(tiny, monkeypatch, seed, image, prompt, **how):
     return pipe(image, prompt, output_type=how.pop("output_type", "latent"), **how).frames
 
 
-def test_a_clip_has_its_first_frame_s_latents_and_a_text_that_saw_it(train, tiny, form, clips):
+def test_a_clip_has_its_first_frame_s_latents_and_a_text_that_saw_it(
+    train, tiny, form, clips, capsys
+):
+    fixed = ["--data", clips, "--checkpoint", tiny, "--cache", "here", *SIZE]
+    run("encode", "--model", "hunyuan", *fixed)
+    assert "2 clips, 2 encoded now" in capsys.readouterr().out
+    run("train", "--model", "hunyuan", *fixed, *SMALL, "--out", "first")
+    assert "2 clips, 0 encoded now" in capsys.readouterr().out
     cache = train("r")
     found = {}
     for file in cache.glob("*.safetensors"):
@@ -214,6 +221,40 @@ def test_the_run_resumes_to_the_same_bits_and_its_card_s_code_runs(train, tiny, 
     exec(code, names)
     assert torch.isfinite(names["video"]).all()
     assert names["pipe"].scheduler.sigmas.tolist() == few_step_sigmas(4, 4.0).tolist()
+
+
+def test_every_role_and_the_discriminator_learn_under_a_form(train):
+    for name, flags in (
+        ("full", "--generator full --fake full"),
+        ("judged", "--gan-weight 5 --gan-r1 1 --checkpointing"),
+        ("plain", "--checkpointing"),
+        ("quick", ""),
+    ):
+        train(name, "--seed", 3, *flags.split())
+    found = {n: w2svd.read_generator(n)[0] for n in ("judged", "plain", "quick")}
+    for name, x in found["quick"].items():  # checkpointing changes nothing but the last digits
+        torch.testing.assert_close(x, found["plain"][name], rtol=1e-3, atol=1e-4)
+    assert any((x - found["judged"][n]).abs().max() > 1e-3 for n, x in found["plain"].items())
+    rows = lines("judged")
+    assert rows[-1]["discriminator_loss"] > 0 and "gen_motion" in rows[-1]
+
+
+def test_the_discriminator_does_not_see_the_given_frame(tiny, form):
+    task = HunyuanTask(Config(model="hunyuan", checkpoint=str(tiny), height=32, width=48, frames=9))
+    task.load_weights()
+    x_t = torch.randn(1, *task.shape)
+    text = {"prompt_embeds": torch.randn(1, 5, 16), "pooled": torch.randn(1, 8)}
+    with torch.no_grad():
+        tokens = task.backbone.features(
+            x_t, torch.tensor([0.7]), text | {"image": torch.randn(1, 4, 1, 4, 6)}
+        )
+    assert tokens.shape == (1, x_t[0, 0].numel(), 20)
+
+
+def test_a_transparent_picture_is_black_there(tiny, form):
+    task = HunyuanTask(Config(model="hunyuan", checkpoint=str(tiny), height=32, width=48, frames=9))
+    Image.new("RGBA", (48, 32), (255, 255, 255, 0)).save("clear.png")
+    assert task.first_frame("clear.png").max() == -1
 
 
 def test_what_has_no_first_frame_is_refused(tiny, clips, trained, capsys):

@@ -354,8 +354,30 @@ def test_a_finetuned_backbone_is_distilled_as_a_checkpoint(train, tiny):
     shutil.rmtree("stage/transformer")
     shutil.copytree("merged", "stage/transformer")
     train("second", "--iterations", 1, "--checkpoint", "stage")
-    base = w2svd.read_safetensors("second/generator.safetensors")[1]["base_sum"]
-    assert base != w2svd.read_safetensors("first/generator.safetensors")[1]["base_sum"]
+    tensors, info = w2svd.read_safetensors("first/generator.safetensors")
+    assert info["euler"] and info["sigmas"] == few_step_sigmas(28, 7.0).tolist()
+    stage = HunyuanVideoTransformer3DModel.from_pretrained("stage/transformer").state_dict()
+    for name, base in stock_transformer(tiny).state_dict().items():
+        A = tensors.get(f"transformer.{name.replace('weight', 'lora_A.weight')}")
+        if A is not None:
+            B = tensors[f"transformer.{name.replace('weight', 'lora_B.weight')}"]
+            assert not torch.equal(base, base + B @ A)
+            torch.testing.assert_close(stage[name], base + B @ A)
+        else:
+            assert torch.equal(stage[name], base)
+    scheduler = json.loads(Path("merged/scheduler/scheduler_config.json").read_text())
+    assert scheduler["shift"] == 7 and not scheduler["stochastic_sampling"]
+
+
+def test_a_finetuned_generator_is_sampled_as_the_backbone_is(train, tiny, latents):
+    train("r", "--iterations", 2, *ODD, "--objective", "finetune")
+    latents.clear()
+    run("sample", "--run", "r", "--prompt", "a dog", "--seed", 5, "--out", "a.mp4")
+    pipe = HunyuanVideoPipeline.from_pretrained(tiny)  # with its own scheduler, of shift 7
+    pipe.load_lora_weights("r", weight_name="generator.safetensors")
+    rng = torch.Generator().manual_seed(5)
+    stock = stock_call(pipe, rng, num_inference_steps=28)
+    assert (stock - latents[0]).abs().max() < 1e-5
 
 
 # ---- the released architecture and its plan ------------------------------------------------------
@@ -404,6 +426,30 @@ def test_the_plan_s_memory_is_that_of_a_simulated_iteration(size, fp8, simulated
     assert allocated == pytest.approx(simulated, rel=0.05)
     assert numbers["in all, GiB"] == pytest.approx(sum(memory.values()))
     assert numbers["forwards an iteration"] == {"without gradient": 7, "with gradient": 6}
+
+
+def test_the_plan_counts_what_the_objective_runs():
+    def counted(**settings):
+        config = full_size(544, **settings)
+        numbers = w2svd.plan(config, HunyuanTask(config))
+        memory = numbers["GPU memory, GiB"]
+        found = numbers["forwards an iteration"]
+        return found["without gradient"], found["with gradient"], memory
+
+    forwards, backwards, plain = counted()
+    assert (forwards, backwards) == (7, 6)
+    # 5 fake updates: 2 looks of a third each at samples, one more for R1; one with a gradient
+    for r1, looks in ((0.0, 10), (1.0, 15)):
+        forwards, backwards, memory = counted(gan_weight=0.01, gan_r1=r1)
+        assert forwards == pytest.approx(7 + looks / 3)
+        assert backwards == pytest.approx(6 + 1 / 3)
+        inputs = "inputs of the blocks"
+        assert memory[inputs] == pytest.approx(plain[inputs] * 4 / 3)
+    assert counted(objective="finetune")[:2] == (0, 1)
+    forwards, backwards, memory = counted(objective="lcm")
+    assert (forwards, backwards) == (2, 1)
+    weights = "generator and fake, float32"
+    assert memory[weights] == pytest.approx(plain[weights] / 2)
 
 
 def test_what_does_not_fit_ends_with_1_and_the_cure(capsys):
@@ -691,7 +737,7 @@ def test_the_card_s_code_draws_our_latents_with_the_exported_lora(tiny, trained)
         adapter = json.loads(file.metadata()["lora_adapter_metadata"])
     assert adapter["transformer.r"] == adapter["transformer.lora_alpha"] == 2
     card = Path("diffusers/README.md").read_text()
-    for said in (str(tiny), "licence", "alpha_weak 0.25", "4-step", "rank 2"):
+    for said in (str(tiny), "licence", "alpha_weak\n0.25", "in 4 steps", "rank 2"):
         assert said in card
     lines = [line.strip() for line in card.splitlines() if line.startswith("    ")]
     code = "\n".join(line for line in lines if "export_to_video(" not in line)

@@ -23,6 +23,7 @@ other; evaluation.json. The numbers are of frames before they are compressed to 
 
 The data's frames are their latents, decoded: the VAE's own blur counts against nobody. No number
 sees meaning: a sharp video of the wrong thing, or noise in place of detail, may come near to 1.
+Clips that the student was trained on flatter it: keep some apart.
 """
 
 import dataclasses
