@@ -108,6 +108,8 @@ class Refused(ValueError):
 
 
 HUNYUAN = "hunyuanvideo-community/HunyuanVideo"
+TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Kind = Literal["lora", "full"]
 Input = Literal["paired", "rollout"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -162,9 +164,7 @@ class Config:
     fake_warmup: int = setting(0, "fake updates before the generator's first one / ours")
     fake_weight_decay: float = setting(0.0, "pulls its adapter to 0, to the backbone / ours")
 
-    gt_weight: float = setting(
-        0.0, "ground truth (paper): quality for motion; .05 / author-code", "losses"
-    )
+    gt_weight: float = setting(0.0, "motion for quality (paper); .05 / author-code", "losses")
     gt_skip_noise: bool = setting(False, "none of it where the input is pure noise / ours")
     gan_weight: float = setting(0.0, "of the discriminator's term; .003 to .03 / paper, peer")
     gan_lr: float = setting(1e-4, "of the discriminator's head / ours")
@@ -214,6 +214,7 @@ MAY_BE_0 += " fake_weight_decay gan_weight gan_r1"
 # what --resume may change: it touches no bits, or is said in metrics.jsonl
 RESUMABLE = "out data checkpoint cache iterations log_every save_every checkpointing compile"
 RESUMABLE += " generator_lr fake_lr sample_prompts"
+SIZES = ("height", "width", "frames", "checkpoint")  # what `sample` may change of a run's config
 
 
 def flag(name):
@@ -416,8 +417,7 @@ class Roles:
             for named in (self.state(role), tensors)
         )
         shapes = [{(name, x.shape) for name, x in named.items()} for named in (ours, theirs)]
-        wrong = {name for name, _ in shapes[0] ^ shapes[1]}
-        if wrong:
+        if wrong := {name for name, _ in shapes[0] ^ shapes[1]}:
             raise Refused(f"{len(wrong)} weights do not fit the {role}, as {min(wrong)!r}.")
         for name, parameter in ours.items():
             parameter.copy_(theirs[name])
@@ -568,8 +568,9 @@ def discriminator_step(roles, x_gen, x0, cond, sigma, eps, rng=None):
     Both (B, ...), noised alike: to sigma (B,) with eps. Its r1 weighs an approximation of R1, the
     penalty on the logit's gradient: by its change under a little noise from rng, at x_t (peer).
     """
-    judge, x_t, x_t_gen = roles.discriminator, *(add_noise(x, eps, sigma) for x in (x0, x_gen))
-    real, generated = judge.logit(x_t, sigma, cond), judge.logit(x_t_gen, sigma, cond)
+    judge, x_t = roles.discriminator, add_noise(x0, eps, sigma)
+    real = judge.logit(x_t, sigma, cond)
+    generated = judge.logit(add_noise(x_gen, eps, sigma), sigma, cond)
     loss = torch.nn.functional.softplus(torch.cat([-real, generated])).mean() * 2
     if judge.r1:
         near = x_t + 0.01 * torch.randn(x_t.shape, generator=rng, device=x_t.device)
@@ -605,10 +606,9 @@ def generator_step(
             g = dmd_gradient(x_gen, x0_real, x0_fake)
             if x0_gt is not None:
                 g = g + expand_as(gt_weight, g) * gt_gradient(x0_fake, x0_gt)
-        # the gradient of mean(x_gen * stopgrad(g)): DMD2's scale. peer
-        # NOTE silent: the learning rate depends on this 1 / numel (in Adam by clipping, epsilon)
         if gan_weight:  # of a mean over samples, so that peers' weights mean the same here
             gan, stats["gan_loss"] = roles.discriminator.gradient(x_gen, cond, sigma, eps)
+        # NOTE silent: the learning rate depends on 1 / numel, of mean(x_gen * stopgrad(g)). peer
         g = g / g.numel() + gan_weight * gan
         require_finite("the generator's gradient", g, sigma)
         x_gen.backward(g.to(x_gen.dtype))
@@ -746,7 +746,8 @@ def distil(config, roles, state, data):
     data: an iterator of batches {'x0': (B, ...), 'cond': ..., 'name': ...}. All that has to be kept
     between two iterations is in `state`; logging, files and signals are the caller's.
     """
-    run, terms = (config, roles, state), {n: getattr(config, n) for n in ("guidance", "gan_weight")}
+    run = config, roles, state
+    terms = {"guidance": config.guidance, "gan_weight": config.gan_weight}
     while state.iteration < config.iterations:
         roles.alpha_weak = alpha_weak_at(config, state.iteration)
         lr = lr_scale(config, state.iteration)
@@ -853,10 +854,6 @@ class HunyuanVideo:
         return v[:, :, -x_t.shape[2] :].to(x_t.dtype)
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-
-
 @contextmanager
 def reading(checkpoint):
     """What diffusers cannot read inside is refused in one sentence."""
@@ -951,9 +948,7 @@ def read_safetensors(path):
             info = json.loads((file.metadata() or {})["w2svd"])
             return {name: file.get_tensor(name) for name in file.keys()}, info
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise Refused(
-            f"{path} is missing, damaged or not of w2svd ({error}); delete it."
-        ) from error
+        raise Refused(f"{path} is damaged, or not of w2svd ({error}); delete it.") from error
 
 
 READING = 2  # raised whenever reading or encoding changes: latents made before are made again
@@ -1028,7 +1023,7 @@ def find_clips(data):
             # None is the column of cells too many, of a comma in a caption without quotes
             row = row if isinstance(row, dict) and None not in row else {}
             film, caption = row.get("file_name"), row.get("text")
-            if isinstance(film, str) and film.strip() and isinstance(caption, str):
+            if isinstance(film, str) and Path(film.strip()).name and isinstance(caption, str):
                 clips.append((file.parent / film.strip(), caption))
             else:
                 left_out[f"{name}, line {line}"] = "no file_name with one text (in quotes)"
@@ -1056,18 +1051,19 @@ def ffmpeg(path, *flags, first=()):
 def look(path):
     """What ffmpeg says of a film: its stream, its sides, width / height as shown, seconds, fps."""
     said = ffmpeg(path)[2]
-    streams = re.findall(r"Stream #\S+ Video: ((?!.*attached pic).+ (\d+)x(\d+)[ ,].*)", said)
+    facts = said.partition("  Duration: ")[2]  # behind the film's name
+    streams = re.findall(r"Stream #\S+ Video: ((?!.*attached pic).+ (\d+)x(\d+)[ ,].*)", facts)
     if not streams:
         raise ValueError((said.strip().splitlines() or ["ffmpeg finds no film in it"])[-1])
     stream, w, h = streams[0][0], int(streams[0][1]), int(streams[0][2])
     pixel = re.search(r"SAR (\d+):(\d+)", stream) or (0, 1, 1)
     aspect = w / h * int(pixel[1]) / int(pixel[2])
-    if re.search(r"rotation of -?90", said):
+    if re.search(r"rotation of -?90", facts):
         aspect = 1 / aspect
-    clock = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said) or (0, 0, 0, 0)
+    clock = re.match(r"(\d+):(\d+):([\d.]+)", facts) or (0, 0, 0, 0)
     seconds = 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3])
     fps = float((re.search(r"([\d.]+) fps", stream) or (0, "inf"))[1])
-    alpha = "alpha_mode" in said  # WebM's, which only libvpx reads
+    alpha = "alpha_mode" in facts  # WebM's, which only libvpx reads
     shown = {"aspect": aspect, "seconds": seconds, "fps": fps, "alpha": alpha}
     return SimpleNamespace(stream=stream, size=(w, h), **shown)
 
@@ -1094,9 +1090,9 @@ def read_clip(path, config):
     status, raw, said = ffmpeg(path, *flags, *"-f rawvideo -pix_fmt rgb24 -".split(), first=libvpx)
     if status:
         raise ValueError(f"damaged: {(said.strip().splitlines() or [f'status {status}'])[0]}")
-    frames = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(-1, h, w, 3)
-    if len(frames) < n:
-        raise ValueError(f"too short: {len(frames)} of {n} frames, {config.fps:g} fps")
+    if len(raw) < 3 * h * w * n:
+        raise ValueError(f"too short: {len(raw) // (3 * h * w)} of {n} frames, {config.fps:g} fps")
+    frames = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(n, h, w, 3)
     return frames.permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 
@@ -1148,21 +1144,24 @@ def encoded_clips(config, form=None):
             if one in seen:
                 raise ValueError("it is listed twice, or by a link")
             seen.add(one)
-            if not file.exists():
-                video = read_clip(path, config) if path else None
-                pipe = pipe or load_pipeline(config.checkpoint, ("transformer",))
-                tensors = encode_clip(pipe, video, caption, form)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_safetensors(file, tensors, {"source": name, "caption": caption})
-                tokens = 0 if form else len(tensors["prompt_embeds"])  # else of the picture too
-                made.append((name, path and look(path), tokens))
-            files.append(file)
+            if file.exists():
+                files.append(file)
+                continue
+            video = read_clip(path, config) if path else None
+            pipe = pipe or load_pipeline(config.checkpoint, ("transformer",))
+            tensors = encode_clip(pipe, video, caption, form)
         except (Refused, ImportError, torch.OutOfMemoryError):
             raise
-        except FileNotFoundError as error:
-            left_out[name] = f"there is no {Path(error.filename).name}"
         except Exception as error:  # each clip is an island: the others go on
             left_out[name] = (str(error).strip().splitlines() or [repr(error)])[-1]
+            if isinstance(error, FileNotFoundError):
+                left_out[name] = f"there is no {Path(error.filename).name}"
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(file, tensors, {"source": name, "caption": caption})
+        files.append(file)
+        tokens = 0 if form else len(tensors["prompt_embeds"])  # else of the picture too
+        made.append((name, path and look(path), tokens))
     del pipe
     free_memory()
     print(f"{config.data}: {len(files)} clips, {len(made)} encoded now")
@@ -1221,17 +1220,12 @@ class HunyuanTask:
         reads = 2 * channels + 1 if form == "latent_concat" else channels
         odd = found.get("in_channels", 16) != reads or found.get("patch_size_t", 1) != 1
         if name != Model.__name__ or odd:
-            raise Refused(
-                f"--checkpoint {config.checkpoint} is no HunyuanVideo that is known here."
-            )
+            raise Refused(f"--checkpoint {config.checkpoint} is no HunyuanVideo known here.")
         if form and ".txt" in (config.data[-4:], config.sample_prompts[-4:]):
-            raise Refused(
-                "Image-to-video needs clips with first frames: no .txt of captions alone."
-            )
+            raise Refused("Image-to-video needs clips, not a .txt: captions have no first frame.")
         with torch.device("meta"):  # shapes and no numbers, for the plan
             self.wrap(Model.from_config(found).bfloat16(), torch.bfloat16)
-        # the VAE takes 4 frames and 8 x 8 pixels into one; token_replace samples what is behind
-        # the first frame
+        # the VAE makes 4 frames, 8 x 8 pixels one; token_replace samples what follows frame one
         self.whole = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
         self.shape = (channels, self.whole[1] - (form == "token_replace"), *self.whole[2:])
 
@@ -1276,12 +1270,8 @@ class HunyuanTask:
         tensors, info = read_safetensors(clip)
         cond = {name: x[None].to(DEVICE) for name, x in tensors.items()}
         x0 = cond.pop("latents", torch.zeros(1, *self.shape, device=DEVICE))
-        return {
-            "x0": x0[:, :, -self.shape[1] :],
-            "cond": cond,
-            "name": clip.name,
-            "caption": info["caption"],
-        }
+        x0 = x0[:, :, -self.shape[1] :]
+        return {"x0": x0, "cond": cond, "name": clip.name, "caption": info["caption"]}
 
     def batches(self, rng, taken=0):
         """Each clip once an epoch, in an order of its own, from seed and epoch; endless."""
@@ -1375,9 +1365,9 @@ class HunyuanTask:
         """At the start and at every save: up to four prompts, always from the same noise."""
         c, flow = self.config, self.config.objective == "finetune"
         sigmas = few_step_sigmas(28, 7.0) if flow else few_step_sigmas(c.steps, c.shift)
-        for i, clip in enumerate(
-            self.filmed if step % c.save_every == 0 or step == c.iterations else ()
-        ):
+        if step % c.save_every and step != c.iterations:
+            return
+        for i, clip in enumerate(self.filmed):
             one = self.read(clip)
             words = re.sub(r"\W+", "-", one["caption"])[:60].strip("-")
             path = Path(c.out) / f"samples/{step:06}-{i}-{words}.mp4"
@@ -1409,6 +1399,8 @@ class HunyuanTask:
         from diffusers.training_utils import free_memory
 
         form, needs = self.form, {"prompt", "image"} if self.form else {"prompt"}
+        if "image" in given and not form:
+            raise Refused(f"{self.config.checkpoint} is text-to-video: it reads no --image.")
         if given.keys() != needs or out.suffix != ".mp4":
             raise Refused(f"Name --{' and --'.join(sorted(needs))}, and an .mp4 as --out.")
         first = self.first_frame(given["image"]) if form else None
@@ -1416,8 +1408,8 @@ class HunyuanTask:
         cond, avoided = encode_text(pipe, given["prompt"], first, form), None
         if negative_prompt is not None:
             black = None if first is None else 0 * first - 1
-            avoided = cond | encode_text(pipe, negative_prompt, black, form)
-            avoided |= {"image": cond["image"]} if form else {}
+            avoided = encode_text(pipe, negative_prompt, black, form)
+            avoided["image"] = cond.get("image")  # shown all the same
         del pipe
         free_memory()  # before the transformer comes
         self.load_weights()
@@ -1678,9 +1670,7 @@ def check_memory(config, numbers, gpu_memory):
     room = gpu_memory or (torch.cuda.mem_get_info()[1] / 2**30 if DEVICE == "cuda" else 0.0)
     need = numbers.get("in all, GiB", 0.0)
     if need > room > 0:
-        cure = "fewer --frames, a smaller --height and --width"
-        cure += "" if config.fp8_base else ", --fp8-base"
-        cure += "" if config.checkpointing else ", --checkpointing"
+        cure = "fewer --frames, a smaller --height and --width, --checkpointing, --fp8-base"
         raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}; less need {cure}.", status=1)
 
 
@@ -1735,7 +1725,7 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
         for line in as_floats(loop(config, roles, state, data), state):
             line["seconds"] = time.perf_counter() - tick
             line["memory_mb"] = memory_mb(task.device)
-            bar.set_postfix(None, False, **dict(itertools.islice(line.items(), 2)))
+            bar.set_postfix(dict(itertools.islice(line.items(), 2)), refresh=False)
             bar.update()
             if due(config.log_every):
                 print(json.dumps({"step": state.iteration, **line}), file=log, flush=True)
@@ -1771,9 +1761,6 @@ def read_generator(run, at=None):
     return read_safetensors(path)
 
 
-SIZES = ("height", "width", "frames", "checkpoint")  # what `sample` may change of a run's config
-
-
 def sample(run, out, seed, at=None, **given):
     """Draw samples of a run's generator, with the grid of its header, into `out`."""
     config, out = read_run(run), Path(out)
@@ -1781,6 +1768,8 @@ def sample(run, out, seed, at=None, **given):
         raise Refused(f"--seed cannot be {seed}.")
     if not out.parent.is_dir():
         raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
+    if given.get("steps", 1) < 1:
+        raise Refused("--steps must be at least 1.")
     fits = {"toy": ["n"], "hunyuan": ["prompt", "image", "negative_prompt", "cfg", "steps", *SIZES]}
     for name, x in given.items():
         if name not in fits[config.model]:
@@ -1925,7 +1914,7 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
             mlp = task.backbone.module.single_transformer_blocks[0].proj_mlp.out_features
             tensors, metadata = to_comfyui(tensors, mlp), {}
         name = {"diffusers": "pytorch_lora_weights", "comfyui": "w2svd_comfyui"}[format]
-        tensors = {name: x.to(kind) for name, x in tensors.items()}
+        tensors = {n: x.to(kind) if x.ndim else x for n, x in tensors.items()}  # not the alphas
         metadata = {name: json.dumps(x) for name, x in metadata.items()}
         write_safetensors(out / f"{name}.safetensors", tensors, info, **metadata)
     if format != "comfyui":
@@ -1958,11 +1947,10 @@ def add_settings(command, names):
             how = {"type": kind, "metavar": kind.__name__[0].upper()}
         values = [f"{name}: {p[field.name]}" for name, p in PRESETS.items() if field.name in p]
         values = [str(field.default)] * (field.default != "") + values
-        text = f"{field.metadata['text']} [{'; '.join(values)}]".replace("%", "%%").replace(
-            " []", ""
-        )
+        text = field.metadata["text"] + (f" [{'; '.join(values)}]" if values else "")
         if field.name in names:
-            group.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **how)
+            how |= {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+            group.add_argument(flag(field.name), **how)
 
 
 def parser():
@@ -2088,7 +2076,8 @@ def main(argv=None):
     except ImportError as error:
         reason = f"{error}: pip install -r requirements.txt; the toy needs toy/ beside this file."
     except OSError as error:  # no space left, a folder that went away, no such checkpoint
-        reason = f"{str(error).splitlines()[0]}; what was written before is whole: {again}"
+        reason = (str(error) or repr(error)).splitlines()[0]
+        reason += f"; what was written before is whole: {again}"
     except KeyboardInterrupt as stop:
         reason = f"stopped; {again}"
         status = 128 + (stop.args or [signal.SIGINT])[0]

@@ -106,7 +106,7 @@ the generator is trained at the last exit only @ distil: x0, cond) ==> x0, cond,
 the ground truth's weight is dropped @ distil: config.gt_weight * ==> 1.0 *
 the GT loss skips everything but noise @ distil: sigma_in < 1 ==> sigma_in == 1
 gt_skip_noise is dropped @ distil: not config.gt_skip_noise ==> True
-guidance is dropped @ distil: ("guidance", "gan_weight") ==> ("gan_weight",)
+guidance is dropped @ distil: config.guidance ==> 1
 the average comes before the update @ distil:
     norm = state.update("generator", ==> state.update_average(); norm = state.update("generator",
 the average follows every other step @ distil:

@@ -129,6 +129,7 @@ def test_films_of_every_usual_ending_are_found():
         ("metadata.jsonl", '\n{"file_name": "a.mp4", "text": ["a", "b"]}', ", line 2"),
         ("metadata.jsonl", "{'file_name': 'a.mp4', 'text': 'x'}", ", line 1"),
         ("metadata.jsonl", "[1]", ", line 1"),
+        ("metadata.jsonl", '{"file_name": "/", "text": "a dog"}', ", line 1"),
         ("metadata.csv", "name,description\na.mp4,a dog", ", line 2"),
         ("metadata.csv", "file_name,text\na.mp4,a red ball, which moves", ", line 2"),
         ("metadata.csv", 'file_name,text\nb.mp4,"a\nred\ndog"\na.mp4', ", line 5"),
@@ -407,7 +408,7 @@ def test_the_released_template_is_used_where_none_is_set(monkeypatch):
     seen = []
 
     class Pipe:
-        def encode_prompt(self, caption, **how):
+        def encode_prompt(self, prompt, **how):
             seen.append(how)
             return torch.ones(1, 3, 2), torch.ones(1, 2), torch.tensor([[1, 1, 0]])
 
@@ -528,10 +529,10 @@ def test_encode_stopped_half_way_goes_on_with_what_is_missing(encode, clips, mon
     with monkeypatch.context() as patch:
         encode_clip = w2svd.encode_clip
 
-        def stop(pipe, video, caption):
+        def stop(pipe, video, caption, form):
             if len(cached()) == 1:
                 raise KeyboardInterrupt
-            return encode_clip(pipe, video, caption)
+            return encode_clip(pipe, video, caption, form)
 
         patch.setattr(w2svd, "encode_clip", stop)
         encode(code=130)
@@ -561,3 +562,25 @@ def test_data_that_changed_are_said_when_a_run_goes_on(encode, clips, capsys):
     assert "1 clips gone" in line and "3 new" in line
     run(*"train --resume --out r --iterations 4".split())
     assert "the data have changed" not in capsys.readouterr().out
+
+
+def test_a_full_disk_is_not_the_clip_s_fault(encode, clips, monkeypatch):
+    clips(a="a dog", b="a dog")
+
+    def full(*args, **how):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(w2svd, "write_safetensors", full)
+        said, n = encode(code=2)
+    assert "No space left" in said and "left out" not in said and n == 1
+    assert encode()[1] == 2
+
+
+def test_a_film_s_name_is_not_taken_for_what_ffmpeg_says(encode):
+    Path("clips").mkdir()
+    film("clips/alpha_mode rotation of 90.mp4")
+    Path("clips/alpha_mode rotation of 90.txt").write_text("a dog")
+    said, n = encode()
+    assert n == 1 and "left out" not in said
+    assert w2svd.look(Path("clips/alpha_mode rotation of 90.mp4")).aspect > 1
