@@ -310,6 +310,7 @@ def grid(side=5, std=0.08):
 
 
 FRAMES = SIZE = 8
+MIDDLE = (FRAMES - 1) / 2
 # A look is a direction in the 4 channels, and a width.
 LOOKS = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, -0.5]], dtype=torch.float64)
 WIDTHS = 1.0, 1.3  # pixels, of each look
@@ -318,13 +319,13 @@ SPEEDS = 0.4, 0.9  # pixels a frame; within +-3.2 pixels of the centre, so no cl
 WOBBLE = 0.25, 0.25, 0.05, 0.05, 0.15, 0.1
 
 
-def clip(wobble, look, angle, speed):
-    """A soft blob on a torus, at the centre in mid-clip: (C, T, H, W) = (4, 8, 8, 8).
+def clip(wobble, look, angle, speed, centred=MIDDLE):
+    """A soft blob on a torus, at the centre in frame `centred`: (C, T, H, W) = (4, 8, 8, 8).
 
     wobble (6,): shift in x and y, speed along and across the direction, brightness and its drift.
     """
     x, y, along, across, brightness, drift = wobble
-    time = torch.arange(FRAMES, dtype=torch.float64) - (FRAMES - 1) / 2
+    time = torch.arange(FRAMES, dtype=torch.float64) - centred
     cos, sin = math.cos(angle), math.sin(angle)
     at_x = x + ((speed + along) * cos - across * sin) * time
     at_y = y + ((speed + along) * sin + across * cos) * time
@@ -337,23 +338,24 @@ def clip(wobble, look, angle, speed):
     return torch.einsum("c,t,th,tw->cthw", LOOKS[look], light, row, column)
 
 
-def videos(std=0.05):
+def videos(std=0.05, centred=MIDDLE):
     """Moving blobs (4, 8, 8, 8): 2 looks x 4 directions x 2 speeds; average variance 1 per element.
 
     The label is the look: it tells what moves, not how, as a prompt leaves the motion open. All
     blobs pass the centre in mid-clip, and opposite directions show the same frames in opposite
     order: a frame does not tell its motion. A component's wobble changes its whole clip to
     first order, all frames together: a clip may move wrongly though every frame is right. std: of
-    the isotropic noise on every element.
+    the isotropic noise on every element. centred: the frame in which blobs pass the centre; with 0
+    the first frame shows what moves, and leaves open where to.
     """
     angles = [math.pi / 2 * quarter for quarter in range(4)]
     kinds = [(look, angle, speed) for look in (0, 1) for angle in angles for speed in SPEEDS]
     steps = torch.diag(torch.tensor(WOBBLE, dtype=torch.float64))
-    means = torch.stack([clip(0 * steps[0], *kind) for kind in kinds])
+    means = torch.stack([clip(0 * steps[0], *kind, centred) for kind in kinds])
 
     def factor(kind):
         """What each step does to a clip, as columns: (D, 6)."""
-        ends = [(clip(step, *kind), clip(-step, *kind)) for step in steps]
+        ends = [(clip(step, *kind, centred), clip(-step, *kind, centred)) for step in steps]
         return torch.stack([(plus - minus).flatten() / 2 for plus, minus in ends], 1)
 
     factors = torch.stack([factor(kind) for kind in kinds])  # (K, D, 6)
