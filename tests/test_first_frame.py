@@ -5,14 +5,13 @@ undisturbed run of the same seed. Run: python -m pytest tests/test_first_frame.p
 one core.
 """
 
-import json
+import dataclasses
 
 import pytest
 import torch
 from helpers import (  # noqa: F401
     PICTURES,
     names,
-    refused,
     resume,
     run,
     same_run,
@@ -23,6 +22,7 @@ from helpers import (  # noqa: F401
 from torch.distributions import MultivariateNormal
 
 import toy.tasks
+import w2svd
 from toy.metrics import Metrics, still
 from toy.mixtures import GaussianMixture, GivenFirstFrame, KeptFirstFrame, LowRank, videos
 
@@ -43,7 +43,7 @@ def randn(*size, seed=0):
 
 @pytest.fixture
 def joint():
-    """Three overlapping components of small clips, float64, whose frame 0 says something of each."""
+    """Three overlapping components of small clips, float64; frame 0 tells something of each."""
     factors, variance = 0.7 * randn(K, 12, R, seed=1), torch.tensor([0.1, 0.2, 0.4]).double()
     weights = torch.tensor([0.2, 0.3, 0.5])
     return GaussianMixture(weights, randn(K, *SHAPE, seed=2), LowRank(factors, variance))
@@ -151,3 +151,102 @@ def test_moments_that_depend_on_the_frame_cannot_be_asked_for_without_it(joint):
             getattr(mixture, name)()
     with pytest.raises(AttributeError):
         mixture.velocity(randn(1, 2, 2, 1, 2), 0.5)
+
+
+# ---- both forms as tasks -------------------------------------------------------------------------
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    return request.param
+
+
+def task_of(form):
+    config = w2svd.resolve({"data": "videos", "condition": form, "out": "r"})
+    return toy.tasks.task(config)
+
+
+def test_the_sample_is_what_the_form_says(form):
+    task = task_of(form)
+    batch = next(task.batches(generator()))
+    frames = 7 if form == "first-frame" else 8
+    assert batch["x0"].shape == (64, 4, frames, 8, 8) and batch["cond"].shape == (64, 4, 1, 8, 8)
+    if form == "first-frame-concat":
+        assert torch.equal(batch["x0"][:, :, :1], batch["cond"])
+    v = task.backbone.velocity(batch["x0"], torch.full((64,), 0.5), batch["cond"])
+    assert v.shape == batch["x0"].shape
+
+
+def test_the_network_reads_the_frame_clean_and_in_its_place(form):
+    task, (given, x_t) = task_of(form), (randn(2, 4, 1, 8, 8), randn(2, 4, 8, 8, 8, seed=1))
+    if form == "first-frame":
+        read, _ = task.backbone.inputs(x_t[:, :, 1:], given)
+        assert torch.equal(read, torch.cat([given, x_t[:, :, 1:]], dim=2))
+    else:
+        read, _ = task.backbone.inputs(x_t, given)
+        assert read.shape == (2, 9, 8, 8, 8) and torch.equal(read[:, :4], x_t)
+        assert torch.equal(read[:, 4:8, :1], given) and not read[:, 4:8, 1:].any()
+        assert (read[:, 8, 0] == 1).all() and not read[:, 8, 1:].any()
+
+
+def test_a_frame_of_the_sample_s_own_is_replaced_by_the_given_one(form):
+    task = task_of(form)
+    given, x = randn(2, 4, 1, 8, 8), randn(2, *task.shape, seed=1)
+    whole = task.whole(x, given)
+    assert whole.shape == (2, 4, 8, 8, 8) and torch.equal(whole[:, :, :1], given)
+    assert torch.equal(whole[:, :, 1:], x[:, :, -7:])
+
+
+def test_the_exact_velocity_in_the_network_s_place_follows_its_frame(form):
+    """In 28 Euler steps it gives clips of the mixture; behind other frames they are none."""
+    task, n = task_of(form), 1024
+    given, noise = task.start(n, seed=2)
+    sigmas = w2svd.few_step_sigmas(28, 5.0)
+    whole = task.whole(w2svd.euler_sample(task.data.velocity, noise, sigmas, given), given)
+    measure = Metrics(task.mixture, n)
+    assert measure.kl(whole) < measure.kl(task.mixture.sample(n, generator())) + 0.2
+    assert measure.kl(task.whole(whole, given.roll(1, 0))) > 2
+
+
+def test_the_backbone_learns_from_the_frame(form):
+    """After a few steps it is closer to the exact velocity than one with the frames exchanged."""
+    mixture = videos(centred=0.0)
+    recipe = dataclasses.replace(toy.tasks.RECIPES[f"videos {form}"], iterations=60)
+    backbone = toy.tasks.BACKBONES[form](toy.tasks.train_backbone(mixture, recipe, seed=0))
+    data, sigma = toy.tasks.data_of(mixture, recipe), torch.full((64,), 0.9)
+    given = data.first.sample(64, generator())
+    x_t = w2svd.add_noise(data.sample(64, generator(1), given), torch.randn(64, *data.shape), 0.9)
+    exact = data.velocity(x_t, sigma, given)[:, :, -7:]
+    with torch.no_grad():
+        right, wrong = (
+            relative(backbone.velocity(x_t, sigma, frames)[:, :, -7:], exact)
+            for frames in (given, -given)
+        )
+    assert right < wrong
+
+
+# ---- train, resume, sample -----------------------------------------------------------------------
+
+
+def test_a_run_goes_on_to_the_same_bits_and_samples(small_toy, form):  # noqa: F811
+    flags = ["--data", "videos", "--condition", form, "--lr-schedule", "constant"]
+    train("whole", *flags, "--iterations", 4)
+    train("cut", *flags, "--iterations", 2)
+    resume("cut", "--iterations", 4)
+    same_run("whole", "cut")
+    result = w2svd.json.loads(open("whole/result.json").read())
+    assert result["impostor"]["name"] == "still" and result["student"]["kl"] > 0
+    run("sample", "--run", "whole", "--n", 3, "--out", "a.safetensors")
+    clips = tensors("a.safetensors")["samples"]
+    assert clips.shape == (3, 4, 8, 8, 8)
+    frames = tensors("whole/frames/000000.safetensors")["samples"]
+    later = tensors("whole/frames/000004.safetensors")["samples"]
+    assert torch.equal(frames[:, :, 0], later[:, :, 0])  # given
+    assert not torch.equal(frames[:, :, 1:], later[:, :, 1:])
+
+
+def test_a_run_leaves_its_pictures(small_toy, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(toy.tasks.Task, "pictures", PICTURES)
+    more = "--guidance 1 --gan-weight .01 --generator full --generator-input paired".split()
+    train("v", "--data", "videos", "--condition", "first-frame", "--iterations", 2, *more)
+    assert {"clips.gif", "samples.png", "training.gif"} < set(names("v"))

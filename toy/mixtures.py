@@ -230,7 +230,7 @@ class GivenFirstFrame(GaussianMixture):
         z | y ~ N(C L0^T (y - mu0) / rest, C),       w_k | y ~ w_k N(y; mu0, L0 L0^T + rest I),
 
     so its covariances L1 C L1^T + rest I are the same for every y, and its means move along L1.
-    given (n, C, 1, H, W) stands where labels do; captions play no part, as the frame shows the look.
+    given (n, C, 1, H, W) stands where labels do. Labels play no part: a frame tells the look.
     """
 
     mean = covariance = project = mahalanobis = responsibilities = None  # they depend on the frame
