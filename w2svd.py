@@ -116,6 +116,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 Samples = Literal["all", "final"]
 Objective = Literal["w2svd", "finetune", "lcm"]
 Layers = Literal["all", "attention"]
+Condition = Literal["none", "first-frame", "first-frame-concat"]
 
 # Named methods, as rows of settings on top of a preset
 #   W2SVD (paper)                          --alpha-weak .25, the default
@@ -140,6 +141,7 @@ class Config:
 
     model: Literal["toy", "hunyuan"] = setting("toy", "what to distil / ours", "model and data")
     data: str = setting("", "toy: ring, grid, videos; hunyuan: a folder of clips, or a .txt / ours")
+    condition: Condition = setting("none", "toy videos: the first frame is given / paper")
     checkpoint: str = setting(HUNYUAN, "hub id, or a folder in diffusers' format / ours")
     height: int = setting(480, "of a clip in pixels, a multiple of 16 / ours")
     width: int = setting(832, "of a clip in pixels, a multiple of 16 / ours")
@@ -244,6 +246,8 @@ def check(c: Config):
         raise Refused("--gt-weight, --gan-weight, --guidance belong to --objective w2svd.")
     if c.gan_r1 and not c.gan_weight:
         raise Refused("--gan-r1 needs a --gan-weight: without it there is no discriminator.")
+    if c.condition != "none" and (c.model, c.data) != ("toy", "videos"):
+        raise Refused(f"--condition {c.condition} needs --model toy --data videos.")
     if c.model == "hunyuan":
         check_hunyuan(c)
 

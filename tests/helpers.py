@@ -1,5 +1,6 @@
 """What test files share: commands as a function, a toy of seconds, files compared bit for bit."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -24,7 +25,10 @@ def make_small(put=setattr):
     ring = toy.tasks.Recipe(width=16, batch=32, iterations=10, lr=0.1)
     how = {"width": 16, "batch": 8, "iterations": 4, "patch": (2, 4, 4), "labels": 2}
     videos = toy.tasks.Recipe(precondition=True, shift=3.0, lr=0.1, **how)
-    put(toy.tasks, "RECIPES", {"ring": ring, "grid": ring, "videos": videos})
+    recipes = {"ring": ring, "grid": ring, "videos": videos}
+    for form in ("first-frame", "first-frame-concat"):
+        recipes[f"videos {form}"] = dataclasses.replace(videos, labels=0, condition=form)
+    put(toy.tasks, "RECIPES", recipes)
     put(toy.tasks, "SAMPLES", {"ring": 256, "grid": 256, "videos": 128})
     put(toy.tasks.Task, "pictures", lambda *_: None)  # two thirds of the time of a small run
 

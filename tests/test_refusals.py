@@ -33,6 +33,9 @@ SETTINGS = {
     "--gt-weight -1 --generator-input paired": "--gt-weight",
     "--generator-input paired --fake-samples final": "rollout",
     "--data moons": "ring",
+    "--condition first-frame": "--data videos",
+    "--condition first-frame-concat --data grid": "--data videos",
+    "--data videos --condition first-frame --guidance 2": "captions",
     "--guidance 3": "captions",
     "--ema 1": "--ema",
     "--iterations 0": "--iterations",
@@ -53,6 +56,7 @@ SETTINGS = {
     "--model hunyuan --data x --frames 60": "--frames",
     "--model hunyuan --data x --batch 2": "--accumulate",
     "--model hunyuan --data x --guidance 2": "--guidance",
+    "--model hunyuan --data x --condition first-frame": "--model toy",
     "--model hunyuan --data x --compile --fp8-base": "--fp8-base",
     "--model hunyuan --data captions.txt --generator-input paired": "rollout",
 }

@@ -107,7 +107,8 @@ class DiT(nn.Module):
     """velocity(x_t (B, *shape), sigma (B,), labels (B,) or None) -> v (B, *shape).
 
     `labels` counts the captions that it knows. Without any there are no text tokens; with some,
-    None reads as one more caption, 'no caption'.
+    None reads as one more caption, 'no caption'. `extra` channels behind the sample's are read, as
+    a condition that has its place in the clip, and not predicted.
     """
 
     # every linear layer of the blocks; with two blocks, an adapter off the modulation can hardly
@@ -125,13 +126,15 @@ class DiT(nn.Module):
         labels=0,
         rest=None,
         waves=(),
+        extra=0,
     ):
         super().__init__()
         self.shape, self.patch, self.rest, self.waves = tuple(shape), tuple(patch), rest, waves
         self.grid = self.shape if len(shape) == 4 else (*shape, 1, 1, 1)  # C, T, H, W
         size = self.grid[0] * patch[0] * patch[1] * patch[2]
         tokens = self.grid[1] * self.grid[2] * self.grid[3] * self.grid[0] // size
-        self.embed = nn.Linear(size * (1 + 2 * len(waves)), width)
+        read = size // self.grid[0] * (self.grid[0] + extra)
+        self.embed = nn.Linear(read * (1 + 2 * len(waves)), width)
         self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
         self.text = nn.Embedding(labels + 1, width) if labels else None
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -148,7 +151,7 @@ class DiT(nn.Module):
     def patches(self, x):
         """Samples (B, *shape) as tokens: (B, N, C * pt * ph * pw)."""
         pt, ph, pw = self.patch
-        x = x.reshape(-1, *self.grid)
+        x = x.reshape(len(x), -1, *self.grid[1:])
         return rearrange(x, f"{CELLS} -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
 
     def with_waves(self, patches):
@@ -186,5 +189,5 @@ class DiT(nn.Module):
         if self.rest is None:
             return f
         sigma = sigma.reshape(-1, *[1] * len(self.shape))
-        a, variance = 1 - sigma, self.rest**2
+        a, variance, x_t = 1 - sigma, self.rest**2, x_t[:, : self.shape[0]]
         return ((sigma - a * variance) * x_t - sigma * f) / (a**2 * variance + sigma**2)

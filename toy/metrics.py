@@ -214,6 +214,12 @@ def square(mixture, n, rng):
     return (half * (2 * torch.rand(n, *mixture.shape, generator=rng) - 1)).float()
 
 
+def still(mixture, n, rng):
+    """Clips that stay as they begin: exact first frames, repeated."""
+    clips = mixture.sample(n, rng)
+    return clips[:, :, :1].expand_as(clips).clone()
+
+
 def gaussian(mixture, n, rng):
     """Clips of no mode: one Gaussian with the exact mean and covariance."""
     eps = torch.randn(n, mixture.dim, generator=rng, dtype=torch.float64)

@@ -107,10 +107,15 @@ class GaussianMixture:
         # index_select refuses -1, which indexing would silently take for the last label.
         return self._log_given.index_select(0, labels.to(self.means.device))
 
+    def _shift(self, labels):
+        """How far the condition moves each mean along U_k: (n, K, R), or 0, as labels move none."""
+        return 0.0
+
     def _log_joint(self, x, sigma, labels):
         """log w_k + log N(x; a mu_k, S_k) (n, K), with w given the label; and c of _coordinates."""
         a = 1 - sigma
         c, outside = self._coordinates(x, a)
+        c = c - a[..., None] * self._shift(labels)
         S_lam = a[..., None] ** 2 * self.lam + sigma[..., None] ** 2
         S_rest = a**2 * self.rest + sigma**2
         distance = (c**2 / S_lam).sum(2) + outside / S_rest
@@ -128,13 +133,17 @@ class GaussianMixture:
         """x0 = mu_k + Sigma_k^(1/2) eps, float32 (n, *shape); k ~ w, or ~ w given labels (n,)."""
         p = self._log_weights(labels, n).exp()
         k = torch.multinomial(p, 1, generator=rng)[:, 0]
-        eps = torch.randn(n, self.dim, generator=rng, dtype=torch.float64)
+        return self._draw(k, rng).float().reshape(n, *self.shape)
+
+    def _draw(self, k, rng):
+        """A sample of each component k (n,), float64 (n, D)."""
+        eps = torch.randn(len(k), self.dim, generator=rng, dtype=torch.float64)
         x0 = self.means[k] + self.rest[k, None].sqrt() * eps
         stretch = self.lam.sqrt() - self.rest.sqrt()[:, None]
         for j in k.unique():
             own = k == j
             x0[own] += self._stretch(eps[own], j, stretch[j])
-        return x0.float().reshape(n, *self.shape)
+        return x0
 
     def _stretch(self, eps, k, by):
         """U_k diag(by) U_k^T eps: (n, D) -> (n, D)."""
@@ -182,8 +191,10 @@ class GaussianMixture:
 
         G_rest = gain(self.rest, a, s)  # (n, K)
         G_lam = gain(self.lam, a[..., None], s[..., None])  # (n, K, R)
-        mean = (p * G_rest).sum(1, keepdim=True) * x + (p * (of_x0 - a * G_rest)) @ self.means
-        mean = mean + self._back(p[..., None] * (G_lam - G_rest[..., None]) * c)
+        of_mean = of_x0 - a * G_rest  # (n, K)
+        mean = (p * G_rest).sum(1, keepdim=True) * x + (p * of_mean) @ self.means
+        along = (G_lam - G_rest[..., None]) * c + of_mean[..., None] * self._shift(labels)
+        mean = mean + self._back(p[..., None] * along)
         return mean.to(x_t).reshape(x_t.shape)
 
     # ---------------------------------------------------------------- moments and subspaces
@@ -210,6 +221,73 @@ class GaussianMixture:
         return GaussianMixture(self.weights, self.means @ P, cov, self.labels)
 
 
+class GivenFirstFrame(GaussianMixture):
+    """p(frames 1.. | frame 0) of a mixture of clips (C, T, H, W): a mixture of (C, T - 1, H, W).
+
+    A component's clip is mu + L z + eps with z ~ N(0, I) and L (D, R) split into the rows L0 of
+    frame 0 and L1 of the others. With C = (I + L0^T L0 / rest)^-1 a given frame y leaves
+
+        z | y ~ N(C L0^T (y - mu0) / rest, C),       w_k | y ~ w_k N(y; mu0, L0 L0^T + rest I),
+
+    so its covariances L1 C L1^T + rest I are the same for every y, and its means move along L1.
+    given (n, C, 1, H, W) stands where labels do. Labels play no part: a frame tells the look.
+    """
+
+    mean = covariance = project = mahalanobis = responsibilities = None  # they depend on the frame
+
+    def __init__(self, joint):
+        stretch = joint.lam - joint.rest[:, None]
+        assert joint.basis is not None and (stretch >= 0).all(), "not low-rank and isotropic"
+        L = joint.basis * stretch.sqrt()[:, None]  # (K, D, R)
+        L0, L1 = (x.flatten(1, 4) for x in self._split(L.unflatten(1, joint.shape)))
+        means = joint.means.unflatten(1, joint.shape)
+        means0, means1 = self._split(means)
+        variance = joint.rest[:, None, None]
+        C = torch.linalg.inv(torch.eye(L.shape[2]).to(L) + L0.mT @ L0 / variance)  # (K, R, R)
+        factors = LowRank(L1 @ torch.linalg.cholesky(C), joint.rest)
+        super().__init__(joint.weights, means1, factors, joint.labels)
+        self.first = GaussianMixture(joint.weights, means0, LowRank(L0, joint.rest), joint.labels)
+        self._gain = self.basis.mT @ L1 @ C @ L0.mT / variance  # (K, R, D of a frame)
+
+    @staticmethod
+    def _split(x):
+        """Frame 0 and the others of x (K, C, T, ...)."""
+        return x[:, :, :1], x[:, :, 1:]
+
+    def _shift(self, given):
+        y, _ = self.first._flat(given, 0.0)
+        difference = torch.einsum("nd,krd->nkr", y, self._gain)
+        return difference - torch.einsum("kd,krd->kr", self.first.means, self._gain)
+
+    def _log_weights(self, given, n):
+        return self.first._log_joint(*self.first._flat(given, 0.0), None)[0].log_softmax(1)
+
+    def sample(self, n, rng, given):
+        """Frames 1.. that follow the given ones, float32 (n, C, T - 1, H, W)."""
+        k = torch.multinomial(self._log_weights(given, n).exp(), 1, generator=rng)
+        own = torch.zeros(n, len(self.weights)).to(self.means).scatter_(1, k, 1.0)
+        x0 = self._draw(k[:, 0], rng) + self._back(own[..., None] * self._shift(given))
+        return x0.float().reshape(n, *self.shape)
+
+
+class KeptFirstFrame:
+    """The same, with the given frame kept in the sample (C, T, H, W): frame 0 is always it."""
+
+    def __init__(self, joint):
+        self.others, self.shape = GivenFirstFrame(joint), joint.shape
+        self.first = self.others.first
+
+    def sample(self, n, rng, given):
+        """Clips that begin with the given frames, float32 (n, C, T, H, W)."""
+        return torch.cat([given, self.others.sample(n, rng, given)], dim=2)
+
+    def velocity(self, x_t, sigma, given):
+        """v = E[eps - x0 | x_t, given] (n, C, T, H, W), for sigma above 0."""
+        level = torch.as_tensor(sigma, dtype=x_t.dtype).reshape(-1, 1, 1, 1, 1)
+        first = (x_t[:, :, :1] - given) / level  # x0 is known, and so is eps
+        return torch.cat([first, self.others.velocity(x_t[:, :, 1:], sigma, given)], dim=2)
+
+
 # -------------------------------------------------------------------- ready mixtures
 
 
@@ -232,6 +310,7 @@ def grid(side=5, std=0.08):
 
 
 FRAMES = SIZE = 8
+MIDDLE = (FRAMES - 1) / 2
 # A look is a direction in the 4 channels, and a width.
 LOOKS = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, -0.5]], dtype=torch.float64)
 WIDTHS = 1.0, 1.3  # pixels, of each look
@@ -240,13 +319,13 @@ SPEEDS = 0.4, 0.9  # pixels a frame; within +-3.2 pixels of the centre, so no cl
 WOBBLE = 0.25, 0.25, 0.05, 0.05, 0.15, 0.1
 
 
-def clip(wobble, look, angle, speed):
-    """A soft blob on a torus, at the centre in mid-clip: (C, T, H, W) = (4, 8, 8, 8).
+def clip(wobble, look, angle, speed, centred=MIDDLE):
+    """A soft blob on a torus, at the centre in frame `centred`: (C, T, H, W) = (4, 8, 8, 8).
 
     wobble (6,): shift in x and y, speed along and across the direction, brightness and its drift.
     """
     x, y, along, across, brightness, drift = wobble
-    time = torch.arange(FRAMES, dtype=torch.float64) - (FRAMES - 1) / 2
+    time = torch.arange(FRAMES, dtype=torch.float64) - centred
     cos, sin = math.cos(angle), math.sin(angle)
     at_x = x + ((speed + along) * cos - across * sin) * time
     at_y = y + ((speed + along) * sin + across * cos) * time
@@ -259,23 +338,24 @@ def clip(wobble, look, angle, speed):
     return torch.einsum("c,t,th,tw->cthw", LOOKS[look], light, row, column)
 
 
-def videos(std=0.05):
+def videos(std=0.05, centred=MIDDLE):
     """Moving blobs (4, 8, 8, 8): 2 looks x 4 directions x 2 speeds; average variance 1 per element.
 
     The label is the look: it tells what moves, not how, as a prompt leaves the motion open. All
     blobs pass the centre in mid-clip, and opposite directions show the same frames in opposite
     order: a frame does not tell its motion. A component's wobble changes its whole clip to
     first order, all frames together: a clip may move wrongly though every frame is right. std: of
-    the isotropic noise on every element.
+    the isotropic noise on every element. centred: the frame in which blobs pass the centre; with 0
+    the first frame shows what moves, and leaves open where to.
     """
     angles = [math.pi / 2 * quarter for quarter in range(4)]
     kinds = [(look, angle, speed) for look in (0, 1) for angle in angles for speed in SPEEDS]
     steps = torch.diag(torch.tensor(WOBBLE, dtype=torch.float64))
-    means = torch.stack([clip(0 * steps[0], *kind) for kind in kinds])
+    means = torch.stack([clip(0 * steps[0], *kind, centred) for kind in kinds])
 
     def factor(kind):
         """What each step does to a clip, as columns: (D, 6)."""
-        ends = [(clip(step, *kind), clip(-step, *kind)) for step in steps]
+        ends = [(clip(step, *kind, centred), clip(-step, *kind, centred)) for step in steps]
         return torch.stack([(plus - minus).flatten() / 2 for plus, minus in ends], 1)
 
     factors = torch.stack([factor(kind) for kind in kinds])  # (K, D, 6)

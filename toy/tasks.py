@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from toy import dit, mixtures, plots
 from toy.dit import DiT
-from toy.metrics import Metrics, annulus, gaussian, square
+from toy.metrics import Metrics, annulus, gaussian, square, still
+from toy.mixtures import GivenFirstFrame, KeptFirstFrame
 from w2svd import (
     FIRST_SEED,
     Refused,
@@ -47,6 +48,7 @@ class Recipe:
     precondition: bool = False  # blocks predict F, see dit.py; the loss is that of x0, not of v
     uncaptioned: int = 10  # every so many batches go without captions, for guidance
     labels: int = 0  # captions that the model knows; one more means 'no caption'
+    condition: str = "none"  # or a first frame, in one of HunyuanVideo's two forms
     batch: int = 512
     iterations: int = 1500
     lr: float = 2e-3
@@ -70,6 +72,8 @@ RECIPES = {
         shift=3.0,
     ),
 }
+for form in ("first-frame", "first-frame-concat"):  # it shows the look: no captions beside it
+    RECIPES[f"videos {form}"] = dataclasses.replace(RECIPES["videos"], labels=0, condition=form)
 SAMPLES = {"ring": 16384, "grid": 16384, "videos": 4096}  # measured; videos: fewer, for time
 IMPOSTORS = {"ring": annulus, "grid": square, "videos": gaussian}
 # the grids among which Euler's best is looked for
@@ -85,8 +89,13 @@ class Backbone:
     def __init__(self, module):
         self.module = module
 
+    def inputs(self, x_t, cond):
+        """What the module reads as a sample, and its captions."""
+        return x_t, cond
+
     def velocity(self, x_t, sigma, cond):
-        return self.module(x_t, sigma, cond)
+        x, labels = self.inputs(x_t, cond)
+        return self.module(x, sigma, labels)
 
     def checkpoint_with(self, function):
         self.module.run = function
@@ -96,12 +105,48 @@ class Backbone:
         return self.module.position.shape[-1]
 
     def features(self, x_t, sigma, cond):
-        return self.module.double_stream(x_t, sigma, cond)[0][0]
+        x, labels = self.inputs(x_t, cond)
+        return self.module.double_stream(x, sigma, labels)[0][0]
 
 
-def captions(mixture, recipe, n, rng):
-    """Captions (n,) drawn from the mixture, or None where the model reads none."""
-    return mixture.sample_labels(n, rng) if recipe.labels else None
+class TokenReplace(Backbone):
+    """The sample is frames 1.. (B, C, T - 1, H, W); the clean first one goes in front of them.
+
+    As in HunyuanVideo's token_replace, whose first frame is modulated as one without noise, too;
+    here its place alone tells it from the others.
+    """
+
+    def inputs(self, x_t, cond):
+        return torch.cat([cond, x_t], dim=2), None  # (B, C, T, H, W)
+
+    def velocity(self, x_t, sigma, cond):
+        return super().velocity(x_t, sigma, cond)[:, :, 1:]
+
+
+class LatentConcat(Backbone):
+    """The sample is the clip (B, C, T, H, W); the first frame, and a mask, are further channels."""
+
+    def inputs(self, x_t, cond):
+        frames, mask = torch.zeros_like(x_t), torch.zeros_like(x_t[:, :1])
+        frames[:, :, :1], mask[:, :, 0] = cond, 1
+        return torch.cat([x_t, frames, mask], dim=1), None  # (B, 2 C + 1, T, H, W)
+
+
+BACKBONES = {"none": Backbone, "first-frame": TokenReplace, "first-frame-concat": LatentConcat}
+
+
+def data_of(mixture, recipe):
+    """What is learnt and distilled: the mixture, or its clips given their first frame."""
+    if recipe.condition == "none":
+        return mixture
+    return (GivenFirstFrame if recipe.condition == "first-frame" else KeptFirstFrame)(mixture)
+
+
+def conditions(data, recipe, n, rng):
+    """First frames (n, C, 1, H, W) or captions (n,), drawn; None where the model reads neither."""
+    if recipe.condition != "none":
+        return data.first.sample(n, rng)
+    return data.sample_labels(n, rng) if recipe.labels else None
 
 
 def build(mixture, recipe):
@@ -109,7 +154,8 @@ def build(mixture, recipe):
     if r.precondition:
         rest = float(mixture.rest.mean().sqrt())
     size = r.width, r.heads, r.double, r.single
-    return DiT(mixture.shape, *size, r.patch, r.labels, rest, r.waves)
+    extra = mixture.shape[0] + 1 if r.condition == "first-frame-concat" else 0
+    return DiT(mixture.shape, *size, r.patch, r.labels, rest, r.waves, extra)
 
 
 @torch.no_grad()
@@ -121,7 +167,7 @@ def start_at_principal_components(module, mixture, rng):
     """
     patches = module.patches(mixture.sample(4096, rng)).flatten(0, 1)
     directions = torch.linalg.eigh(patches.T @ patches)[1][:, -module.embed.out_features :]
-    module.embed.weight.copy_(directions.T)
+    module.embed.weight[:, : len(directions)].copy_(directions.T)  # not a condition's
     module.final.weight.copy_(directions)
 
 
@@ -136,6 +182,7 @@ def train_backbone(mixture, recipe, seed):
     module = build(mixture, recipe)
     if module.embed.in_features > recipe.width:
         start_at_principal_components(module, mixture, rng)
+    data, backbone = data_of(mixture, recipe), BACKBONES[recipe.condition](module)
     optimizer = torch.optim.AdamW(
         module.parameters(), recipe.lr, (0.9, 0.99), weight_decay=0, fused=True
     )
@@ -144,13 +191,13 @@ def train_backbone(mixture, recipe, seed):
     )
     with tqdm(range(recipe.iterations), desc="backbone", unit="it") as bar:
         for i in bar:
-            cond = captions(mixture, recipe, recipe.batch, rng)
-            if i % recipe.uncaptioned == 0:
+            cond = conditions(data, recipe, recipe.batch, rng)
+            if recipe.labels and i % recipe.uncaptioned == 0:
                 cond = None
-            x0 = mixture.sample(recipe.batch, rng, cond)
+            x0 = data.sample(recipe.batch, rng, cond)
             sigma = sample_sigma(len(x0), 0, 1, recipe.shift, rng)
             x_t = add_noise(x0, torch.randn(x0.shape, generator=rng), sigma)
-            error = module(x_t, sigma, cond) - mixture.velocity(x_t, sigma, cond)
+            error = backbone.velocity(x_t, sigma, cond) - data.velocity(x_t, sigma, cond)
             weight = sigma**2 if recipe.precondition else torch.ones_like(sigma)
             loss = (weight * error.square().flatten(1).mean(1)).mean()
             optimizer.zero_grad()
@@ -205,12 +252,13 @@ class Task:
 
     def __init__(self, config, recipe, mixture, learnt=None):
         self.config, self.recipe, self.mixture = config, recipe, mixture
-        self.shape, self.learnt = mixture.shape, learnt or mixture
+        self.data, self.learnt = data_of(mixture, recipe), learnt or mixture
+        self.shape = self.data.shape
         if config.guidance != 1 and not self.recipe.labels:
-            raise Refused("--guidance needs captions to guide by; of the toys, videos has them.")
+            raise Refused("--guidance needs captions; of the toys, --data videos alone has them.")
         if config.fp8_base or config.compile:
             raise Refused("--fp8-base and --compile are HunyuanVideo's; the toy needs neither.")
-        self.backbone = Backbone(build(self.mixture, self.recipe))
+        self.backbone = BACKBONES[recipe.condition](build(self.mixture, self.recipe))
         self.sigmas = few_step_sigmas(config.steps, config.shift)
 
     def load(self):
@@ -226,20 +274,29 @@ class Task:
 
     def batches(self, rng, taken=0):
         while True:
-            cond = captions(self.mixture, self.recipe, self.config.batch, rng)
-            yield {"x0": self.mixture.sample(self.config.batch, rng, cond), "cond": cond}
+            cond = conditions(self.data, self.recipe, self.config.batch, rng)
+            yield {"x0": self.data.sample(self.config.batch, rng, cond), "cond": cond}
 
     def start(self, n, seed):
-        """Captions and noise of n samples, the same for every method."""
+        """Conditions and noise of n samples, the same for every method."""
         rng = torch.Generator().manual_seed(seed)
-        return captions(self.mixture, self.recipe, n, rng), torch.randn(
+        return conditions(self.data, self.recipe, n, rng), torch.randn(
             n, *self.shape, generator=rng
         )
+
+    def whole(self, samples, cond):
+        """Samples as they are measured and shown: behind the first frame that they were given.
+
+        In both forms: a frame 0 of the sample's own is dropped, as the stock pipeline drops it.
+        """
+        if self.recipe.condition == "none":
+            return samples
+        return torch.cat([cond, samples[:, :, 1 - self.mixture.shape[1] :]], dim=2)
 
     def few_step(self, generator, sigmas, n, seed):
         cond, noise = self.start(n, seed)
         rng = torch.Generator().manual_seed(seed + 1)
-        return few_step_sample(generator, noise, sigmas, cond, rng)
+        return self.whole(few_step_sample(generator, noise, sigmas, cond, rng), cond)
 
     def on_log(self, step, generator):
         """Keep a few samples in the run folder: frames of the animation, also after a resume."""
@@ -252,14 +309,18 @@ class Task:
         write_safetensors(folder / f"{step:06}.safetensors", {"samples": samples}, {"step": step})
 
     def finish(self, run):
-        """Measure student and backbone against the exact mixture; pictures, result.json, table."""
+        """Measure student and backbone against the exact mixture; pictures, result.json, table.
+
+        First frames are exact, so the KL of whole clips is the mean KL of what follows them.
+        """
         data, steps = self.config.data, self.config.steps
         n = SAMPLES[data]
         measure, rng = Metrics(self.mixture, n), torch.Generator().manual_seed(5)
         cond, _ = self.start(n, seed=2)
-        samples = {"exact": self.mixture.sample(n, rng, cond)}
-        impostor = IMPOSTORS[data].__name__
-        samples[impostor] = IMPOSTORS[data](self.mixture, n, rng)
+        samples = {"exact": self.whole(self.data.sample(n, rng, cond), cond)}
+        make = IMPOSTORS[data] if self.recipe.condition == "none" else still
+        impostor = make.__name__
+        samples[impostor] = make(self.mixture, n, rng)
         euler, same_grid = {}, {}
         for k in (1, 4, 28):
             shift, name = self.best_shift(measure, k), f"Euler, {k} step{'s' * (k > 1)}"
@@ -287,7 +348,8 @@ class Task:
     def euler(self, steps, shift, n):
         """n samples of the backbone by Euler's method, from the noise of every method."""
         cond, noise = self.start(n, seed=2)
-        return euler_sample(self.backbone.velocity, noise, few_step_sigmas(steps, shift), cond)
+        sigmas = few_step_sigmas(steps, shift)
+        return self.whole(euler_sample(self.backbone.velocity, noise, sigmas, cond), cond)
 
     def best_shift(self, measure, steps):
         """The grid on which so many Euler steps come closest, by an eighth of the samples."""
@@ -377,6 +439,8 @@ def task(config):
     """The toy that config.data names."""
     # so small a network gains nothing from more threads, and waits for them on a busy machine
     torch.set_num_threads(1)
-    if config.data not in RECIPES:
-        raise Refused(f"--data must be one of {', '.join(RECIPES)}, not {config.data!r}.")
+    if config.data not in SAMPLES:
+        raise Refused(f"--data must be one of {', '.join(SAMPLES)}, not {config.data!r}.")
+    if config.condition != "none":  # blobs that begin at the centre: the frame leaves motion open
+        return Task(config, RECIPES[f"videos {config.condition}"], mixtures.videos(centred=0.0))
     return Task(config, RECIPES[config.data], getattr(mixtures, config.data)())
