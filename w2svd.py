@@ -238,18 +238,22 @@ def check(c: Config):
         raise Refused("--sigma-low must be below --sigma-high, and that at most 1.")
     if c.ema >= 1:
         raise Refused(f"--ema must lie in [0, 1), not {c.ema}; 0 is off.")
-    if c.gt_weight and (c.generator_input == "rollout" or c.steps == 1):
-        raise Refused("--gt-weight needs --generator-input paired and --steps > 1, not pure noise.")
     if c.generator_input == "paired" and c.fake_samples == "final":
         raise Refused("--fake-samples final needs --generator-input rollout: paired learns all.")
+    if c.condition != "none" and (c.model, c.data) != ("toy", "videos"):
+        raise Refused(f"--condition {c.condition} needs --model toy --data videos.")
+    check_losses(c)
+    if c.model == "hunyuan":
+        check_hunyuan(c)
+
+
+def check_losses(c: Config):
+    if c.gt_weight and (c.generator_input == "rollout" or c.steps == 1):
+        raise Refused("--gt-weight needs --generator-input paired and --steps > 1, not pure noise.")
     if c.objective != "w2svd" and (c.gt_weight or c.gan_weight or c.guidance != 1):
         raise Refused("--gt-weight, --gan-weight, --guidance belong to --objective w2svd.")
     if c.gan_r1 and not c.gan_weight:
         raise Refused("--gan-r1 needs a --gan-weight: without it there is no discriminator.")
-    if c.condition != "none" and (c.model, c.data) != ("toy", "videos"):
-        raise Refused(f"--condition {c.condition} needs --model toy --data videos.")
-    if c.model == "hunyuan":
-        check_hunyuan(c)
 
 
 def check_hunyuan(c: Config):
