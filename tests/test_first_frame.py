@@ -6,6 +6,7 @@ one core.
 """
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ import toy.tasks
 import w2svd
 from toy.metrics import Metrics, still
 from toy.mixtures import GaussianMixture, GivenFirstFrame, KeptFirstFrame, LowRank, videos
+from toy.table import spread
 
 SHAPE, K, R = (2, 3, 1, 2), 3, 2  # C, T, H, W
 FIRST = torch.arange(12).reshape(SHAPE)[:, :1].flatten()  # where frame 0 is in a flat clip
@@ -250,3 +252,16 @@ def test_a_run_leaves_its_pictures(small_toy, monkeypatch):  # noqa: F811
     more = "--guidance 1 --gan-weight .01 --generator full --generator-input paired".split()
     train("v", "--data", "videos", "--condition", "first-frame", "--iterations", 2, *more)
     assert {"clips.gif", "samples.png", "training.gif"} < set(names("v"))
+
+
+def test_the_readme_has_the_stored_numbers():
+    place = Path(toy.tasks.__file__).parent
+    stored = w2svd.json.loads((place / "results/first_frame.json").read_text())
+    readme = (place / "README.md").read_text(encoding="utf-8")
+    for form, seeds in stored.items():
+        runs = list(seeds.values())
+        rows = [[run["student"] for run in runs]]
+        rows += [[run["euler"][steps] for run in runs] for steps in ("1", "4", "28")]
+        rows += [[run[name] for run in runs] for name in ("impostor", "floor")]
+        kls = [spread([row["kl"] for row in same], 2) for same in rows]
+        assert f"| `{form}` | {len(runs)} | {' | '.join(kls)} |" in readme
