@@ -73,7 +73,8 @@ RECIPES = {
     ),
 }
 for form in ("first-frame", "first-frame-concat"):  # it shows the look: no captions beside it
-    RECIPES[f"videos {form}"] = dataclasses.replace(RECIPES["videos"], labels=0, condition=form)
+    how = {"labels": 0, "iterations": 2000, "condition": form}
+    RECIPES[f"videos {form}"] = dataclasses.replace(RECIPES["videos"], **how)
 SAMPLES = {"ring": 16384, "grid": 16384, "videos": 4096}  # measured; videos: fewer, for time
 IMPOSTORS = {"ring": annulus, "grid": square, "videos": gaussian}
 # the grids among which Euler's best is looked for
