@@ -203,8 +203,9 @@ TOY |= dict(generator_lr=1e-3, fake_lr=2e-3, lr_schedule="linear", fake_weight_d
 TOY |= dict(shift=0.5, reuse=3, batch=1536, iterations=240, log_every=20, save_every=120)
 PRESETS = {
     "toy": TOY,
-    "toy grid": dict(shift=0.3, batch=1024, iterations=360),  # closer modes, lost at less noise
-    # expect a KL of .9; a clip's motion is decided at high noise, hence the shifts
+    # expect 1.0: its modes are closer, so they are lost at less noise
+    "toy grid": dict(shift=0.3, batch=1024, iterations=360),
+    # expect a KL of .5; a clip's motion is decided at high noise, hence the shifts
     "toy videos": dict(shift=5.0, sigma_shift=5.0, generator_lr=5e-4, fake_lr=1e-3)
     | dict(batch=64, iterations=350, log_every=25, save_every=175, reuse=5),
     # nothing of the full model was tuned or measured: no number to expect
@@ -1173,16 +1174,14 @@ def encoded_clips(config, form=None):
     del pipe
     free_memory()
     print(f"{config.data}: {len(files)} clips, {len(made)} encoded now")
-    report(config, made)
-    for name, reason in left_out.items():
-        print(f"  left out, {name}: {reason}")
+    report(config, made, left_out)
     if not files:
         raise Refused(f"No clip of {config.data} can be used; it needs {LAYOUTS}.", status=1)
     return files
 
 
-def report(config, made):
-    """Print what encoding cut off or repeated. made: [(name, look() at the film, tokens)]."""
+def report(config, made, left_out):
+    """Print what encoding cut off, repeated, left out. made: [(name, look() at it, tokens)]."""
     c, films = config, [(name, film) for name, film, _ in made if film]
     if films:
         seconds = sum(film.seconds for _, film in films)
@@ -1200,6 +1199,8 @@ def report(config, made):
             print(f"  {name}: frames are repeated, {film.fps:g} fps become {c.fps:g}")
     if cut := sum(tokens >= 256 for *_, tokens in made):
         print(f"  the text encoder reads 256 tokens: {cut} captions are longer, their ends unread")
+    for name, reason in left_out.items():
+        print(f"  left out, {name}: {reason}")
 
 
 # A task is a model and its data. It has .backbone (see Roles), whose weights come with .load();

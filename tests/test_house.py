@@ -21,7 +21,7 @@ import yaml
 import w2svd
 from toy.table import CASES, SEEDS
 
-CEILING = 2099  # lines of w2svd.py as ruff formats them; where it stands, the goal is 1,430
+CEILING = 2100  # lines of w2svd.py as ruff formats them; where it stands, the goal is 1,430
 PAPER = 520  # of them in sections 2 to 6, the paper
 SETTINGS = 50
 README_LINES = 130
@@ -235,7 +235,7 @@ def test_the_stored_results_meet_what_the_readmes_claim():
     assert ring < 0.11 and 4 * ring < mean("ring-4", "euler", "4")
     assert max(r["student"]["kl"] for r in results["ring-4"].values()) < 0.15
     assert mean("grid-4", "student") < mean("grid-4", "euler", "4")
-    assert mean("videos-4", "student") < mean("videos-4", "euler", "4") / 2
+    assert 3 * mean("videos-4", "student") < mean("videos-4", "euler", "4")
     for case in ("ring-4", "grid-4"):
         assert mean(case, "student") < mean(case, "impostor")
     assert all(0.8 < r["student"]["dynamic_degree"] < 1.2 for r in results["videos-4"].values())
