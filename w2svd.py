@@ -472,8 +472,8 @@ def fake_loss(v_fake, x_gen, eps):
 class Discriminator:
     """Real or generated? A logit for noised samples: a trained head on the frozen backbone.
 
-    paper: features after the last double-stream block (figure). peer: softplus losses; DMD2 reads
-    its fake DiT. ours: no adapter is on, though the figure's arrow starts at the generator.
+    paper: features after the last double-stream block (figure; no author's code exists). peer:
+    softplus; DMD2 reads its fake. ours: no adapter (the figure's arrow starts at the generator).
     """
 
     def __init__(self, roles, r1=0.0):
