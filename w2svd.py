@@ -1306,7 +1306,6 @@ class HunyuanTask:
             "generator and fake, float32": 4 * (generator + fake) / GiB,
             "Adam, average": (8 * (generator + fake) + 4 * generator) / GiB,
             "gradients": 4 * max(generator, fake) / GiB,
-            # the discriminator's features are a third of the blocks
             "inputs of the blocks": n * one * (1 + (c.gan_weight > 0) / 3) * c.checkpointing,
             "a block, recomputed": 37.2 * one if c.checkpointing else n * 37.2 * one,
             "CUDA, fragments": 1.6,  # with expandable segments
@@ -1315,9 +1314,8 @@ class HunyuanTask:
         # much in attention, whose kernel recomputes a product; checkpointing one more forward
         linear = 2 * tokens * n * (4 + 2 * m.mlp_ratio) * width**2 / 1e15
         attention = 4 * tokens**2 * width * n / 1e15
-        forwards += backwards * (1 + c.checkpointing)
-        linear *= c.accumulate * (forwards + backwards)
-        attention *= c.accumulate * (forwards + 2.5 * backwards)
+        linear *= c.accumulate * (forwards + backwards * (2 + c.checkpointing))
+        attention *= c.accumulate * (forwards + backwards * (3.5 + c.checkpointing))
         # on an H100 in TFLOP/s, published: 650 in large products, 350 in FlashAttention-2
         seconds = linear * 1e3 / 650 + attention * 1e3 / 350
         saves = 2 if c.generator == "full" else c.iterations // c.save_every

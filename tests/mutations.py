@@ -166,18 +166,18 @@ adapters compute in float32 @ HunyuanVideo.velocity: self.dtype != torch.float32
 embedded guidance is ignored by the backbone @ HunyuanVideo.velocity: self.guidance ==> 6.0
 embedded guidance does not reach the backbone @ HunyuanTask.wrap: c.embedded_guidance ==> 6.0
 # test_data.py -k scaled_mode
-latents are encoded unscaled @ encode_clip: * pipe.vae.config.scaling_factor ==>
+latents are encoded unscaled @ encode_video: * pipe.vae.config.scaling_factor ==>
 text is not trimmed @ encode_text: [:, mask[0].bool()] ==>
 # test_hunyuan.py -k films_on
-films are on another grid @ HunyuanTask.on_log: self.config.shift ==> 5.0
+films are on another grid @ HunyuanTask.on_log: c.shift ==> 5.0
 # test_hunyuan.py -k sample_is or seed_and or another_size or negative_prompt
-latents are decoded unscaled @ HunyuanTask.film: / pipe.vae.config.scaling_factor ==>
+latents are decoded unscaled @ HunyuanTask.decode: / pipe.vae.config.scaling_factor ==>
 sample ignores the header's grid @ HunyuanTask.sample: info["sigmas"] ==> [1.0, 0.5, 0.0]
 another number of steps is on another grid @ HunyuanTask.sample: info["shift"] ==> 5.0
 the negative prompt is ignored @ HunyuanTask.sample: is None else guided ==> is avoided else guided
 # test_hunyuan.py -k card_s_code
-the exported scheduler forgets the shift @ export: shift=config.shift ==> shift=5.0
-the exported scheduler adds no noise @ export: stochastic_sampling=True ==>
+the exported scheduler forgets the shift @ export: shift=info["shift"] ==> shift=5.0
+the exported scheduler adds no noise @ export: not info["euler"] ==> False
 # test_hunyuan.py -k merged_weights
 the merged weights are rounded first @ merge: for name, x in tensors.items() ==>
     for name, x in [(n, y.bfloat16().float()) for n, y in tensors.items()]

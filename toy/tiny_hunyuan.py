@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import (
-    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionConfig,
@@ -100,6 +99,8 @@ def save_tiny(folder, channels=4, text=16, scaling=0.476986, form=None):
 
 def reader(llama, words):
     """Image-to-video's text encoder, which sees a picture as 16 tokens, and what cuts pictures."""
+    from transformers import CLIPImageProcessor  # which says at once that it lacks torchvision
+
     llama.vocab_size = len(words)
     vision = {"hidden_size": 8, "intermediate_size": 16, "projection_dim": 8}
     vision |= {"num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
