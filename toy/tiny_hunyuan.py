@@ -6,7 +6,6 @@ import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
@@ -92,6 +91,8 @@ def save_tiny(folder, channels=4, text=16, scaling=0.476986, form=None):
     if form is None:
         HunyuanVideoPipeline(LlamaModel(llama).eval(), tokenizer(), *rest).save_pretrained(folder)
         return
+    from diffusers import HunyuanVideoImageToVideoPipeline  # its import complains of no torchvision
+
     words = tokenizer(MARKS)
     llava, eyes = reader(llama, words)
     HunyuanVideoImageToVideoPipeline(llava, words, *rest, eyes).save_pretrained(folder)
@@ -99,7 +100,7 @@ def save_tiny(folder, channels=4, text=16, scaling=0.476986, form=None):
 
 def reader(llama, words):
     """Image-to-video's text encoder, which sees a picture as 16 tokens, and what cuts pictures."""
-    from transformers import CLIPImageProcessor  # which says at once that it lacks torchvision
+    from transformers import CLIPImageProcessor
 
     llama.vocab_size = len(words)
     vision = {"hidden_size": 8, "intermediate_size": 16, "projection_dim": 8}
