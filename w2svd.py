@@ -1176,7 +1176,7 @@ def encoded_clips(config, form=None):
     print(f"{config.data}: {len(files)} clips, {len(made)} encoded now")
     report(config, made, left_out)
     if not files:
-        raise Refused(f"No clip of {config.data} can be used; it needs {LAYOUTS}.", status=1)
+        raise Refused(f"Nothing in {config.data} can be used. A folder needs {LAYOUTS}.", status=1)
     return files
 
 
@@ -1231,7 +1231,7 @@ class HunyuanTask:
         if name != Model.__name__ or odd:
             raise Refused(f"--checkpoint {config.checkpoint} is no HunyuanVideo known here.")
         if form and ".txt" in (config.data[-4:], config.sample_prompts[-4:]):
-            raise Refused("Image-to-video needs clips, not a .txt: captions have no first frame.")
+            raise Refused("--data, --sample-prompts: a .txt has no first frames; name a folder.")
         with torch.device("meta"):  # shapes and no numbers, for the plan
             self.wrap(Model.from_config(found).bfloat16(), torch.bfloat16)
         # the VAE makes 4 frames, 8 x 8 pixels one; token_replace samples what follows frame one
@@ -1386,7 +1386,8 @@ class HunyuanTask:
     def finish(self, run):
         """No exact answer here: the last logged numbers."""
         last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
-        table = f'now: python w2svd.py sample --run {run.folder} --prompt "..." --out video.mp4'
+        flags = '--prompt "..."' + " --image face.png" * bool(self.form)
+        table = f"now: python w2svd.py sample --run {run.folder} {flags} --out video.mp4"
         return {"student": last | {"steps": run.config.steps}}, table
 
     def first_frame(self, path):
@@ -1394,8 +1395,11 @@ class HunyuanTask:
         from PIL import Image, ImageOps
 
         size = self.config.width, self.config.height
-        with Image.open(path) as file:  # upright; what is transparent is black, as in films
-            picture = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGBA"), size)
+        try:
+            with Image.open(path) as file:  # upright; what is transparent is black, as in films
+                picture = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGBA"), size)
+        except OSError as error:
+            raise Refused(f"--image {path} is no picture ({error}).") from error
         pixels = Image.alpha_composite(Image.new("RGBA", size, "black"), picture).convert("RGB")
         picture = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
         picture = picture.reshape(*size[::-1], 3)
@@ -1408,8 +1412,10 @@ class HunyuanTask:
         form, needs = self.form, {"prompt", "image"} if self.form else {"prompt"}
         if "image" in given and not form:
             raise Refused(f"{self.config.checkpoint} is text-to-video: it reads no --image.")
-        if given.keys() != needs or out.suffix != ".mp4":
-            raise Refused(f"Name --{' and --'.join(sorted(needs))}, and an .mp4 as --out.")
+        if given.keys() != needs:
+            raise Refused(f"Name a --{' and a --'.join(sorted(needs))}.")
+        if out.suffix != ".mp4":
+            raise Refused(f"--out {out} must be an .mp4.")
         first = self.first_frame(given["image"]) if form else None
         pipe = load_pipeline(self.config.checkpoint, ("transformer", *["vae"] * (form is None)))
         cond, avoided = encode_text(pipe, given["prompt"], first, form), None
@@ -1631,6 +1637,7 @@ def restore(folder, state, base_sum, clips):
         if not math.isclose(info["base_sum"], base_sum, rel_tol=1e-9):
             raise Refused(f"{path} was made from another backbone; see --checkpoint or --cache.")
         unpack(state, tensors, info["iteration"], info["taken"])
+        print(f"{path.name}: it goes on from iteration {state.iteration}")
         gone, new = set(info["clips"]) - set(clips), set(clips) - set(info["clips"])
         if info["clips"] != clips:
             print(f"w2svd: the data have changed: {len(gone)} clips gone, {len(new)} new.")
@@ -1777,6 +1784,8 @@ def sample(run, out, seed, at=None, **given):
         raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
     if given.get("steps", 1) < 1:
         raise Refused("--steps must be at least 1.")
+    if "cfg" in given and "negative_prompt" not in given:
+        raise Refused("--cfg weighs a --negative-prompt, which is missing.")
     fits = {"toy": ["n"], "hunyuan": ["prompt", "image", "negative_prompt", "cfg", "steps", *SIZES]}
     for name, x in given.items():
         if name not in fits[config.model]:
@@ -1798,8 +1807,7 @@ tags: [step-distillation, w2svd]
 Objective: {objective}; generator: {kind}, fake: {fake}, adapters of rank {rank}, alpha_weak
 {alpha_weak}; {step} updates, seed {seed}. The base model's licence goes for these weights.
 """
-DIFFUSERS = """For diffusers alone: ComfyUI and musubi-tuner apply none of it, silently.
-
+DIFFUSERS = """
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
     from diffusers.utils import export_to_video
@@ -1811,8 +1819,9 @@ DIFFUSERS = """For diffusers alone: ComfyUI and musubi-tuner apply none of it, s
                  height={height}, width={width}, num_frames={frames},
                  generator=torch.Generator().manual_seed(0)).frames[0]
     export_to_video(video, "talk.mp4", fps={fps:g})
-
-A second LoRA switches this one off, until `pipe.set_adapters(["w2svd", "the other's name"])`.
+"""
+ALONE = """For diffusers alone: ComfyUI and musubi-tuner apply none of it, silently. A second LoRA
+switches this one off, until `pipe.set_adapters(["w2svd", "the other's name"])`.
 """
 LOAD = """base = "{checkpoint}"
     pipe = HunyuanVideoPipeline.from_pretrained(base, dtype=torch.bfloat16).to("cuda")
@@ -1830,15 +1839,16 @@ BasicScheduler (simple, {steps} steps), or ManualSigmas {sigmas}; KSamplerSelect
 BasicScheduler on the loader itself, FluxGuidance's 3.5, the sampler euler, KSampler's cfg of 8.
 """
 USE = {
-    "diffusers": DIFFUSERS.replace("{load}", LOAD),
+    "diffusers": ALONE + DIFFUSERS.replace("{load}", LOAD),
     "comfyui": COMFYUI,
-    "merged": DIFFUSERS.replace("{load}", MERGED),
+    "merged": "A whole transformer, for diffusers.\n" + DIFFUSERS.replace("{load}", MERGED),
 }
-IMAGE_TO_VIDEO = {
-    "In ComfyUI: ": "For text-to-video (image-to-video was not tried there) in ComfyUI: ",
+IMAGE_TO_VIDEO = {  # what a card says otherwise; the picture is cropped, where diffusers stretches
+    "In ComfyUI: ": "Image-to-video was not tried there. For text-to-video: ",
     "HunyuanVideoPipeline": "HunyuanVideoImageToVideoPipeline",
-    "export_to_video\n": "export_to_video, load_image\n",
-    'pipe("a': 'pipe(load_image("face.png"), "a',
+    "export_to_video\n": "export_to_video, load_image\n    from PIL import ImageOps\n",
+    "    video": '    face = ImageOps.fit(load_image("face.png"), ({width}, {height}))\n    video',
+    'pipe("a': 'pipe(face, "a',
 }
 # HunyuanVideo's own layers, as ComfyUI names them, out of diffusers' parts
 DOUBLE = {
@@ -1900,8 +1910,8 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     config = dataclasses.replace(config, checkpoint=checkpoint or config.checkpoint)
     if config.model != "hunyuan":
         raise Refused(f"Only runs of --model hunyuan are exported, not of {config.model}.")
-    if info["kind"] == "full" and format != "merged":
-        raise Refused("A generator trained in full is no LoRA: --format merged, for diffusers.")
+    if (info["kind"] == "full" and format != "merged") or (info["euler"] and format == "comfyui"):
+        raise Refused("Trained in full, or as a stage before: --format merged, for diffusers.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"{out} is in use: name a new folder as --out.")
     task, kind = load_task(config), getattr(torch, dtype)
@@ -1909,7 +1919,7 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     if format == "merged":
         module = task.read_weights(torch.float32)
         lost = merge(module, tensors)
-        print(f"bfloat16 would round away {lost:.1%} of what was learnt")
+        print(f"bfloat16 would add an error of {lost:.1%} of what was learnt; float32 adds none")
         module.to(kind).save_pretrained(out)
         for file in out.glob("*.safetensors"):  # which diffusers keeps from everybody else
             file.chmod((out / "config.json").stat().st_mode)
@@ -1929,9 +1939,10 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
 
         scheduler = Scheduler(shift=info["shift"], stochastic_sampling=not info["euler"])
         scheduler.save_pretrained(out / "scheduler")
-    card = (CARD + USE[format]).format(**dataclasses.asdict(config) | info)
+    card = CARD + USE[format]
     for text, other in IMAGE_TO_VIDEO.items() if task.form else ():
         card = card.replace(text, other)
+    card = card.format(**dataclasses.asdict(config) | info)
     (out / "README.md").write_text(card, encoding="utf-8")
     print(f"wrote {out}, for {format}")
 

@@ -216,10 +216,10 @@ def test_the_run_resumes_to_the_same_bits_and_its_card_s_code_runs(train, tiny, 
     code = code.replace("this folder", "lora").replace('.to("cuda")', "")
     code = code.replace("torch.bfloat16", "torch.float32")
     code = code.replace('"a woman talks"', '"a dog", output_type="latent", **how')
-    picture()
+    picture(size=(96, 32))  # twice as wide: cropped, as `sample` does
     names = {"how": {"prompt_template": I2V_TEMPLATE}}
     exec(code, names)
-    assert torch.isfinite(names["video"]).all()
+    assert torch.isfinite(names["video"]).all() and names["face"].size == (48, 32)
     assert names["pipe"].scheduler.sigmas.tolist() == few_step_sigmas(4, 4.0).tolist()
 
 
@@ -261,10 +261,11 @@ def test_what_has_no_first_frame_is_refused(tiny, clips, trained, capsys):
     Path("captions.txt").write_text("a dog")
     fixed = ["train", "--model", "hunyuan", "--checkpoint", tiny, "--out", "r", *SIZE]
     rollout = ["--generator-input", "rollout"]
-    assert "first frame" in refused(capsys, ".", *fixed, "--data", "captions.txt", *rollout)
+    assert "first frames" in refused(capsys, ".", *fixed, "--data", "captions.txt", *rollout)
     prompts = ["--data", clips, "--sample-prompts", "captions.txt"]
     assert "first frame" in refused(capsys, ".", *fixed, *prompts)
     sample = ["sample", "--run", trained, "--prompt", "a dog", "--out", "a.mp4"]
     assert "--image" in refused(capsys, ".", *sample)
     Path("no.png").write_text("no picture")
-    assert "no.png" in refused(capsys, ".", *sample, "--image", "no.png")
+    for name in ("no.png", "gone.png"):
+        assert f"--image {name}" in refused(capsys, ".", *sample, "--image", name)
