@@ -259,7 +259,7 @@ def test_lcm_s_step_is_autograd_of_its_loss_written_again(
         roles.use_checkpointing()
     x0, cond, eps = given["x_gen"], given["cond"], given["eps"]
     sigma, lower = torch.tensor([0.9, 0.6, 0.4, 0.1]), torch.tensor([0.85, 0.5, 0.35, 0.0])
-    average = {n: 0.7 * p.detach() for n, p in roles.state("generator").items()}
+    average = {n: 0.7 * p for n, p in roles.state("generator").items()}  # nothing flows into it
     module = new_backbone(shape).module
 
     def velocity(trained, x, level):
