@@ -1203,6 +1203,12 @@ def report(config, made, left_out):
         print(f"  left out, {name}: {reason}")
 
 
+def sampling(config):
+    """A generator's steps, its shift, and whether it is sampled by Euler, as a backbone is."""
+    flow = config.objective == "finetune" and config.model == "hunyuan"
+    return (28, 7.0, True) if flow else (config.steps, config.shift, False)
+
+
 # A task is a model and its data. It has .backbone (see Roles), whose weights come with .load();
 # .device; .shape of a sample; .clips, their files; .batches(rng, taken), endless {'x0': (B, ...),
 # 'cond', 'name'} from the clip of that number on; .prepare() for what must follow the adapters;
@@ -1370,8 +1376,8 @@ class HunyuanTask:
 
     def on_log(self, step, generator):
         """At the start and at every save: up to four prompts, always from the same noise."""
-        c, flow = self.config, self.config.objective == "finetune"
-        sigmas = few_step_sigmas(28, 7.0) if flow else few_step_sigmas(c.steps, c.shift)
+        c, (steps, shift, flow) = self.config, sampling(self.config)
+        sigmas = few_step_sigmas(steps, shift)
         if step % c.save_every and step != c.iterations:
             return
         for i, clip in enumerate(self.filmed):
@@ -1405,6 +1411,15 @@ class HunyuanTask:
         picture = picture.reshape(*size[::-1], 3)
         return picture.permute(2, 0, 1)[None, :, None] / 127.5 - 1
 
+    def student(self, tensors, info):
+        """The velocity of a stored generator, in place of the backbone's."""
+        if info["kind"] == "full":
+            self.backbone.module.load_state_dict(tensors)
+            return self.backbone.velocity
+        roles = Roles(self.backbone, info["rank"], 0.0, 1.0)
+        roles.load("generator", tensors)
+        return roles.generator
+
     def sample(self, tensors, info, out, seed, negative_prompt=None, cfg=2.0, steps=0, **given):
         """A video of the prompt, led away from a negative one by `cfg` at twice the evaluations."""
         from diffusers.training_utils import free_memory
@@ -1426,13 +1441,7 @@ class HunyuanTask:
         del pipe
         free_memory()  # before the transformer comes
         self.load_weights()
-        student = self.backbone.velocity
-        if info["kind"] == "full":
-            self.backbone.module.load_state_dict(tensors)
-        else:
-            roles = Roles(self.backbone, info["rank"], 0.0, 1.0)
-            roles.load("generator", tensors)
-            student = roles.generator
+        student = self.student(tensors, info)
 
         def velocity(x_t, sigma, cond):
             v = student(x_t, sigma, cond)
@@ -1568,8 +1577,7 @@ def save_generator(path, config, state, base_sum):
     """The average in float32 under diffusers' names; the header has all that sampling needs."""
     names = "model data checkpoint objective alpha_weak alpha_strong guidance".split()
     info = {name: getattr(config, name) for name in (*names, "embedded_guidance", "seed")}
-    flow = config.objective == "finetune" and config.model == "hunyuan"  # sampled as the backbone
-    steps, shift = (28, 7.0) if flow else (config.steps, config.shift)
+    steps, shift, flow = sampling(config)
     info |= {"kind": config.generator, "rank": config.lora_rank, "lora_alpha": config.lora_rank}
     info |= {"sigmas": few_step_sigmas(steps, shift).tolist(), "steps": steps, "shift": shift}
     info |= {"euler": flow, "step": state.iteration, "base_sum": base_sum}
@@ -1971,8 +1979,8 @@ def add_settings(command, names):
             group.add_argument(flag(field.name), **how)
 
 
-def parser():
-    """The four commands and their flags; what is not given is absent."""
+def parse(argv):
+    """What was given, a dictionary, by the flags of the four commands; the rest is absent."""
     top = Parser(prog="w2svd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
 
@@ -2007,12 +2015,6 @@ def parser():
     exports.add_argument("--out", required=True, help="a new folder")
     exports.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32]")
     exports.add_argument("--format", required=True, choices=tuple(USE), help="merged: all weights")
-    return top
-
-
-def parse(argv):
-    """What was given, a dictionary; a flag that does not exist is refused."""
-    top = parser()
     given, unknown = top.parse_known_args(argv)
     if unknown:
         raise Refused(f"There is no {unknown[0]}; see w2svd.py {given.command} --help.")
@@ -2021,10 +2023,9 @@ def parse(argv):
 
 def absolute(model, given):
     """What was given with whole paths, so that a run can be resumed from elsewhere."""
-    names = [n for n in ("data", "checkpoint", "cache", "sample_prompts") if given.get(n)]
-    names = [n for n in names if Path(given[n]).exists()]
-    found = {n: str(Path(given[n]).resolve()) for n in names if (model, n) != ("toy", "data")}
-    return given | found
+    names = ("checkpoint", "cache", "sample_prompts", *["data"] * (model != "toy"))
+    paths = {name: Path(given[name]) for name in names if given.get(name)}
+    return given | {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
 
 
 def resumed(given):
@@ -2051,19 +2052,18 @@ def resolve(given):
     given = absolute(model, given)
     data = given.get("data", "")
     kind = "captions" if data.endswith(".txt") else data
-    config = Config(**PRESETS[model] | PRESETS.get(f"{model} {kind}", {}) | given)
-    fits = {}
-    if config.fake == "full":  # its real DiT is the plain backbone; a decay would pull weights to 0
-        fits |= {"alpha_weak": 0.0, "fake_weight_decay": 0.0}
-    if config.generator_input == "paired":  # its last exit knows its ground truth: learn from all
-        fits |= {"fake_samples": "all"}
-    fits = {name: value for name, value in fits.items() if name not in given}
+    preset = PRESETS[model] | PRESETS.get(f"{model} {kind}", {})
+    if given.get("fake") == "full":  # real is the plain backbone; a decay would pull weights to 0
+        preset |= {"alpha_weak": 0.0, "fake_weight_decay": 0.0}
+    if given.get("generator_input") == "paired":  # its last exit nearly shows x0: learn from all
+        preset |= {"fake_samples": "all"}
+    config = Config(**preset | given)
     out, k = config.out or f"runs/{model}", 2
     while not config.out and any(Path(out).glob("[!.]*")):
         out, k = f"runs/{model}-{k}", k + 1
     if Path(out).is_file() or any(Path(out).glob("[!.]*")):
         raise Refused(f"{out} is in use: name another --out, or go on in it with --resume.")
-    return dataclasses.replace(config, out=out, **fits)
+    return dataclasses.replace(config, out=out)
 
 
 def main(argv=None):

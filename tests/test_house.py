@@ -21,7 +21,8 @@ import yaml
 import w2svd
 from toy.table import CASES, SEEDS
 
-CEILING = 2109  # lines of w2svd.py as ruff formats them; where it stands, the goal is 1,430
+BUDGET = 1500  # lines of w2svd.py as ruff formats them, in the end
+CEILING = 2109  # where it stands, to be lowered with it
 PAPER = 520  # of them in sections 2 to 6, the paper
 SETTINGS = 50
 README_LINES = 130
@@ -76,7 +77,12 @@ def run(*command, cwd=ROOT):
 # ---- size and form -------------------------------------------------------------------------------
 
 
-def test_the_file_is_short_and_so_is_the_paper_in_it():
+@pytest.mark.xfail(reason="it has 2,100 lines: a budget that is missed", strict=True)
+def test_the_file_is_within_its_budget():
+    assert len(SOURCE.splitlines()) <= BUDGET
+
+
+def test_the_file_does_not_grow_unnoticed_and_the_paper_in_it_is_short():
     assert len(SOURCE.splitlines()) <= CEILING
     paper = SOURCE[SOURCE.index("# ---- 2. ") : SOURCE.index("# ---- 7. ")]
     assert len(paper.splitlines()) <= PAPER

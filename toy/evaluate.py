@@ -140,16 +140,6 @@ def grids(info):
     return euler | {f"student-{own}": torch.tensor(info["sigmas"])}
 
 
-def student_of(task, tensors, info):
-    """The velocity of a stored generator, in place of the backbone's."""
-    if info["kind"] == "full":
-        task.backbone.module.load_state_dict(tensors)
-        return task.backbone.velocity
-    roles = w2svd.Roles(task.backbone, info["rank"], 0.0, 1.0)
-    roles.load("generator", tensors)
-    return roles.generator
-
-
 def draw(task, files, levels, generator, seeds):
     """{method: latents (n, C, T, H, W)} on the CPU, and {method: seconds for one}.
 
@@ -158,8 +148,9 @@ def draw(task, files, levels, generator, seeds):
     task.load_weights()
     latents, seconds, bar = {}, {}, tqdm(total=len(levels) * len(files), desc="draw", unit="video")
     for name, sigmas in levels.items():
-        euler, drawn, spent = name.startswith("euler"), [], []
-        velocity = task.backbone.velocity if euler else student_of(task, *generator)
+        plain, drawn, spent = name.startswith("euler"), [], []
+        velocity = task.backbone.velocity if plain else task.student(*generator)
+        euler = plain or generator[1]["euler"]
         for file, seed in zip(files, seeds):
             cond, start = task.read(file)["cond"], time.perf_counter()
             x0 = task.draw(velocity, sigmas, cond, seed, euler)
