@@ -169,7 +169,7 @@ embedded guidance does not reach the backbone @ HunyuanTask.wrap: c.embedded_gui
 latents are encoded unscaled @ encode_video: * pipe.vae.config.scaling_factor ==>
 text is not trimmed @ encode_text: [:, mask[0].bool()] ==>
 # test_hunyuan.py -k films_on
-films are on another grid @ HunyuanTask.on_log: c.shift ==> 5.0
+films are on another grid @ HunyuanTask.on_log: (steps, shift) ==> (steps, 5.0)
 # test_hunyuan.py -k sample_is or seed_and or another_size or negative_prompt
 latents are decoded unscaled @ HunyuanTask.decode: / pipe.vae.config.scaling_factor ==>
 sample ignores the header's grid @ HunyuanTask.sample: info["sigmas"] ==> [1.0, 0.5, 0.0]
