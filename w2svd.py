@@ -66,10 +66,13 @@ later code's or ours; on the toy: rollouts, a fake that learns final samples onl
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
 import csv
 import dataclasses
+import datetime
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import io
@@ -110,6 +113,8 @@ class Refused(ValueError):
 HUNYUAN = "hunyuanvideo-community/HunyuanVideo"
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
+RANKS = int(os.environ.get("WORLD_SIZE", 1))  # how many they are
 Kind = Literal["lora", "full"]
 Input = Literal["paired", "rollout"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -268,6 +273,19 @@ def check_hunyuan(c: Config):
         raise Refused("--model hunyuan needs --batch 1 (see --accumulate) and --guidance 1.")
     if c.compile and c.fp8_base:
         raise Refused("--compile does not work on --fp8-base: casting breaks every graph.")
+
+
+def mean_over_ranks(x):
+    """x becomes its mean over the processes; of a split weight's gradient FSDP2 has made it."""
+    if RANKS > 1 and not is_split(x):
+        torch.distributed.all_reduce(x)
+        x /= RANKS
+    return x
+
+
+def is_split(x):
+    """Whether each process holds a part of x alone: a DTensor, whose import takes a second."""
+    return hasattr(x, "full_tensor")
 
 
 # ---- 2. Flow matching ----------------------------------------------------------------------------
@@ -667,8 +685,11 @@ class State:
         self.reads = []  # (clip, sigma) of the update at work, for an error to name
         # author-code: betas. No momentum, as the gradients' target moves
         adam = functools.partial(torch.optim.AdamW, betas=(0.0, 0.999), fused=True)
-        streams = enumerate("data input exit level noise".split(), FIRST_SEED + 1000 * config.seed)
-        self.rngs = {name: torch.Generator(device).manual_seed(i) for i, name in streams}
+        # one exit for all, as it decides how often the split backbone is gathered
+        self.rngs, self.shared = {}, {"exit"} if config.generator_input == "rollout" else set()
+        for i, name in enumerate("data input exit level noise".split()):
+            seed = FIRST_SEED + 1000 * config.seed + i + 2**20 * RANK * (name not in self.shared)
+            self.rngs[name] = torch.Generator(device).manual_seed(seed)
         decay = dict.fromkeys(roles.trained, 0.0) | {"fake": config.fake_weight_decay}
         self.optimizers = {r: adam(roles.parameters(r), weight_decay=decay[r]) for r in decay}
         self.average = {n: p.detach().clone() for n, p in roles.state("generator").items()}
@@ -678,7 +699,9 @@ class State:
         optimizer, parameters = self.optimizers[role], self.roles.parameters(role)
         for parameter in parameters:
             parameter.grad /= self.config.accumulate
+            mean_over_ranks(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        norm = norm.full_tensor() if is_split(norm) else norm
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient of the {role} is not finite")
         optimizer.param_groups[0]["lr"] = lr
@@ -697,9 +720,12 @@ class State:
     def averaged(self):
         """The generator's velocity with its averaged weights; inside, the two are exchanged."""
 
+        @torch.no_grad()
         def exchange():
             for name, parameter in self.roles.state("generator").items():
-                parameter.data, self.average[name] = self.average[name], parameter.data
+                kept = parameter.clone()  # in place: FSDP2 knows the memory and not the name
+                parameter.copy_(self.average[name])
+                self.average[name].copy_(kept)
 
         exchange()
         try:
@@ -714,7 +740,7 @@ def micro_batches(config, state, data):
     for _ in range(config.accumulate):
         batch = next(data)
         name, x0 = batch.get("name", "a batch"), batch["x0"]
-        state.taken += len(x0)
+        state.taken += RANKS * len(x0)
         require_finite(f"the data ({name})", x0, 0.0)
         yield name, x0, batch["cond"]
 
@@ -803,11 +829,14 @@ class HunyuanVideo:
         self.module, self.dtype, self.guidance = module, dtype, embedded_guidance
         layers = f"{self.ATTENTION}|{self.MLP}" if lora_targets == "all" else self.ATTENTION
         self.lora_targets = rf"(single_)?transformer_blocks\.\d+\.({layers})"
-        self.blocks = [*module.transformer_blocks, *module.single_transformer_blocks]
         self.width = module.config.num_attention_heads * module.config.attention_head_dim
         self.form = module.config.image_condition_type  # None, token_replace or latent_concat
         for block in self.blocks:
             block.register_forward_pre_hook(self.without_mask)
+
+    @property
+    def blocks(self):
+        return [*self.module.transformer_blocks, *self.module.single_transformer_blocks]
 
     @staticmethod
     def without_mask(_, args):
@@ -1269,7 +1298,10 @@ class HunyuanTask:
 
     def load_weights(self):
         dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-        self.wrap(self.read_weights(dtype).to(DEVICE, dtype).requires_grad_(False), dtype)
+        # whole copies would not fit beside it before they are split, which moves them there
+        full = "full" in (self.config.generator, self.config.fake)
+        device = "cpu" if full and RANKS > 1 else DEVICE
+        self.wrap(self.read_weights(dtype).to(device, dtype).requires_grad_(False), dtype)
 
     def prepare(self):
         """What must follow the adapters: the base's weights in 8 bits, compilation."""
@@ -1290,25 +1322,24 @@ class HunyuanTask:
 
     def batches(self, rng, taken=0):
         """Each clip once an epoch, in an order of its own, from seed and epoch; endless."""
-        for count in itertools.count(taken):
+        for count in itertools.count(taken + RANK, RANKS):
             epoch, place = divmod(count, len(self.clips))
             order = torch.Generator().manual_seed((1_000_003 * self.config.seed + epoch) % 2**63)
             permutation = torch.randperm(len(self.clips), generator=order)
             yield self.read(self.clips[permutation[place]])
 
-    def costs(self, forwards, backwards, generator, fake):
-        """Memory, time and disk by formulas: simulated or published figures, nothing measured."""
-        c, m, GiB = self.config, self.backbone.module.config, 2**30
-        n, width = len(self.backbone.blocks), self.backbone.width
-        tokens = math.prod(self.whole[1:]) // m.patch_size**2 // m.patch_size_t
-        tokens += 256 + {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
-        base = [p for p in self.backbone.module.parameters() if not p.requires_grad]
-        host = sum(p.nbytes for p in base) / GiB
+    def memory(self, generator, fake, gpus, tokens):
+        """GiB on each GPU, by line, of a generator and a fake of so many trained parameters."""
+        c, n, width, GiB = self.config, len(self.backbone.blocks), self.backbone.width, 2**30
         if c.fp8_base:
             self.backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
-        one = 2 * tokens * width / GiB  # a block's bf16 tensor; its backward keeps 37.2
-        memory = {
-            "backbone, frozen": sum(p.nbytes for p in base) / GiB,
+        base = [p for p in self.backbone.module.parameters() if not p.requires_grad]
+        whole, one = sum(p.nbytes for p in base) / GiB, 2 * tokens * width / GiB
+        generator /= gpus if c.generator == "full" else 1  # adapters stay whole on each GPU
+        fake /= gpus if c.fake == "full" else 1
+        return {
+            # one is a block's bf16 tensor, of which its backward keeps 37.2
+            "backbone, frozen": whole / gpus + 3 * whole / n * (gpus > 1),  # blocks being gathered
             "generator and fake, float32": 4 * (generator + fake) / GiB,
             "Adam, average": (8 * (generator + fake) + 4 * generator) / GiB,
             "gradients": 4 * max(generator, fake) / GiB,
@@ -1316,6 +1347,16 @@ class HunyuanTask:
             "a block, recomputed": 37.2 * one if c.checkpointing else n * 37.2 * one,
             "CUDA, fragments": 1.6,  # with expandable segments
         }
+
+    def costs(self, forwards, backwards, generator, fake, gpus):
+        """Memory, time and disk by formulas: simulated or published figures, nothing measured."""
+        c, m, GiB = self.config, self.backbone.module.config, 2**30
+        n, width = len(self.backbone.blocks), self.backbone.width
+        tokens = math.prod(self.whole[1:]) // m.patch_size**2 // m.patch_size_t
+        tokens += 256 + {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
+        base = [p for p in self.backbone.module.parameters() if not p.requires_grad]
+        host = sum(p.nbytes for p in base) / GiB
+        memory = self.memory(generator, fake, gpus, tokens)
         # PFLOP of a forward. A backward takes as much in frozen linear layers, and 2.5 times as
         # much in attention, whose kernel recomputes a product; checkpointing one more forward
         linear = 2 * tokens * n * (4 + 2 * m.mlp_ratio) * width**2 / 1e15
@@ -1324,15 +1365,25 @@ class HunyuanTask:
         attention *= c.accumulate * (forwards + backwards * (3.5 + c.checkpointing))
         # on an H100 in TFLOP/s, published: 650 in large products, 350 in FlashAttention-2
         seconds = linear * 1e3 / 650 + attention * 1e3 / 350
+        # each forward and each backward gathers the backbone; an update sums gradients, there
+        # and back. GB/s of a GPU: 450 by NVLink, 50 by a network of 400 Gb/s; beside computation
+        passes, others = c.accumulate * (forwards + 2 * backwards), 1 - 1 / gpus
+        sent = passes * host * others + 8 * (c.fake_updates * fake + generator) * others / GiB
+        many = {"gathered by a GPU an iteration, GiB": sent}
+        many |= {"its time by NVLink, seconds": sent * 1.07 / 450}
+        many |= {"its time between nodes, seconds": sent * 1.07 / 50}
         saves = 2 if c.generator == "full" else c.iterations // c.save_every
         # two checkpoints and the one being written; the generators
         saved = 3 * (4 * generator + 3 * fake) + (saves + 1) * generator
         return {
             "GPU memory, GiB": memory,
             "in all, GiB": sum(memory.values()),
-            "hours on one H100": seconds * c.iterations / 3600,
+            "hours on one H100" if gpus == 1 else f"hours on {gpus} H100": seconds
+            * c.iterations
+            / 3600,
             "seconds an iteration": seconds,
             "PFLOP an iteration": linear + attention,
+            **(many if gpus > 1 else {}),
             "disk for the run, GiB": 4 * saved / GiB,
             "download, once, GB": 42 if c.checkpoint == HUNYUAN else 0,
             "host memory while loading, GiB": host,
@@ -1368,6 +1419,8 @@ class HunyuanTask:
         import imageio.v3 as iio
 
         x0 = self.draw(*how, **more)
+        if RANK:
+            return
         frames = self.decode(load_pipeline(self.config.checkpoint, (*TEXT, "transformer")), x0)
         path.parent.mkdir(exist_ok=True)
         with atomic_write(path) as part:
@@ -1453,6 +1506,84 @@ class HunyuanTask:
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
+def join_ranks():
+    """Under torchrun: take this process's GPU and meet the others; the first alone speaks."""
+    if RANKS > 1 and not torch.distributed.is_initialized():
+        if DEVICE == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # a long wait is one for clips to be encoded; torchrun ends all processes when one dies
+        how = {"backend": "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"}
+        torch.distributed.init_process_group(**how, timeout=datetime.timedelta(days=1))
+        # what still refers to the group would end the process by an error
+        atexit.register(lambda: (gc.collect(), torch.distributed.destroy_process_group()))
+        if RANK:
+            sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
+
+
+def of_all_ranks(x):
+    """Every process's x, a list; small things only."""
+    every = [x] * RANKS
+    if RANKS > 1:
+        torch.distributed.all_gather_object(every, x)
+    return every
+
+
+def split_over_ranks(roles):
+    """Of frozen weights and of whole copies each process keeps a part (FSDP2).
+
+    A block's weights are gathered when it runs and dropped after it. Adapters stay whole in every
+    process, where `mean_over_ranks` keeps them equal. Optimizers come after this.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings(
+        "ignore", "FSDP2-wrapped module .* returned a view"
+    )  # none is written to
+    adapters = {p for role in roles.adapters for p in roles.parameters(role)}
+    adapters |= set(roles.parameters("discriminator") if "discriminator" in roles.trained else [])
+    for backbone in (roles.backbone, *roles.copies.values()):
+        for module in (*backbone.blocks, backbone.module):  # the last: all that is in no block
+            fully_shard(module, ignored_params=adapters)
+    for role in roles.copies:
+        roles.trained[role] = roles._find(role)
+    for parameter in adapters:
+        parameter.data = parameter.data.to(DEVICE)
+
+
+def whole(x):
+    """A tensor, of which each process may hold a part, in one piece."""
+    return x.detach().full_tensor() if is_split(x) else x.detach()
+
+
+def split_as(x, like):
+    """A copy of the whole tensor x, where and as `like` is."""
+    if is_split(like):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+    return x.to(like.device, copy=True)
+
+
+def write_by_first(path, tensors, info):
+    """write_safetensors of tensors that may be split: all processes gather, the first writes."""
+    kept = {}
+    for name, x in tensors.items():
+        x = whole(x)
+        if RANK == 0:
+            kept[name] = x.cpu()
+    if RANK == 0:
+        write_safetensors(path, kept, info)
+
+
+def check_ranks(config, state):
+    """Stop where processes differ in what must be the same in all: the trained weights, exits."""
+    marks = [state.rngs["exit"].get_state().sum()] if config.generator_input == "rollout" else []
+    for role in state.optimizers:
+        marks += [p.detach().sum() for p in state.roles.parameters(role) if not is_split(p)]
+    if len(set(of_all_ranks(tuple(map(float, marks))))) > 1:
+        raise RuntimeError("the processes have drifted apart; a bug, since all must do the same")
+
+
 def load_task(config):
     """The model and data that `config` names, as a task."""
     if config.model == "toy":
@@ -1524,7 +1655,7 @@ def commit():
     return subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD")
 
 
-def plan(config, task):
+def plan(config, task, gpus=1):
     """What a run takes: its costs first, then the numbers that follow from the config."""
     backbone = sum(p.numel() for p in task.backbone.module.parameters())
     with torch.device("meta"):  # nothing is loaded yet; load() brings one without these adapters
@@ -1542,7 +1673,7 @@ def plan(config, task):
         forwards, backwards, trained[1] = 2 * (config.objective == "lcm"), 1, 0
     names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
-    return task.costs(forwards, backwards, *trained) | {
+    return task.costs(forwards, backwards, *trained, gpus) | {
         "backbone_parameters": backbone,
         "generator_parameters": trained[0],
         "fake_parameters": trained[1],
@@ -1582,19 +1713,21 @@ def save_generator(path, config, state, base_sum):
     info |= {"sigmas": few_step_sigmas(steps, shift).tolist(), "steps": steps, "shift": shift}
     info |= {"euler": flow, "step": state.iteration, "base_sum": base_sum}
     prefix = "transformer." if config.generator == "lora" else ""
-    write_safetensors(path, {prefix + name: x for name, x in state.average.items()}, info)
+    write_by_first(path, {prefix + name: x for name, x in state.average.items()}, info)
 
 
 def base_sum(roles):
     """The sum over about eight frozen tensors, to show that they did not move."""
     frozen = [p for p in roles.backbone.module.parameters() if not p.requires_grad]
-    return sum(float(p.double().sum()) for p in frozen[:: max(1, len(frozen) // 8)])
+    return sum(float(whole(p).double().sum()) for p in frozen[:: max(1, len(frozen) // 8)])
 
 
 def pack(state):
     """All of a State as one flat {name: tensor}, for a checkpoint."""
     flat = {f"average/{name}": x for name, x in state.average.items()}
-    flat |= {f"rng/{name}": rng.get_state() for name, rng in state.rngs.items()}
+    streams = of_all_ranks({name: rng.get_state() for name, rng in state.rngs.items()})
+    for rank, rngs in enumerate(streams):
+        flat |= {f"rng/{rank}/{name}": x for name, x in rngs.items()}
     for role, optimizer in state.optimizers.items():
         for name, parameter in state.roles.state(role).items():
             flat[f"{role}/{name}"] = parameter
@@ -1608,16 +1741,22 @@ def unpack(state, flat, iteration, taken):
     """Put the tensors of pack(), and the counts, into a State."""
     state.iteration, state.taken = iteration, taken
     for name, x in state.average.items():
-        x.copy_(flat[f"average/{name}"])
+        x.copy_(split_as(flat[f"average/{name}"], x))
     for name, rng in state.rngs.items():
-        rng.set_state(flat[f"rng/{name}"])
+        key = f"rng/{0 if name in state.shared else RANK}/{name}"
+        if key in flat:
+            rng.set_state(flat[key])
+        else:  # there were fewer processes
+            rng.manual_seed(rng.initial_seed() + 1009 * iteration)
     for role, optimizer in state.optimizers.items():
         for name, parameter in state.roles.state(role).items():
-            parameter.copy_(flat[f"{role}/{name}"])
-            slots = {n: f"optimizer/{role}/{name}/{n}" for n in ("step", "exp_avg", "exp_avg_sq")}
-            slots = {n: flat[key] for n, key in slots.items() if key in flat}  # none before its use
-            device = parameter.device
-            optimizer.state[parameter] = {n: x.to(device, copy=True) for n, x in slots.items()}
+            parameter.copy_(split_as(flat[f"{role}/{name}"], parameter))
+            for slot in ("step", "exp_avg", "exp_avg_sq"):
+                x = flat.get(f"optimizer/{role}/{name}/{slot}")  # none before its use
+                if x is not None:
+                    kept = x.to(parameter.device, copy=True)
+                    kept = split_as(x, parameter) if x.ndim else kept
+                    optimizer.state[parameter][slot] = kept
 
 
 def save(folder, config, state, base_sum, clips):
@@ -1627,7 +1766,9 @@ def save(folder, config, state, base_sum, clips):
     info = {"iteration": state.iteration, "taken": state.taken, "base_sum": base_sum}
     info |= {"rates": {n: getattr(config, n) for n in ("generator_lr", "fake_lr")}, "clips": clips}
     info |= {"metrics_bytes": (folder / "metrics.jsonl").stat().st_size}
-    write_safetensors(folder / f"checkpoint-{step}", pack(state), info)
+    write_by_first(folder / f"checkpoint-{step}", pack(state), info)
+    if RANK:
+        return
     for kind in ("checkpoint", "generator") if config.generator == "full" else ("checkpoint",):
         for path in sorted(folder.glob(f"{kind}-*"))[:-2]:
             path.unlink()
@@ -1674,7 +1815,8 @@ def as_floats(iterations, state):
     """The numbers of each iteration as floats, with the samples' std and motion by the data's."""
     try:
         for stats in iterations:
-            line = {name: float(x) for name, x in stats.items()}
+            numbers = torch.tensor([float(x) for x in stats.values()], dtype=torch.float64)
+            line = dict(zip(stats, mean_over_ranks(numbers).tolist()))
             both = [n for n in ("std", "motion") if f"gen_{n}" in line]
             known = [n for n in both if line.get(f"data_{n}")]  # 0: captions alone
             line |= {f"{n}_ratio": line[f"gen_{n}"] / line[f"data_{n}"] for n in known}
@@ -1696,21 +1838,8 @@ def check_memory(config, numbers, gpu_memory):
         raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}; less need {cure}.", status=1)
 
 
-def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
-    """Distil: the whole run, from the backbone to result.json. Returns the run's folder."""
-    from tqdm import tqdm
-
-    started, folder = time.perf_counter(), Path(config.out)
-    task = load_task(config)
-    numbers = plan(config, task)
-    show({"plan": numbers, "config": dataclasses.asdict(config)})
-    check_memory(config, numbers, gpu_memory)
-    if dry_run:
-        return None
-    task.load()
-    folder.mkdir(parents=True, exist_ok=True)
-    for half in [*folder.rglob(".tmp*"), *folder.rglob(".part-*")]:  # of a save that was killed
-        half.unlink()
+def trained_roles(config, task, split):
+    """The roles of a run, ready for optimizers; and the sum of the base, before it is split."""
     torch.manual_seed(config.seed)
     alphas = config.alpha_weak, config.alpha_strong
     roles = Roles(task.backbone, config.lora_rank, *alphas, config.generator, config.fake)
@@ -1719,22 +1848,55 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
     if config.checkpointing:
         roles.use_checkpointing()
     task.prepare()
-    state, base = State(config, roles, task.device), base_sum(roles)
+    base = base_sum(roles)
+    if split:
+        split_over_ranks(roles)
+    return roles, base
+
+
+def open_log(folder, before):
+    """metrics.jsonl, cut back to where the checkpoint was made; only the first process has one."""
+    if RANK:
+        return open(os.devnull, "a")
+    log = open(folder / "metrics.jsonl", "a")
+    log.truncate(min(before.get("metrics_bytes", 0), os.path.getsize(log.name)))
+    return log
+
+
+def train(config, resume=False, dry_run=False, gpu_memory=0.0, gpus=RANKS, shard="base", hours=0):  # noqa: C901
+    """Distil: the whole run, from the backbone to result.json. Returns the run's folder."""
+    from tqdm import tqdm
+
+    started, folder = time.perf_counter(), Path(config.out)
+    task = load_task(config)
+    numbers = plan(config, task, gpus if shard == "base" else 1)
+    show({"plan": numbers, "config": dataclasses.asdict(config)})
+    check_memory(config, numbers, gpu_memory)
+    if dry_run:
+        return None
+    task.load()
+    folder.mkdir(parents=True, exist_ok=True)
+    for half in [*folder.rglob(".tmp*"), *folder.rglob(".part-*")]:  # of a save that was killed
+        half.unlink(missing_ok=True)
+    split = shard == "base" and RANKS > 1 and config.model == "hunyuan"
+    roles, base = trained_roles(config, task, split)
+    state = State(config, roles, task.device)
     clips = [clip.name for clip in task.clips]
     before = restore(folder, state, base, clips) if resume else {}
     if state.iteration > config.iterations:
         raise Refused(f"{folder} has {state.iteration} iterations; --iterations cannot be less.")
-    write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
-    log = open(folder / "metrics.jsonl", "a")
-    log.truncate(min(before.get("metrics_bytes", 0), os.path.getsize(log.name)))
+    if RANK == 0:
+        write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
+    log = open_log(folder, before)
     rates = {n: [then, getattr(config, n)] for n, then in before.get("rates", {}).items()}
     changed = {name: pair for name, pair in rates.items() if pair[0] != pair[1]}
     if changed and state.iteration < config.iterations:
         print(json.dumps({"step": state.iteration, "changed": changed}), file=log, flush=True)
 
     def picture():
-        with state.averaged() as generator:
-            task.on_log(state.iteration, generator)
+        if RANK == 0 or split:  # all take part in a forward of what is split
+            with state.averaged() as generator:
+                task.on_log(state.iteration, generator)
 
     def due(every):
         return state.iteration == config.iterations or state.iteration % every == 0
@@ -1749,18 +1911,25 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0):  # noqa: C901
             line["memory_mb"] = memory_mb(task.device)
             bar.set_postfix(dict(itertools.islice(line.items(), 2)), refresh=False)
             bar.update()
+            if hours and time.perf_counter() - started > 3600 * hours:
+                stop.append(signal.SIGTERM)
+            stopped = max(of_all_ranks(stop[0] if stop else 0))
             if due(config.log_every):
                 print(json.dumps({"step": state.iteration, **line}), file=log, flush=True)
-            if due(config.save_every) or stop:
+            if due(config.save_every) or stopped or state.iteration < 3:
+                check_ranks(config, state)
+            if due(config.save_every) or stopped:
                 save(folder, config, state, base, clips)
             if due(config.log_every) or due(config.save_every):
                 picture()  # last, as it may fail
-            if stop:
-                raise KeyboardInterrupt(stop[0])
+            if stopped:
+                raise KeyboardInterrupt(stopped)
             tick = time.perf_counter()
     if base_sum(roles) != base:
         raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
     save_generator(folder / "generator.safetensors", config, state, base)
+    if RANK:
+        return folder
     with state.averaged() as generator:
         run = SimpleNamespace(folder=folder, config=config, generator=generator)
         result, table = task.finish(run)
@@ -1994,6 +2163,12 @@ def parse(argv):
     trains.add_argument("--resume", action="store_true", help="go on in --out, with its settings")
     trains.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     trains.add_argument("--gpu-memory", type=float, metavar="F", help="GiB to plan for [the GPU's]")
+    trains.add_argument("--gpus", type=int, metavar="I", help="how many to plan for [torchrun's]")
+    shards = {"choices": ("base", "none"), "help": "split the backbone over GPUs, or not [base]"}
+    trains.add_argument("--shard", **shards)
+    trains.add_argument(
+        "--max-hours", dest="hours", type=float, metavar="F", help="then save, stop"
+    )
     add_settings(trains, [field.name for field in dataclasses.fields(Config)])
     encodes = command("encode", "clips into latents and text, once; train does it by itself")
     add_settings(encodes, "model data checkpoint height width frames fps cache".split())
@@ -2072,14 +2247,19 @@ def main(argv=None):
     try:
         given = parse(argv)
         command = given.pop("command")
-        how = {n: given.pop(n) for n in ("resume", "dry_run", "gpu_memory") if n in given}
+        how = ("resume", "dry_run", "gpu_memory", "gpus", "shard", "hours")
+        how = {name: given.pop(name) for name in how if name in given}
         if command in ("sample", "export"):
             (sample if command == "sample" else export)(**given)
             return 0
         if command == "encode":
             given = {"model": "hunyuan"} | given
-        config = resumed(given) if how.get("resume") else resolve(given)
-        check(config)
+        join_ranks()
+        config = None
+        if RANK == 0:  # for which alone a new run folder is free
+            config = resumed(given) if how.get("resume") else resolve(given)
+            check(config)
+        config = of_all_ranks(config)[0]
         if command == "train":
             train(config, **how)
         elif config.model == "hunyuan":

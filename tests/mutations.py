@@ -30,6 +30,15 @@ PASSED, FAILED = 0, 1  # pytest's exit statuses; any other says that no test ran
 # A file of tests, then the mutations that it must notice, 'name @ where: old text ==> new text',
 # where is a function of w2svd.py, or 'file:function'; a line that is indented goes on
 TABLE = r"""
+# test_ranks.py
+gradients stay each process's own @ mean_over_ranks: RANKS > 1 and ==> RANKS > 9 and
+gradients of processes are added up @ mean_over_ranks: x /= RANKS ==> x /= 1
+every process draws the same noise @ State.__init__: 2**20 * RANK ==> 0 * RANK
+each process has exits of its own @ State.__init__: {"exit"} if ==> {"no"} if
+what copies were is trained, not their parts @ split_over_ranks:
+    roles.trained[role] = roles._find(role) ==> roles.trained[role] = roles.trained[role]
+processes go on with the first one's noise @ unpack: else RANK} ==> else 0}
+every process reads the same clips @ HunyuanTask.batches: taken + RANK, RANKS ==> taken, 1
 # test_flow_matching.py
 the grid is shifted twice @ few_step_sigmas: , shift).float() ==> , shift * shift).float()
 the losses' levels are shifted twice @ sample_sigma: , shift) ==> , shift**2)
