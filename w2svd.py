@@ -86,6 +86,7 @@ import time
 import typing
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -964,18 +965,14 @@ def read_text(path):
 
 
 def read_list(path):
-    """[(line, row)] of a metadata.csv or .jsonl; a row is a dictionary, but None without JSON."""
-    text, rows = read_text(path), []
+    """[(line, row)] of a metadata.csv, as dictionaries, or a metadata.jsonl, as JSON."""
+    text = read_text(path)
     if path.suffix == ".csv":
-        separator = max(",;\t", key=text.split("\n")[0].count)
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+        how = {"delimiter": max(",;\t", key=text.split("\n")[0].count)}
+        how["restkey"] = "text"  # cells too many, of a caption's comma without quotes, spoil it
+        table = csv.DictReader(io.StringIO(text, newline=""), **how)
         return [(table.line_num, row) for row in table]
-    for i, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [(i, json.loads(line))] if line.strip() else []
-        except ValueError:
-            rows.append((i, None))
-    return rows
+    return [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def find_clips(data):
@@ -994,12 +991,11 @@ def find_clips(data):
     lists = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
     for file in lists:
         for line, row in read_list(file):
-            # None is the column of cells too many, of a comma in a caption without quotes
-            row = row if isinstance(row, dict) and None not in row else {}
-            film, caption = row.get("file_name"), row.get("text")
-            if isinstance(film, str) and isinstance(caption, str):
-                clips.append((Path(os.path.abspath(file.parent / film.strip())), caption))
-            else:
+            try:
+                row = row if isinstance(row, dict) else json.loads(row)
+                film, caption = row["file_name"].strip(), row["text"].strip()
+                clips.append((Path(os.path.abspath(file.parent / film)), caption))
+            except (ValueError, KeyError, TypeError, AttributeError):
                 name = f"{file.relative_to(data)}, line {line}"
                 left_out[name] = "no file_name with one text (in quotes)"
     named = {film for film, _ in clips}
@@ -1023,21 +1019,19 @@ def ffmpeg(path, *flags):
 
 
 def look(path):
-    """What ffmpeg says of a film: its stream, its sides, width / height as shown, seconds, fps."""
-    said = ffmpeg(path)[2]
-    facts = said.partition("  Duration: ")[2]  # behind the film's name
-    streams = re.findall(r"Stream #\S+ Video: ((?!.*attached pic).+ (\d+)x(\d+)[ ,].*)", facts)
-    if not streams:
+    """What ffmpeg says of a film's first frame, upright: sides, width / height, fps, colours."""
+    said = ffmpeg(path, *"-map 0:V:0 -frames:v 1 -vf showinfo -f null -".split())[2]
+    facts = re.findall(r"(\w+): *([^\s,]+)", said.partition("config in ")[2])
+    facts = dict(reversed(facts))  # of each name the first
+    if "sar" not in facts:
         raise ValueError((said.strip().splitlines() or ["ffmpeg finds no film in it"])[-1])
-    stream, w, h = streams[0][0], int(streams[0][1]), int(streams[0][2])
-    pixel = re.search(r"SAR (\d+):(\d+)", stream) or (0, 1, 1)
-    aspect = w / h * int(pixel[1]) / int(pixel[2])
-    if re.search(r"rotation of -?90", facts):
-        aspect = 1 / aspect
-    clock = re.match(r"(\d+):(\d+):([\d.]+)", facts) or (0, 0, 0, 0)
-    seconds = 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3])
-    fps = float((re.search(r"([\d.]+) fps", stream) or (0, "inf"))[1])
-    return SimpleNamespace(stream=stream, size=(w, h), aspect=aspect, seconds=seconds, fps=fps)
+    w, h = map(int, facts["s"].split("x"))
+    aspect = w / h * float(Fraction(facts["sar"]) or 1)  # 0 is unknown
+    clock = re.findall(r"\n  Duration: (\d+):(\d+):([\d.]+)", said) or [(0, 0, 0)]
+    hours, minutes, seconds = map(float, clock[0])
+    shown = {"aspect": aspect, "seconds": 3600 * hours + 60 * minutes + seconds}
+    shown |= {"matrix": facts["color_space"], "curve": facts["color_trc"]}
+    return SimpleNamespace(size=(w, h), fps=float(Fraction(facts["frame_rate"])), **shown)
 
 
 def read_clip(path, config):
@@ -1052,10 +1046,11 @@ def read_clip(path, config):
     # cropped before it is scaled: a picture of 8000 x 2 would be scaled to 192,000 x 48
     crop = f"crop=max(1\\,min(iw\\,ih*{w}/{h}/sar)):max(1\\,min(ih\\,iw*sar*{h}/{w}))"
     chain = f"bwdif=send_frame:deint=interlaced,fps={config.fps},{crop},scale={w}:{h},setsar=1"
-    if re.search("smpte2084|arib-std-b67", film.stream):  # PQ, HLG
+    if film.curve in ("smpte2084", "arib-std-b67"):  # PQ, HLG
         chain += TONE_MAP
-    elif not re.search(r"[(, ](bt|smpte|gbr|fcc)", film.stream) and max(film.size) >= 1280:
+    elif film.matrix == "unknown" and max(film.size) >= 1280:
         chain = "setparams=colorspace=bt709," + chain  # untagged and large, as players take it
+    chain += ",format=gbrp"  # NOTE silent: into rgb24 at once, ffmpeg would not interpolate colours
     flags = ["-v", "error", "-xerror", "-map", "0:V:0", "-vf", chain, "-frames:v", str(n)]
     status, raw, said = ffmpeg(path, *flags, *"-f rawvideo -pix_fmt rgb24 -".split())
     if status:
@@ -1145,6 +1140,10 @@ def report(config, made, left_out):
         ratios = [film.aspect * c.height / c.width for _, film in films]
         kept = sum(min(x, 1 / x) for x in ratios) / len(films)
         print(f"  of {seconds:.1f} s the first {used:.1f}, {kept:.0%} of the picture")
+        scale = math.sqrt(sorted(ratios)[len(films) // 2])  # the same area in the films' own shape
+        height, width = 16 * round(c.height / scale / 16), 16 * round(c.width * scale / 16)
+        if kept < 0.8 and (height, width) != (c.height, c.width):
+            print(f"  more of it with --height {height} --width {width}")
     for name, film in films:
         if film.fps < 0.9 * c.fps:
             print(f"  {name}: frames are repeated, {film.fps:g} fps become {c.fps:g}")
@@ -1880,7 +1879,6 @@ def parse(argv):
     commands = top.add_subparsers(dest="command", required=True)
     how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     how |= {"usage": "%(prog)s [--flag VALUE ...]"}
-    how["formatter_class"] = functools.partial(argparse.HelpFormatter, width=80)
     trains = commands.add_parser("train", help="distil a backbone", **how)
     trains.add_argument("--resume", action="store_true", help="go on in --out, with its settings")
     trains.add_argument("--dry-run", action="store_true", help="print the plan and stop")

@@ -163,7 +163,7 @@ def test_tables_are_read_as_spreadsheets_write_them(separator, end, mark):
         Path("clips", name).touch()
     found, beside = find_clips(Path("clips"))
     assert [path.name for path, _ in found] == names and not beside
-    assert [text for _, text in found] == texts
+    assert [text for _, text in found] == [text.strip() for text in texts]
 
 
 def test_subfolders_are_read_and_links_to_films_as_in_a_hub_s_cache(encode, clips, films):
@@ -249,12 +249,12 @@ def test_what_was_done_to_clips_is_said(encode):
     # 3 clips of 9 frames at 12 fps; 24 frames at 24, 24 and 8 fps
     assert "of 5.0 s the first 2.2" in said
     kept = (2 * 48 / 80 + 32 / 96) / 3 * 32 / 48
-    assert f"{kept:.0%} of the picture" in said
+    assert f"{kept:.0%} of the picture" in said and "--height 48 --width 32" in said
     Path("square").mkdir()
     film("square/one.mp4", size=(64, 96), fps=12)
     Path("square/one.txt").write_text("a dog")
     said, _ = encode(data="square")
-    assert "100% of the picture" in said
+    assert "100% of the picture" in said and "--height" not in said
     film("square/stills.mp4", fps=2, frames=30)
     Path("square/stills.txt").write_text("a dog")
     said, n = encode(data="square")

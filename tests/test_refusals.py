@@ -107,7 +107,8 @@ def help_of(command, capsys):
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_every_help_fits_into_80_columns(capsys, command):
+def test_every_help_fits_into_80_columns(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
     text = help_of(command, capsys)
     assert max(map(len, text.splitlines())) <= 80
     assert all(name in text for name in ([command] if command else COMMANDS))
