@@ -86,7 +86,6 @@ import time
 import typing
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -968,9 +967,10 @@ def read_list(path):
     """[(line, row)] of a metadata.csv, as dictionaries, or a metadata.jsonl, as JSON."""
     text = read_text(path)
     if path.suffix == ".csv":
-        how = {"delimiter": max(",;\t", key=text.split("\n")[0].count)}
-        how["restkey"] = "text"  # cells too many, of a caption's comma without quotes, spoil it
-        table = csv.DictReader(io.StringIO(text, newline=""), **how)
+        separator = max(",;\t", key=text.split("\n")[0].count)
+        lines = io.StringIO(text, newline="")
+        # with cells too many, of a comma in a caption without quotes, 'text' is a list of them
+        table = csv.DictReader(lines, delimiter=separator, restkey="text")
         return [(table.line_num, row) for row in table]
     return [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
@@ -1021,17 +1021,18 @@ def ffmpeg(path, *flags):
 def look(path):
     """What ffmpeg says of a film's first frame, upright: sides, width / height, fps, colours."""
     said = ffmpeg(path, *"-map 0:V:0 -frames:v 1 -vf showinfo -f null -".split())[2]
-    facts = re.findall(r"(\w+): *([^\s,]+)", said.partition("config in ")[2])
-    facts = dict(reversed(facts))  # of each name the first
+    shown = re.findall(r"(\w+): *([^\s,]+)", said.partition("config in ")[2])
+    facts = dict(reversed(shown))  # of each name the first
     if "sar" not in facts:
         raise ValueError((said.strip().splitlines() or ["ffmpeg finds no film in it"])[-1])
-    w, h = map(int, facts["s"].split("x"))
-    aspect = w / h * float(Fraction(facts["sar"]) or 1)  # 0 is unknown
-    clock = re.findall(r"\n  Duration: (\d+):(\d+):([\d.]+)", said) or [(0, 0, 0)]
-    hours, minutes, seconds = map(float, clock[0])
-    shown = {"aspect": aspect, "seconds": 3600 * hours + 60 * minutes + seconds}
-    shown |= {"matrix": facts["color_space"], "curve": facts["color_trc"]}
-    return SimpleNamespace(size=(w, h), fps=float(Fraction(facts["frame_rate"])), **shown)
+    (w, h), (wide, high) = map(int, facts["s"].split("x")), map(int, facts["sar"].split("/"))
+    aspect = w / h * (wide / high if wide else 1)  # 0 is unknown
+    header = said.partition("\n  Duration: ")[2]  # behind the film's name
+    clock = re.match(r"(\d+):(\d+):([\d.]+)", header) or (0, 0, 0, 0)
+    seconds = 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3])
+    fps = float((re.search(r", ([\d.]+) fps", header) or (0, "inf"))[1])
+    colours = {"matrix": facts["color_space"], "curve": facts["color_trc"]}
+    return SimpleNamespace(size=(w, h), aspect=aspect, seconds=seconds, fps=fps, **colours)
 
 
 def read_clip(path, config):
@@ -1727,7 +1728,7 @@ def sample(run, out, seed, at=None, **given):
         if x != getattr(config, name, x):
             print(f"{flag(name)} {x}: {run} was trained with {getattr(config, name)}")
     config = dataclasses.replace(config, **{n: given.pop(n) for n in SIZES if n in given})
-    check(dataclasses.replace(config, seed=seed, steps=given.get("steps", 4)))
+    check(dataclasses.replace(config, seed=seed, steps=given.get("steps", 4), gt_weight=0.0))
     out.parent.mkdir(parents=True, exist_ok=True)
     print(load_task(config).sample(*read_generator(run, at), out, seed, **given))
 
