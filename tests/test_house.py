@@ -77,7 +77,7 @@ def run(*command, cwd=ROOT):
 # ---- size and form -------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="it has 2,100 lines: a budget that is missed", strict=True)
+@pytest.mark.xfail(reason="it has 2,000 lines: a budget that is missed", strict=True)
 def test_the_file_is_within_its_budget():
     assert len(SOURCE.splitlines()) <= BUDGET
 
