@@ -236,43 +236,34 @@ def check(c: Config):
         fits = type(value) not in (int, float) or 0 < value < 2**53  # not so: nan
         if not fits and not (value == 0 and name in MAY_BE_0.split()):
             raise Refused(f"{flag(name)} cannot be {value}.")
-    if c.alpha_weak > c.alpha_strong:
-        raise Refused(f"--alpha-weak must be at most --alpha-strong = {c.alpha_strong}.")
-    if c.fake == "full" and (c.alpha_weak or c.fake_weight_decay):
-        raise Refused("--fake full has no adapter: no --alpha-weak, no --fake-weight-decay.")
-    if not c.sigma_low < c.sigma_high <= 1:
-        raise Refused("--sigma-low must be below --sigma-high, and that at most 1.")
-    if c.ema >= 1:
-        raise Refused(f"--ema must lie in [0, 1), not {c.ema}; 0 is off.")
-    if c.generator_input == "paired" and c.fake_samples == "final":
-        raise Refused("--fake-samples final needs --generator-input rollout: paired learns all.")
-    if c.condition != "none" and (c.model, c.data) != ("toy", "videos"):
-        raise Refused(f"--condition {c.condition} needs --model toy --data videos.")
-    check_losses(c)
-    if c.model == "hunyuan":
-        check_hunyuan(c)
-
-
-def check_losses(c: Config):
-    if c.gt_weight and (c.generator_input == "rollout" or c.steps == 1):
-        raise Refused("--gt-weight needs --generator-input paired and --steps > 1, not pure noise.")
-    if c.objective != "w2svd" and (c.gt_weight or c.gan_weight or c.guidance != 1):
-        raise Refused("--gt-weight, --gan-weight, --guidance belong to --objective w2svd.")
-    if c.gan_r1 and not c.gan_weight:
-        raise Refused("--gan-r1 needs a --gan-weight: without it there is no discriminator.")
-
-
-def check_hunyuan(c: Config):
-    if c.data.endswith(".txt") and c.generator_input == "paired":
-        raise Refused(f"{c.data} has captions alone, without clips: --generator-input rollout.")
-    if c.data.endswith(".txt") and (c.gan_weight or c.objective != "w2svd"):
-        raise Refused(f"{c.data} has captions alone; --gan-weight and --objective need clips.")
-    if c.height % 16 or c.width % 16 or c.frames % 4 != 1 or c.frames < 5:
-        raise Refused("--height and --width must be multiples of 16, --frames 4 k + 1: 61, 129.")
-    if c.batch != 1 or c.guidance != 1:
-        raise Refused("--model hunyuan needs --batch 1 (see --accumulate) and --guidance 1.")
-    if c.compile and c.fp8_base:
-        raise Refused("--compile does not work on --fp8-base: casting breaks every graph.")
+    paired, final = c.generator_input == "paired", c.fake_samples == "final"
+    full, captions, hunyuan = c.fake == "full", c.data.endswith(".txt"), c.model == "hunyuan"
+    toy_videos = not hunyuan and c.data == "videos"
+    other, terms = c.objective != "w2svd", c.gt_weight or c.gan_weight or c.guidance != 1
+    wrong = [
+        (c.alpha_weak > c.alpha_strong, "--alpha-weak must be at most --alpha-strong."),
+        (full and c.alpha_weak, "--fake full has no adapter for an --alpha-weak."),
+        (full and c.fake_weight_decay, "--fake full has no adapter for a --fake-weight-decay."),
+        (c.sigma_low >= c.sigma_high, "--sigma-low must be below --sigma-high."),
+        (c.sigma_high > 1, "--sigma-high must be at most 1."),
+        (c.condition != "none" and not toy_videos, "--condition needs --model toy --data videos."),
+        (c.ema >= 1, "--ema must be below 1; 0 is off."),
+        (paired and final, "--fake-samples final needs --generator-input rollout."),
+        (c.gt_weight and not paired, "--gt-weight needs --generator-input paired."),
+        (c.gt_weight and c.steps == 1, "--gt-weight needs --steps > 1: one sees pure noise."),
+        (other and terms, "--gt-weight, --gan-weight, --guidance need --objective w2svd."),
+        (c.gan_r1 and not c.gan_weight, "--gan-r1 needs a discriminator, a --gan-weight."),
+        (captions and paired, "A .txt has captions alone: --generator-input rollout."),
+        (captions and (c.gan_weight or other), "--gan-weight and --objective need clips."),
+        (c.height % 16 or c.width % 16, "--height and --width must be multiples of 16."),
+        (c.frames % 4 != 1 or c.frames < 5, "--frames must be 4 k + 1: 61, 129."),
+        (hunyuan and c.batch > 1, "--model hunyuan needs --batch 1; see --accumulate."),
+        (hunyuan and c.guidance != 1, "--guidance must be 1: --model hunyuan has it embedded."),
+        (c.compile and c.fp8_base, "--compile does not work on --fp8-base: it breaks every graph."),
+    ]
+    for holds, sentence in wrong:
+        if holds:
+            raise Refused(sentence)
 
 
 def mean_over_ranks(x):
@@ -907,7 +898,6 @@ def load_pipeline(checkpoint, without):
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()  # its bars would cut through ours
-    diffusers.utils.logging.set_verbosity_error()
     how = {"dtype": torch.bfloat16 if DEVICE == "cuda" else torch.float32, "use_safetensors": True}
     load = diffusers.DiffusionPipeline.from_pretrained  # text-to-video's, or image-to-video's
     with reading(checkpoint):
@@ -964,17 +954,13 @@ def write_json(path, content):
         part.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def write_safetensors(path, tensors, info, **metadata):
+def write_safetensors(path, tensors, info):
     """{name: tensor}, and `info` as one JSON string in the header; whole or not at all."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     with atomic_write(path) as part:
-        try:
-            save_file(tensors, part, metadata | {"w2svd": json.dumps(info, sort_keys=True)})
-        except SafetensorError as error:  # a full disk, among others
-            raise OSError(f"{path} cannot be written: {error}") from error
+        save_file(tensors, part, {"w2svd": json.dumps(info, sort_keys=True)})
 
 
 def read_safetensors(path):
@@ -989,17 +975,16 @@ def read_safetensors(path):
         raise Refused(f"{path} is damaged, or not of w2svd ({error}); delete it.") from error
 
 
-READING = 2  # raised whenever reading or encoding changes: latents made before are made again
+READING = 3  # raised whenever reading or encoding changes: latents made before are made again
 EXAMPLE = "python w2svd.py train --model hunyuan --data my_clips/"
-LAYOUTS = "a.mp4 with a.txt, metadata.jsonl or .csv (file_name, text), videos.txt with prompt.txt"
-LISTS = ("metadata.jsonl", "metadata.csv", "videos.txt")
+LAYOUTS = "a.mp4 with a.txt, or a metadata.jsonl or .csv (file_name, text)"
 FILMS = ".mp4 .m4v .mov .mkv .webm .avi .gif .wmv .flv .ts .mts .m2ts .mpg .mpeg .3gp .ogv".split()
 # No playlist, which would read other files or a network: ffmpeg guesses the format from the content
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif,ogg"
 FFMPEG = f"-hide_banner -protocol_whitelist file -format_whitelist {FORMATS} -timelimit 600".split()
 # HDR to SDR: 203 nits are white, as ITU-R BT.2408 has it; what is above .6 is compressed
-TONE_MAP = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:param=.6:desat=0"
-TONE_MAP += ",zscale=t=bt709:m=bt709,"
+TONE_MAP = ",zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709"
+TONE_MAP += ",tonemap=mobius:param=.6:desat=0,zscale=t=bt709:m=bt709"
 
 
 def read_text(path):
@@ -1008,124 +993,96 @@ def read_text(path):
 
 
 def read_list(path):
-    """[(line, row)] of one of LISTS; a row is a dictionary, but None where it is not JSON."""
-    text, rows = read_text(path), []
+    """[(line, row)] of a metadata.csv, as dictionaries, or a metadata.jsonl, as JSON."""
+    text = read_text(path)
     if path.suffix == ".csv":
         separator = max(",;\t", key=text.split("\n")[0].count)
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+        lines = io.StringIO(text, newline="")
+        # with cells too many, of a comma in a caption without quotes, 'text' is a list of them
+        table = csv.DictReader(lines, delimiter=separator, restkey="text")
         return [(table.line_num, row) for row in table]
-    if path.name == "videos.txt":
-        both = [x.rstrip().split("\n") for x in (text, read_text(path.with_name("prompt.txt")))]
-        pairs = enumerate(itertools.zip_longest(*both), 1)
-        return [(i, {"file_name": a, "text": b}) for i, (a, b) in pairs if a or b]
-    for i, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [(i, json.loads(line))] if line.strip() else []
-        except ValueError:
-            rows.append((i, None))
-    return rows
-
-
-def all_files(data, left_out):
-    """The files of a folder and of the folders in it, links followed; hidden ones are left out."""
-    found, seen = [], set()
-    for folder, inner, names in os.walk(data, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        again = {n for n in inner if os.path.realpath(os.path.join(folder, n)) in seen}
-        again |= {n for n in inner + names if n.startswith(".")}
-        for name in again - {".w2svd"}:
-            left_out[os.path.relpath(Path(folder, name), data)] = "hidden, or a folder read before"
-        inner[:] = sorted(set(inner) - again)
-        found += [Path(folder, name) for name in sorted(set(names) - again)]
-    return found
+    return [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def find_clips(data):
     """[(path, caption)] of a folder, [(None, caption)] of a .txt; {name: reason} of all else.
 
     A film is named by a list, or has its caption in a .txt beside it, which is returned as a Path.
+    Folders in the folder are read as well, but nothing hidden, and no folder by a link.
     """
     if data.is_file() and data.suffix == ".txt":
         return [(None, line) for line in read_text(data).split("\n") if line.strip()], {}
     if not data.is_dir():
         raise Refused(f"{data} is no folder of clips: {LAYOUTS}; nor a .txt of captions.")
-    clips, left_out = [], {}
-    files = all_files(data, left_out)
-    for file in [file for file in files if file.name in LISTS]:
-        name = os.path.relpath(file, data)
-        try:
-            rows = read_list(file)
-        except (OSError, csv.Error) as error:
-            left_out[name], rows = f"it cannot be read ({error})", []
-        for line, row in rows:
-            # None is the column of cells too many, of a comma in a caption without quotes
-            row = row if isinstance(row, dict) and None not in row else {}
-            film, caption = row.get("file_name"), row.get("text")
-            if isinstance(film, str) and Path(film.strip()).name and isinstance(caption, str):
-                clips.append((file.parent / film.strip(), caption))
-            else:
-                left_out[f"{name}, line {line}"] = "no file_name with one text (in quotes)"
-    named = {os.path.abspath(path) for path, _ in clips}
-    films = [f for f in files if f.suffix.lower() in FILMS and os.path.abspath(f) not in named]
+    data, clips, left_out = Path(os.path.abspath(data)), [], {}
+    found = [p for p in sorted(data.rglob("*")) if p.is_symlink() or not p.is_dir()]
+    files = [p for p in found if not any(n.startswith(".") for n in p.relative_to(data).parts)]
+    lists = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
+    for file in lists:
+        for line, row in read_list(file):
+            try:
+                row = row if isinstance(row, dict) else json.loads(row)
+                film, caption = row["file_name"].strip(), row["text"].strip()
+                clips.append((Path(os.path.abspath(file.parent / film)), caption))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                name = f"{file.relative_to(data)}, line {line}"
+                left_out[name] = "no file_name with one text (in quotes)"
+    named = {film for film, _ in clips}
+    films = [file for file in files if file.suffix.lower() in FILMS and file not in named]
     clips += [(film, film.with_suffix(".txt")) for film in films]
-    known = {os.path.abspath(p) for film, _ in clips for p in (film, film.with_suffix(".txt"))}
+    used = {path for film, _ in clips for path in (film, film.with_suffix(".txt"))}
     for file in files:
-        pair = file.name == "prompt.txt" and file.with_name("videos.txt") in files
-        if file.name not in LISTS and not pair and os.path.abspath(file) not in known:
-            left_out[os.path.relpath(file, data)] = "no clip, nor a caption of one"
+        if file not in used and file not in lists:
+            left_out[str(file.relative_to(data))] = "no clip, nor a caption of one"
     return clips, left_out
 
 
-def ffmpeg(path, *flags, first=()):
+def ffmpeg(path, *flags):
     """Run ffmpeg on a film: its exit status, its output, what it said."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     # the whole path, or a name like 'concat:a' would be read as a protocol
-    command = [get_ffmpeg_exe(), *FFMPEG, *first, "-i", path.resolve(), *flags]
+    command = [get_ffmpeg_exe(), *FFMPEG, "-i", path.resolve(), *flags]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     return done.returncode, done.stdout, done.stderr.decode(errors="replace")
 
 
 def look(path):
-    """What ffmpeg says of a film: its stream, its sides, width / height as shown, seconds, fps."""
-    said = ffmpeg(path)[2]
-    facts = said.partition("  Duration: ")[2]  # behind the film's name
-    streams = re.findall(r"Stream #\S+ Video: ((?!.*attached pic).+ (\d+)x(\d+)[ ,].*)", facts)
-    if not streams:
+    """What ffmpeg says of a film's first frame, upright: sides, width / height, fps, colours."""
+    said = ffmpeg(path, *"-map 0:V:0 -frames:v 1 -vf showinfo -f null -".split())[2]
+    shown = re.findall(r"(\w+): *([^\s,]+)", said.partition("config in ")[2])
+    facts = dict(reversed(shown))  # of each name the first
+    if "sar" not in facts:
         raise ValueError((said.strip().splitlines() or ["ffmpeg finds no film in it"])[-1])
-    stream, w, h = streams[0][0], int(streams[0][1]), int(streams[0][2])
-    pixel = re.search(r"SAR (\d+):(\d+)", stream) or (0, 1, 1)
-    aspect = w / h * int(pixel[1]) / int(pixel[2])
-    if re.search(r"rotation of -?90", facts):
-        aspect = 1 / aspect
-    clock = re.match(r"(\d+):(\d+):([\d.]+)", facts) or (0, 0, 0, 0)
+    (w, h), (wide, high) = map(int, facts["s"].split("x")), map(int, facts["sar"].split("/"))
+    aspect = w / h * (wide / high if wide else 1)  # 0 is unknown
+    header = said.partition("\n  Duration: ")[2]  # behind the film's name
+    clock = re.match(r"(\d+):(\d+):([\d.]+)", header) or (0, 0, 0, 0)
     seconds = 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3])
-    fps = float((re.search(r"([\d.]+) fps", stream) or (0, "inf"))[1])
-    alpha = "alpha_mode" in facts  # WebM's, which only libvpx reads
-    shown = {"aspect": aspect, "seconds": seconds, "fps": fps, "alpha": alpha}
-    return SimpleNamespace(stream=stream, size=(w, h), **shown)
+    fps = float((re.search(r", ([\d.]+) fps", header) or (0, "inf"))[1])
+    colours = {"matrix": facts["color_space"], "curve": facts["color_trc"]}
+    return SimpleNamespace(size=(w, h), aspect=aspect, seconds=seconds, fps=fps, **colours)
 
 
 def read_clip(path, config):
     """The first frames of a film as a player shows them: (1, 3, T, H, W) in [-1, 1].
 
-    Upright, in square pixels, whole frames instead of fields, colours of SDR, black where it is
-    transparent; resampled, cropped at the centre, resized. ValueError: short, damaged, or a still.
+    Upright, in square pixels, whole frames instead of fields, colours of SDR; resampled, cropped at
+    the centre, resized. ValueError: too short, damaged, or a still.
     """
     film, w, h, n = look(path), config.width, config.height, config.frames
     if film.fps < config.fps / 4:
         raise ValueError(f"{film.fps:g} fps are stills; --fps {config.fps:g} would repeat them")
     # cropped before it is scaled: a picture of 8000 x 2 would be scaled to 192,000 x 48
     crop = f"crop=max(1\\,min(iw\\,ih*{w}/{h}/sar)):max(1\\,min(ih\\,iw*sar*{h}/{w}))"
-    chain = f"bwdif=send_frame:deint=interlaced,fps={config.fps},{crop},scale={w}:{h},setsar=1,"
-    if re.search("smpte2084|arib-std-b67", film.stream):  # PQ, HLG
+    chain = f"bwdif=send_frame:deint=interlaced,fps={config.fps},{crop},scale={w}:{h},setsar=1"
+    if film.curve in ("smpte2084", "arib-std-b67"):  # PQ, HLG
         chain += TONE_MAP
-    elif not re.search(r"[(, ](bt|smpte|gbr|fcc)", film.stream) and max(film.size) >= 1280:
+    elif film.matrix == "unknown" and max(film.size) >= 1280:
         chain = "setparams=colorspace=bt709," + chain  # untagged and large, as players take it
-    chain += "format=gbrap,premultiply=inplace=1"
-    libvpx = ["-c:v", "libvpx-vp9" if "vp9" in film.stream else "libvpx"] if film.alpha else []
+    chain += ",format=gbrp"  # NOTE silent: into rgb24 at once, ffmpeg would not interpolate colours
     flags = ["-v", "error", "-xerror", "-map", "0:V:0", "-vf", chain, "-frames:v", str(n)]
-    status, raw, said = ffmpeg(path, *flags, *"-f rawvideo -pix_fmt rgb24 -".split(), first=libvpx)
+    status, raw, said = ffmpeg(path, *flags, *"-f rawvideo -pix_fmt rgb24 -".split())
     if status:
         raise ValueError(f"damaged: {(said.strip().splitlines() or [f'status {status}'])[0]}")
     if len(raw) < 3 * h * w * n:
@@ -1173,15 +1130,12 @@ def encoded_clips(config, form=None):
     from tqdm import tqdm
 
     clips, left_out = find_clips(Path(config.data))
-    files, made, seen, pipe = [], [], set(), None
+    files, made, pipe = [], [], None
     for path, caption in tqdm(clips, desc="encode", unit="clip"):
         name = os.path.relpath(path, config.data) if path else repr(caption)
         try:
             caption = one_line(caption)  # here: a bad one leaves out its clip alone
-            file, one = latents_file(config, path, caption), (path and path.resolve(), caption)
-            if one in seen:
-                raise ValueError("it is listed twice, or by a link")
-            seen.add(one)
+            file = latents_file(config, path, caption)
             if file.exists():
                 files.append(file)
                 continue
@@ -1192,8 +1146,6 @@ def encoded_clips(config, form=None):
             raise
         except Exception as error:  # each clip is an island: the others go on
             left_out[name] = (str(error).strip().splitlines() or [repr(error)])[-1]
-            if isinstance(error, FileNotFoundError):
-                left_out[name] = f"there is no {Path(error.filename).name}"
             continue
         file.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(file, tensors, {"source": name, "caption": caption})
@@ -1202,6 +1154,7 @@ def encoded_clips(config, form=None):
         made.append((name, path and look(path), tokens))
     del pipe
     free_memory()
+    files = list(dict.fromkeys(files))  # one that is listed twice is one clip
     print(f"{config.data}: {len(files)} clips, {len(made)} encoded now")
     report(config, made, left_out)
     if not files:
@@ -1213,16 +1166,14 @@ def report(config, made, left_out):
     """Print what encoding cut off, repeated, left out. made: [(name, look() at it, tokens)]."""
     c, films = config, [(name, film) for name, film, _ in made if film]
     if films:
-        seconds = sum(film.seconds for _, film in films)
-        ratios = sorted(film.aspect * c.height / c.width for _, film in films)
+        seconds, used = sum(film.seconds for _, film in films), len(films) * c.frames / c.fps
+        ratios = [film.aspect * c.height / c.width for _, film in films]
         kept = sum(min(x, 1 / x) for x in ratios) / len(films)
-        line = f"  of {seconds:.1f} s the first {len(films) * c.frames / c.fps:.1f}, "
-        line += f"{kept:.0%} of the picture"
-        scale = math.sqrt(ratios[len(films) // 2])  # the same area in the films' own shape
-        fit = 16 * round(c.height / scale / 16), 16 * round(c.width * scale / 16)
-        if kept < 0.8 and fit != (c.height, c.width):
-            line += f"; more of it with --height {fit[0]} --width {fit[1]}"
-        print(line)
+        print(f"  of {seconds:.1f} s the first {used:.1f}, {kept:.0%} of the picture")
+        scale = math.sqrt(sorted(ratios)[len(films) // 2])  # the same area in the films' own shape
+        height, width = 16 * round(c.height / scale / 16), 16 * round(c.width * scale / 16)
+        if kept < 0.8 and (height, width) != (c.height, c.width):
+            print(f"  more of it with --height {height} --width {width}")
     for name, film in films:
         if film.fps < 0.9 * c.fps:
             print(f"  {name}: frames are repeated, {film.fps:g} fps become {c.fps:g}")
@@ -1259,19 +1210,18 @@ class HunyuanTask:
         if config.checkpoint != HUNYUAN:
             with reading(config.checkpoint):
                 found = Model.load_config(config.checkpoint, subfolder="transformer")
-        name, form = found.get("_class_name", Model.__name__), found.get("image_condition_type")
-        channels, self.form = found.get("out_channels", 16), form
-        reads = 2 * channels + 1 if form == "latent_concat" else channels
+        channels, self.form = found.get("out_channels", 16), found.get("image_condition_type")
+        reads = 2 * channels + 1 if self.form == "latent_concat" else channels
         odd = found.get("in_channels", 16) != reads or found.get("patch_size_t", 1) != 1
-        if name != Model.__name__ or odd:
+        if odd or found.get("_class_name", Model.__name__) != Model.__name__:
             raise Refused(f"--checkpoint {config.checkpoint} is no HunyuanVideo known here.")
-        if form and ".txt" in (config.data[-4:], config.sample_prompts[-4:]):
+        if self.form and ".txt" in (config.data[-4:], config.sample_prompts[-4:]):
             raise Refused("--data, --sample-prompts: a .txt has no first frames; name a folder.")
         with torch.device("meta"):  # shapes and no numbers, for the plan
             self.wrap(Model.from_config(found).bfloat16(), torch.bfloat16)
         # the VAE makes 4 frames, 8 x 8 pixels one; token_replace samples what follows frame one
         self.whole = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
-        self.shape = (channels, self.whole[1] - (form == "token_replace"), *self.whole[2:])
+        self.shape = (channels, self.whole[1] - (self.form == "token_replace"), *self.whole[2:])
 
     def wrap(self, module, dtype):
         c = self.config
@@ -1451,18 +1401,15 @@ class HunyuanTask:
 
     def first_frame(self, path):
         """A picture, cropped and resized to the video's size: (1, 3, 1, H, W) in [-1, 1]."""
-        from PIL import Image, ImageOps
+        from diffusers.image_processor import VaeImageProcessor
+        from diffusers.utils import load_image
 
-        size = self.config.width, self.config.height
         try:
-            with Image.open(path) as file:  # upright; what is transparent is black, as in films
-                picture = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGBA"), size)
-        except OSError as error:
+            picture = load_image(str(path))
+        except (OSError, ValueError) as error:
             raise Refused(f"--image {path} is no picture ({error}).") from error
-        pixels = Image.alpha_composite(Image.new("RGBA", size, "black"), picture).convert("RGB")
-        picture = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
-        picture = picture.reshape(*size[::-1], 3)
-        return picture.permute(2, 0, 1)[None, :, None] / 127.5 - 1
+        size = self.config.height, self.config.width
+        return VaeImageProcessor().preprocess(picture, *size, resize_mode="crop")[:, :, None]
 
     def student(self, tensors, info):
         """The velocity of a stored generator, in place of the backbone's."""
@@ -1473,35 +1420,23 @@ class HunyuanTask:
         roles.load("generator", tensors)
         return roles.generator
 
-    def sample(self, tensors, info, out, seed, negative_prompt=None, cfg=2.0, steps=0, **given):
-        """A video of the prompt, led away from a negative one by `cfg` at twice the evaluations."""
+    def sample(self, tensors, info, out, seed, prompt=None, image=None, steps=0):
+        """A video of the prompt; image-to-video's begins with the image."""
         from diffusers.training_utils import free_memory
 
-        form, needs = self.form, {"prompt", "image"} if self.form else {"prompt"}
-        if "image" in given and not form:
-            raise Refused(f"{self.config.checkpoint} is text-to-video: it reads no --image.")
-        if given.keys() != needs:
-            raise Refused(f"Name a --{' and a --'.join(sorted(needs))}.")
+        if prompt is None or (image is None) != (self.form is None):
+            needs = "a --prompt and an --image" if self.form else "a --prompt and no --image"
+            raise Refused(f"{self.config.checkpoint} needs {needs}.")
         if out.suffix != ".mp4":
             raise Refused(f"--out {out} must be an .mp4.")
-        first = self.first_frame(given["image"]) if form else None
-        pipe = load_pipeline(self.config.checkpoint, ("transformer", *["vae"] * (form is None)))
-        cond, avoided = encode_text(pipe, given["prompt"], first, form), None
-        if negative_prompt is not None:
-            black = None if first is None else 0 * first - 1
-            avoided = encode_text(pipe, negative_prompt, black, form)
-            avoided["image"] = cond.get("image")  # shown all the same
+        first = self.first_frame(image) if image else None
+        pipe = load_pipeline(self.config.checkpoint, ("transformer", *["vae"] * (image is None)))
+        cond = encode_text(pipe, prompt, first, self.form)
         del pipe
         free_memory()  # before the transformer comes
         self.load_weights()
-        student = self.student(tensors, info)
-
-        def velocity(x_t, sigma, cond):
-            v = student(x_t, sigma, cond)
-            return v if avoided is None else guided(v, student(x_t, sigma, avoided), cfg)
-
         sigmas = few_step_sigmas(steps, info["shift"]) if steps else torch.tensor(info["sigmas"])
-        self.film(out, velocity, sigmas, cond, seed, euler=info["euler"])
+        self.film(out, self.student(tensors, info), sigmas, cond, seed, euler=info["euler"])
         return f"wrote {out}"
 
 
@@ -1955,22 +1890,15 @@ def read_generator(run, at=None):
 def sample(run, out, seed, at=None, **given):
     """Draw samples of a run's generator, with the grid of its header, into `out`."""
     config, out = read_run(run), Path(out)
-    if not 0 <= seed < 2**53:
-        raise Refused(f"--seed cannot be {seed}.")
-    if not out.parent.is_dir():
-        raise Refused(f"{out.parent} is not a folder; make it, or name another --out.")
-    if given.get("steps", 1) < 1:
-        raise Refused("--steps must be at least 1.")
-    if "cfg" in given and "negative_prompt" not in given:
-        raise Refused("--cfg weighs a --negative-prompt, which is missing.")
-    fits = {"toy": ["n"], "hunyuan": ["prompt", "image", "negative_prompt", "cfg", "steps", *SIZES]}
+    fits = {"toy": ["n"], "hunyuan": ["prompt", "image", "steps", *SIZES]}[config.model]
     for name, x in given.items():
-        if name not in fits[config.model]:
+        if name not in fits:
             raise Refused(f"{flag(name)} does not fit {run}, a run of --model {config.model}.")
         if x != getattr(config, name, x):
             print(f"{flag(name)} {x}: {run} was trained with {getattr(config, name)}")
     config = dataclasses.replace(config, **{n: given.pop(n) for n in SIZES if n in given})
-    check(config)
+    check(dataclasses.replace(config, seed=seed, steps=given.get("steps", 4), gt_weight=0.0))
+    out.parent.mkdir(parents=True, exist_ok=True)
     print(load_task(config).sample(*read_generator(run, at), out, seed, **given))
 
 
@@ -1983,49 +1911,39 @@ tags: [step-distillation, w2svd]
 
 Objective: {objective}; generator: {kind}, fake: {fake}, adapters of rank {rank}, alpha_weak
 {alpha_weak}; {step} updates, seed {seed}. The base model's licence goes for these weights.
+
 """
-DIFFUSERS = """
+DIFFUSERS = """For diffusers alone: other programs apply none of it, silently. A second LoRA
+switches the first one off, until `pipe.set_adapters(["w2svd", "the other's name"])`.
+
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
-    from diffusers.utils import export_to_video
-    {load}
+    from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+    from diffusers.utils import export_to_video, load_image
+    pipe = DiffusionPipeline.from_pretrained("{checkpoint}", dtype=torch.bfloat16)
+    LOAD
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("this folder/scheduler")
-    pipe.vae.enable_tiling()
+    pipe.to("cuda").vae.enable_tiling()
     torch.manual_seed(0)  # the renoising draws from torch's global generator
-    video = pipe("a woman talks", num_inference_steps={steps}, guidance_scale={embedded_guidance},
-                 height={height}, width={width}, num_frames={frames},
-                 generator=torch.Generator().manual_seed(0)).frames[0]
+    video = pipe(prompt="a woman talks", num_inference_steps={steps}, height={height},
+                 width={width}, num_frames={frames}, guidance_scale={embedded_guidance},
+                 generator=torch.Generator().manual_seed(0), FACE).frames[0]
     export_to_video(video, "talk.mp4", fps={fps:g})
 """
-ALONE = """For diffusers alone: ComfyUI and musubi-tuner apply none of it, silently. A second LoRA
-switches this one off, until `pipe.set_adapters(["w2svd", "the other's name"])`.
-"""
-LOAD = """base = "{checkpoint}"
-    pipe = HunyuanVideoPipeline.from_pretrained(base, dtype=torch.bfloat16).to("cuda")
-    pipe.load_lora_weights("this folder", "w2svd")"""
-MERGED = """from diffusers import HunyuanVideoTransformer3DModel as Model
-    base, model = "{checkpoint}", Model.from_pretrained("this folder", dtype=torch.bfloat16)
-    pipe = HunyuanVideoPipeline.from_pretrained(base, transformer=model, dtype=torch.bfloat16)
-    pipe.to("cuda")"""
+FACE = 'image=pipe.video_processor.resize(load_image("a.png"), {height}, {width}, "crop")'
 COMFYUI = """For ComfyUI, kijai's wrapper, and musubi-tuner after its `convert_lora.py --target
-default`; not for diffusers, which refuses it.
+default`; not for diffusers, which refuses it. Image-to-video was not tried there.
 
 In ComfyUI: LoraLoaderModelOnly at strength 1; ModelSamplingSD3, shift {shift:g}, that feeds
 BasicScheduler (simple, {steps} steps), or ManualSigmas {sigmas}; KSamplerSelect lcm; FluxGuidance
 {embedded_guidance:g}; BasicGuider; SamplerCustomAdvanced. What spoils the video without a word: a
 BasicScheduler on the loader itself, FluxGuidance's 3.5, the sampler euler, KSampler's cfg of 8.
 """
+LORA = 'pipe.load_lora_weights("this folder", "w2svd")'
+MERGED = 'pipe.transformer = pipe.transformer.from_pretrained("this folder", dtype=torch.bfloat16)'
 USE = {
-    "diffusers": ALONE + DIFFUSERS.replace("{load}", LOAD),
+    "diffusers": DIFFUSERS.replace("LOAD", LORA),
     "comfyui": COMFYUI,
-    "merged": "A whole transformer, for diffusers.\n" + DIFFUSERS.replace("{load}", MERGED),
-}
-IMAGE_TO_VIDEO = {  # what a card says otherwise; the picture is cropped, where diffusers stretches
-    "In ComfyUI: ": "Image-to-video was not tried there. For text-to-video: ",
-    "HunyuanVideoPipeline": "HunyuanVideoImageToVideoPipeline",
-    "export_to_video\n": "export_to_video, load_image\n    from PIL import ImageOps\n",
-    "    video": '    face = ImageOps.fit(load_image("face.png"), ({width}, {height}))\n    video',
-    'pipe("a': 'pipe(face, "a',
+    "merged": DIFFUSERS.replace("LOAD", MERGED),
 }
 # HunyuanVideo's own layers, as ComfyUI names them, out of diffusers' parts
 DOUBLE = {
@@ -2056,29 +1974,13 @@ def to_comfyui(tensors, mlp):
                 continue
             A, B = ([tensors[f"{name}.lora_{x}.weight"] for name in names] for x in "AB")
             if len(names) < len(parts):
-                B.append(torch.zeros(mlp, 0))
+                B.append(B[0].new_zeros(mlp, 0))
             layer, A = f"diffusion_model.{theirs}.{i}.{layer}", torch.cat(A)
             converted[f"{layer}.lora_A.weight"] = A
             converted[f"{layer}.lora_B.weight"] = torch.block_diag(*B)
             # its rank: read as strength 1, and never at a third by what knows no fused layers
             converted[f"{layer}.alpha"] = torch.tensor(float(len(A)))
     return converted
-
-
-@torch.no_grad()
-def merge(module, tensors):
-    """Put the generator into the module, W + B A in float32; the share that bf16 would lose."""
-    weights, lost, all_of_it = dict(module.named_parameters()), 0.0, 0.0
-    for name, x in tensors.items():
-        if "lora_A" in name:
-            x = tensors[name.replace("lora_A", "lora_B")] @ x  # alpha equals the rank
-            name = name.removeprefix("transformer.").replace("lora_A.", "")
-            x += weights[name]
-        if "lora_B" not in name:
-            lost += float((x.bfloat16() - x).square().sum())
-            all_of_it += float((x - weights[name]).square().sum())
-            weights[name].copy_(x)
-    return math.sqrt(lost / all_of_it) if all_of_it else 0.0
 
 
 def export(run, format, out, at=None, checkpoint="", dtype="float32"):
@@ -2095,30 +1997,26 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     out.mkdir(parents=True, exist_ok=True)
     if format == "merged":
         module = task.read_weights(torch.float32)
-        lost = merge(module, tensors)
-        print(f"bfloat16 would add an error of {lost:.1%} of what was learnt; float32 adds none")
+        if info["kind"] == "full":
+            module.load_state_dict(tensors)
+        else:
+            module.load_lora_adapter(tensors)
+            module.fuse_lora()  # W + B A in float32: in bf16 a young adapter would be rounded away
+            module.unload_lora()
         module.to(kind).save_pretrained(out)
-        for file in out.glob("*.safetensors"):  # which diffusers keeps from everybody else
-            file.chmod((out / "config.json").stat().st_mode)
     else:
-        lora = {"r": info["rank"], "lora_alpha": info["lora_alpha"]}
-        lora |= {"target_modules": task.backbone.lora_targets}
-        metadata = {"lora_adapter_metadata": {f"transformer.{n}": x for n, x in lora.items()}}
+        tensors = {n: x.to(kind) for n, x in tensors.items()}
         if format == "comfyui":
             mlp = task.backbone.module.single_transformer_blocks[0].proj_mlp.out_features
-            tensors, metadata = to_comfyui(tensors, mlp), {}
+            tensors = to_comfyui(tensors, mlp)
         name = {"diffusers": "pytorch_lora_weights", "comfyui": "w2svd_comfyui"}[format]
-        tensors = {n: x.to(kind) if x.ndim else x for n, x in tensors.items()}  # not the alphas
-        metadata = {name: json.dumps(x) for name, x in metadata.items()}
-        write_safetensors(out / f"{name}.safetensors", tensors, info, **metadata)
+        write_safetensors(out / f"{name}.safetensors", tensors, info)
     if format != "comfyui":
         from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
 
         scheduler = Scheduler(shift=info["shift"], stochastic_sampling=not info["euler"])
         scheduler.save_pretrained(out / "scheduler")
-    card = CARD + USE[format]
-    for text, other in IMAGE_TO_VIDEO.items() if task.form else ():
-        card = card.replace(text, other)
+    card = (CARD + USE[format]).replace(", FACE", f", {FACE}" if task.form else "")
     card = card.format(**dataclasses.asdict(config) | info)
     (out / "README.md").write_text(card, encoding="utf-8")
     print(f"wrote {out}, for {format}")
@@ -2132,34 +2030,26 @@ class Parser(argparse.ArgumentParser):
 def add_settings(command, names):
     """A flag for each line of Config that is named, under its heading."""
     types, group = typing.get_type_hints(Config), None
+    forms = {t: {"type": t, "metavar": t.__name__[0].upper()} for t in (int, float, str)}
+    forms[bool] = {"action": argparse.BooleanOptionalAction}
     for field in dataclasses.fields(Config):
         if field.metadata["group"]:
             group = command.add_argument_group(field.metadata["group"])
-        kind, how = types[field.name], {"choices": typing.get_args(types[field.name])}
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif kind in (int, float, str):
-            how = {"type": kind, "metavar": kind.__name__[0].upper()}
+        how = forms.get(types[field.name]) or {"choices": typing.get_args(types[field.name])}
         values = [f"{name}: {p[field.name]}" for name, p in PRESETS.items() if field.name in p]
         values = [str(field.default)] * (field.default != "") + values
         text = field.metadata["text"] + (f" [{'; '.join(values)}]" if values else "")
         if field.name in names:
-            how |= {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-            group.add_argument(flag(field.name), **how)
+            group.add_argument(flag(field.name), help=text.replace("%", "%%"), **how)
 
 
 def parse(argv):
     """What was given, a dictionary, by the flags of the four commands; the rest is absent."""
-    top = Parser(prog="w2svd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
-
-    def command(name, text):
-        how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-        how["usage"] = f"w2svd.py {name} [--flag VALUE ...]"
-        how["formatter_class"] = functools.partial(argparse.HelpFormatter, width=80)
-        return commands.add_parser(name, help=text, description=text, **how)
-
-    trains = command("train", "distil a backbone")
+    top = Parser(prog="w2svd.py", description=__doc__.split("\n\n")[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    how |= {"usage": "%(prog)s [--flag VALUE ...]"}
+    trains = commands.add_parser("train", help="distil a backbone", **how)
     trains.add_argument("--resume", action="store_true", help="go on in --out, with its settings")
     trains.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     trains.add_argument("--gpu-memory", type=float, metavar="F", help="GiB to plan for [the GPU's]")
@@ -2170,30 +2060,24 @@ def parse(argv):
         "--max-hours", dest="hours", type=float, metavar="F", help="then save, stop"
     )
     add_settings(trains, [field.name for field in dataclasses.fields(Config)])
-    encodes = command("encode", "clips into latents and text, once; train does it by itself")
+    encodes = commands.add_parser("encode", help="clips into latents and text, once", **how)
     add_settings(encodes, "model data checkpoint height width frames fps cache".split())
-    samples = command("sample", "sample a run")
-    exports = command("export", "a HunyuanVideo run for other programs")
+    samples = commands.add_parser("sample", help="sample a run", **how)
+    exports = commands.add_parser("export", help="a HunyuanVideo run for other programs", **how)
     for one in (samples, exports):
         one.add_argument("--run", required=True, help="a run folder, as runs/mine")
+        one.add_argument("--out", required=True, help="sample: a file; export: a new folder")
         one.add_argument("--at", type=int, help="the generator of that iteration [the newest]")
         one.add_argument("--checkpoint", help="hunyuan: where the backbone lies now [as trained]")
-    samples.add_argument("--out", required=True, help="toy: .png, .gif, .safetensors; else .mp4")
     samples.add_argument("--seed", type=int, default=0, help="of the noise [0]")
     samples.add_argument("--n", type=int, help="toy: number of samples [1000]")
     samples.add_argument("--prompt", help="hunyuan: what to show")
     samples.add_argument("--image", help="hunyuan, image-to-video: the first frame")
-    samples.add_argument("--negative-prompt", help="hunyuan: what to avoid, at twice the time")
-    samples.add_argument("--cfg", type=float, help="hunyuan: weight of a negative prompt [2]")
     for name in ("height", "width", "frames", "steps"):
         samples.add_argument(f"--{name}", type=int, help="hunyuan: [as trained]")
-    exports.add_argument("--out", required=True, help="a new folder")
     exports.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32]")
     exports.add_argument("--format", required=True, choices=tuple(USE), help="merged: all weights")
-    given, unknown = top.parse_known_args(argv)
-    if unknown:
-        raise Refused(f"There is no {unknown[0]}; see w2svd.py {given.command} --help.")
-    return vars(given)
+    return vars(top.parse_args(argv))
 
 
 def absolute(model, given):
@@ -2209,14 +2093,14 @@ def resumed(given):
         raise Refused("--resume needs the run's folder as --out.")
     base = read_run(given["out"])
     given = absolute(base.model, given)
-    differ = {name: x for name, x in given.items() if x != getattr(base, name)}
-    fixed = set(differ) - set(RESUMABLE.split())
+    may = set(RESUMABLE.split())
     if base.model == "toy":
-        fixed |= differ.keys() & {"data"}  # another mixture, not a moved folder
-    if "iterations" in differ and {base.alpha_weak_schedule, base.lr_schedule} != {"constant"}:
-        fixed.add("iterations")  # a schedule depends on them
+        may -= {"data"}  # another mixture, not a moved folder
+    if {base.alpha_weak_schedule, base.lr_schedule} != {"constant"}:
+        may -= {"iterations"}  # a schedule depends on them
+    fixed = [n for n in sorted(given.keys() - may) if given[n] != getattr(base, n)]
     if fixed:
-        was = ", ".join(f"{flag(n)} {getattr(base, n)}" for n in sorted(fixed))
+        was = ", ".join(f"{flag(n)} {getattr(base, n)}" for n in fixed)
         raise Refused(f"{given['out']} was made with {was}, which --resume cannot change.")
     return dataclasses.replace(base, **given)
 
@@ -2234,15 +2118,17 @@ def resolve(given):
         preset |= {"fake_samples": "all"}
     config = Config(**preset | given)
     out, k = config.out or f"runs/{model}", 2
-    while not config.out and any(Path(out).glob("[!.]*")):
+    while any(Path(out).glob("[!.]*")):
+        if config.out:
+            raise Refused(f"{out} is in use: name another --out, or go on in it with --resume.")
         out, k = f"runs/{model}-{k}", k + 1
-    if Path(out).is_file() or any(Path(out).glob("[!.]*")):
-        raise Refused(f"{out} is in use: name another --out, or go on in it with --resume.")
     return dataclasses.replace(config, out=out)
 
 
 def main(argv=None):
     """Run a command; 0, or another status after a sentence about what failed."""
+    from safetensors import SafetensorError
+
     status, again = 2, "train goes on with --resume --out, encode with the same command."
     try:
         given = parse(argv)
@@ -2273,7 +2159,7 @@ def main(argv=None):
         reason = "out of GPU memory; the plan (train --dry-run) says what needs less."
     except ImportError as error:
         reason = f"{error}: pip install -r requirements.txt; the toy needs toy/ beside this file."
-    except OSError as error:  # no space left, a folder that went away, no such checkpoint
+    except (OSError, SafetensorError, csv.Error) as error:  # no space left, a folder that went away
         reason = (str(error) or repr(error)).splitlines()[0]
         reason += f"; what was written before is whole: {again}"
     except KeyboardInterrupt as stop:

@@ -7,10 +7,12 @@ each form. Run with `python -m pytest tests/test_first_image.py`; about a minute
 from pathlib import Path
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
 from diffusers import HunyuanVideoImageToVideoPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from helpers import lines, refused, run, same_bits
 from PIL import Image
@@ -183,9 +185,6 @@ def test_sample_is_the_stock_pipeline_from_a_picture_and_a_prompt(tiny, form, tr
     run(*sampled, "--prompt", "a dog", "--image", "other.png")
     run(*sampled, "--prompt", "a woman", "--image", "face.png")
     assert all((drawn[0] - other).abs().max() > 1e-6 for other in drawn[1:])
-    again = Path("dog.mp4").read_bytes()
-    run(*sampled, "--prompt", "a woman", "--image", "face.png", "--negative-prompt", "red")
-    assert (drawn[2] - drawn[3]).abs().max() > 1e-6 and Path("dog.mp4").read_bytes() != again
 
 
 def test_a_picture_of_another_shape_is_cropped_and_not_stretched(tiny, form):
@@ -200,7 +199,10 @@ def test_a_picture_of_another_shape_is_cropped_and_not_stretched(tiny, form):
     assert white.any(1).sum() == pytest.approx(16, abs=1)
 
 
-def test_the_run_resumes_to_the_same_bits_and_its_card_s_code_runs(train, tiny, trained, form):
+def test_the_run_resumes_to_the_same_bits_and_its_card_s_code_runs(
+    train, tiny, trained, form, monkeypatch
+):
+    task = HunyuanTask(Config(model="hunyuan", checkpoint=str(tiny), height=32, width=48, frames=9))
     train("whole", "--iterations", 4)
     train("parts", "--iterations", 2)
     run("train", "--resume", "--out", "parts", "--iterations", 4)
@@ -216,10 +218,18 @@ def test_the_run_resumes_to_the_same_bits_and_its_card_s_code_runs(train, tiny, 
     code = code.replace("this folder", "lora").replace('.to("cuda")', "")
     code = code.replace("torch.bfloat16", "torch.float32")
     code = code.replace('"a woman talks"', '"a dog", output_type="latent", **how')
-    picture(size=(96, 32))  # twice as wide: cropped, as `sample` does
+    picture("a.png", size=(96, 32))  # twice as wide: cropped, as `sample` does
+    shown, resize = [], VaeImageProcessor.resize
+    monkeypatch.setattr(
+        VaeImageProcessor,
+        "resize",
+        lambda *args, **how: shown.append(resize(*args, **how)) or shown[-1],
+    )
     names = {"how": {"prompt_template": I2V_TEMPLATE}}
     exec(code, names)
-    assert torch.isfinite(names["video"]).all() and names["face"].size == (48, 32)
+    assert torch.isfinite(names["video"]).all() and shown[0].size == (48, 32)
+    pixels = torch.from_numpy(np.array(shown[0])) / 127.5 - 1
+    assert torch.allclose(task.first_frame("a.png")[0, :, 0], pixels.permute(2, 0, 1))
     assert names["pipe"].scheduler.sigmas.tolist() == few_step_sigmas(4, 4.0).tolist()
 
 
@@ -249,12 +259,6 @@ def test_the_discriminator_does_not_see_the_given_frame(tiny, form):
             x_t, torch.tensor([0.7]), text | {"image": torch.randn(1, 4, 1, 4, 6)}
         )
     assert tokens.shape == (1, x_t[0, 0].numel(), 20)
-
-
-def test_a_transparent_picture_is_black_there(tiny, form):
-    task = HunyuanTask(Config(model="hunyuan", checkpoint=str(tiny), height=32, width=48, frames=9))
-    Image.new("RGBA", (48, 32), (255, 255, 255, 0)).save("clear.png")
-    assert task.first_frame("clear.png").max() == -1
 
 
 def test_what_has_no_first_frame_is_refused(tiny, clips, trained, capsys):

@@ -52,7 +52,12 @@ def start(folder, code, *flags):
     """Run code in the folder; no GPU, no PYTHONPATH, and the hub not switched off by hand."""
     hidden = ("PYTHONPATH", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     env = {name: x for name, x in os.environ.items() if name not in hidden}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "no-hub"), "OMP_NUM_THREADS": "1"}
+    env |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HOME": str(folder / "no-hub"),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "80",
+    }
     command = [sys.executable, "-c", NO_NETWORK + code, *map(str, flags)]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert "NETWORK" not in done.stderr, done.stderr

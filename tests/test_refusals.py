@@ -85,12 +85,12 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_mistyped_flag_points_to_the_help_of_its_command(capsys, tmp_path, command):
+def test_a_mistyped_flag_is_named_and_points_to_the_help(capsys, tmp_path, command):
     error = refused(capsys, tmp_path, command, *COMMANDS[command].split(), "--sed", "3")
-    assert "--sed" in error and f"w2svd.py {command} --help" in error
+    assert "--sed" in error and "--help" in error
 
 
-@pytest.mark.parametrize("wrong", ["--generator half", "--batch x", "--seed", "--no-ema"])
+@pytest.mark.parametrize("wrong", ["--generator half", "--batch x", "--seed"])
 def test_a_value_that_does_not_fit_points_to_the_help_of_its_command(capsys, tmp_path, wrong):
     assert "w2svd.py train --help" in refused(capsys, tmp_path, "train", *wrong.split())
 
@@ -107,7 +107,8 @@ def help_of(command, capsys):
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_every_help_fits_into_80_columns(capsys, command):
+def test_every_help_fits_into_80_columns(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
     text = help_of(command, capsys)
     assert max(map(len, text.splitlines())) <= 80
     assert all(name in text for name in ([command] if command else COMMANDS))
@@ -225,9 +226,9 @@ def test_an_iteration_that_was_not_saved_is_refused_with_those_that_were(capsys,
 SAMPLE = {
     "--n 0": "--n",
     "--out a.mp4": ".safetensors",
-    "--out no/a.png": "no",
     "--prompt dog": "--prompt",
-    "--negative-prompt cat": "--negative-prompt",
+    "--seed -1": "--seed",
+    "--image a.png": "--image",
     "--height 32": "--height",
 }
 
