@@ -266,19 +266,6 @@ def check(c: Config):
             raise Refused(sentence)
 
 
-def mean_over_ranks(x):
-    """x becomes its mean over the processes; of a split weight's gradient FSDP2 has made it."""
-    if RANKS > 1 and not is_split(x):
-        torch.distributed.all_reduce(x)
-        x /= RANKS
-    return x
-
-
-def is_split(x):
-    """Whether each process holds a part of x alone: a DTensor, whose import takes a second."""
-    return hasattr(x, "full_tensor")
-
-
 # ---- 2. Flow matching ----------------------------------------------------------------------------
 def expand_as(sigma, x):
     """sigma, a float or (B,), shaped to multiply x (B, ...)."""
@@ -406,8 +393,6 @@ class Roles:
 
     def checkpoint(self, block, *args):
         """block(*args), recomputed in backward under the role of its forward."""
-        if not torch.is_grad_enabled():
-            return block(*args)
         # NOTE silent: without its context a block is recomputed under whatever role and alpha are
         # active at the time of the backward, and the gradient is wrong by tens of percent
         as_now = functools.partial(self.use, self.role, self.alpha)
@@ -430,10 +415,8 @@ class Roles:
     @torch.no_grad()
     def load(self, role, tensors):
         """Copy {name: tensor}, as in state() or in generator.safetensors, into the parameters."""
-        ours, theirs = (
-            {name.removeprefix("transformer."): x for name, x in named.items()}
-            for named in (self.state(role), tensors)
-        )
+        ours = {name.removeprefix("transformer."): x for name, x in self.state(role).items()}
+        theirs = {name.removeprefix("transformer."): x for name, x in tensors.items()}
         shapes = [{(name, x.shape) for name, x in named.items()} for named in (ours, theirs)]
         if wrong := {name for name, _ in shapes[0] ^ shapes[1]}:
             raise Refused(f"{len(wrong)} weights do not fit the {role}, as {min(wrong)!r}.")
@@ -664,7 +647,7 @@ def alpha_weak_at(config, iteration):
 
 
 MAX_GRAD_NORM = 1.0  # peer. Gradients are clipped to it, which alone bounds them
-FIRST_SEED = 2**32  # of training's streams: far from the seeds of evaluation and `sample`
+FIRST_SEED = 2**32  # of training's streams; a CPU's generators read 32 bits of it, so 0
 
 
 class State:
@@ -673,14 +656,12 @@ class State:
     def __init__(self, config, roles, device):
         self.config, self.roles, self.device = config, roles, device
         self.iteration, self.taken = 0, 0  # updates of the generator; clips read so far
+        self.ranks = 1  # processes that train together; more in section 9
         self.reads = []  # (clip, sigma) of the update at work, for an error to name
         # author-code: betas. No momentum, as the gradients' target moves
         adam = functools.partial(torch.optim.AdamW, betas=(0.0, 0.999), fused=True)
-        # one exit for all, as it decides how often the split backbone is gathered
-        self.rngs, self.shared = {}, {"exit"} if config.generator_input == "rollout" else set()
-        for i, name in enumerate("data input exit level noise".split()):
-            seed = FIRST_SEED + 1000 * config.seed + i + 2**20 * RANK * (name not in self.shared)
-            self.rngs[name] = torch.Generator(device).manual_seed(seed)
+        streams = enumerate("data input exit level noise".split(), FIRST_SEED + 1000 * config.seed)
+        self.rngs = {name: torch.Generator(device).manual_seed(i) for i, name in streams}
         decay = dict.fromkeys(roles.trained, 0.0) | {"fake": config.fake_weight_decay}
         self.optimizers = {r: adam(roles.parameters(r), weight_decay=decay[r]) for r in decay}
         self.average = {n: p.detach().clone() for n, p in roles.state("generator").items()}
@@ -690,9 +671,7 @@ class State:
         optimizer, parameters = self.optimizers[role], self.roles.parameters(role)
         for parameter in parameters:
             parameter.grad /= self.config.accumulate
-            mean_over_ranks(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        norm = norm.full_tensor() if is_split(norm) else norm
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient of the {role} is not finite")
         optimizer.param_groups[0]["lr"] = lr
@@ -714,7 +693,7 @@ class State:
         @torch.no_grad()
         def exchange():
             for name, parameter in self.roles.state("generator").items():
-                kept = parameter.clone()  # in place: FSDP2 knows the memory and not the name
+                kept = parameter.clone()
                 parameter.copy_(self.average[name])
                 self.average[name].copy_(kept)
 
@@ -731,7 +710,7 @@ def micro_batches(config, state, data):
     for _ in range(config.accumulate):
         batch = next(data)
         name, x0 = batch.get("name", "a batch"), batch["x0"]
-        state.taken += RANKS * len(x0)
+        state.taken += state.ranks * len(x0)
         require_finite(f"the data ({name})", x0, 0.0)
         yield name, x0, batch["cond"]
 
@@ -933,6 +912,14 @@ def encode_video(pipe, video):
 
 
 # ---- 8. Files and data ---------------------------------------------------------------------------
+def of_all_ranks(x):
+    """Every process's x, a list; small things only."""
+    every = [x] * RANKS
+    if RANKS > 1:
+        torch.distributed.all_gather_object(every, x)
+    return every
+
+
 @contextmanager
 def atomic_write(path):
     """A name to write to, which becomes `path` at the end; a failure leaves `path` as it was."""
@@ -954,13 +941,13 @@ def write_json(path, content):
         part.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def write_safetensors(path, tensors, info):
+def write_safetensors(path, tensors, info, **metadata):
     """{name: tensor}, and `info` as one JSON string in the header; whole or not at all."""
     from safetensors.torch import save_file
 
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     with atomic_write(path) as part:
-        save_file(tensors, part, {"w2svd": json.dumps(info, sort_keys=True)})
+        save_file(tensors, part, metadata | {"w2svd": json.dumps(info, sort_keys=True)})
 
 
 def read_safetensors(path):
@@ -977,7 +964,8 @@ def read_safetensors(path):
 
 READING = 3  # raised whenever reading or encoding changes: latents made before are made again
 EXAMPLE = "python w2svd.py train --model hunyuan --data my_clips/"
-LAYOUTS = "a.mp4 with a.txt, or a metadata.jsonl or .csv (file_name, text)"
+LAYOUTS = "a.mp4 with a.txt, metadata.jsonl or .csv (file_name, text), videos.txt with prompt.txt"
+LISTS = ("metadata.jsonl", "metadata.csv", "videos.txt")
 FILMS = ".mp4 .m4v .mov .mkv .webm .avi .gif .wmv .flv .ts .mts .m2ts .mpg .mpeg .3gp .ogv".split()
 # No playlist, which would read other files or a network: ffmpeg guesses the format from the content
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif,ogg"
@@ -993,7 +981,7 @@ def read_text(path):
 
 
 def read_list(path):
-    """[(line, row)] of a metadata.csv, as dictionaries, or a metadata.jsonl, as JSON."""
+    """[(line, row)] of one of LISTS: as dictionaries, but metadata.jsonl's as JSON."""
     text = read_text(path)
     if path.suffix == ".csv":
         separator = max(",;\t", key=text.split("\n")[0].count)
@@ -1001,6 +989,10 @@ def read_list(path):
         # with cells too many, of a comma in a caption without quotes, 'text' is a list of them
         table = csv.DictReader(lines, delimiter=separator, restkey="text")
         return [(table.line_num, row) for row in table]
+    if path.name == "videos.txt":
+        both = [x.rstrip().split("\n") for x in (text, read_text(path.with_name("prompt.txt")))]
+        pairs = enumerate(itertools.zip_longest(*both), 1)
+        return [(i, {"file_name": a, "text": b}) for i, (a, b) in pairs if a or b]
     return [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
@@ -1017,7 +1009,7 @@ def find_clips(data):
     data, clips, left_out = Path(os.path.abspath(data)), [], {}
     found = [p for p in sorted(data.rglob("*")) if p.is_symlink() or not p.is_dir()]
     files = [p for p in found if not any(n.startswith(".") for n in p.relative_to(data).parts)]
-    lists = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
+    lists = [file for file in files if file.name in LISTS]
     for file in lists:
         for line, row in read_list(file):
             try:
@@ -1031,18 +1023,19 @@ def find_clips(data):
     films = [file for file in files if file.suffix.lower() in FILMS and file not in named]
     clips += [(film, film.with_suffix(".txt")) for film in films]
     used = {path for film, _ in clips for path in (film, film.with_suffix(".txt"))}
-    for file in files:
-        if file not in used and file not in lists:
-            left_out[str(file.relative_to(data))] = "no clip, nor a caption of one"
+    used |= {*lists, *(file.with_name("prompt.txt") for file in lists if file.name == LISTS[2])}
+    for file in found:
+        if file not in used and ".w2svd" not in file.parts:
+            left_out[str(file.relative_to(data))] = "no clip, nor a caption of one; or hidden"
     return clips, left_out
 
 
-def ffmpeg(path, *flags):
+def ffmpeg(path, *flags, first=()):
     """Run ffmpeg on a film: its exit status, its output, what it said."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     # the whole path, or a name like 'concat:a' would be read as a protocol
-    command = [get_ffmpeg_exe(), *FFMPEG, "-i", path.resolve(), *flags]
+    command = [get_ffmpeg_exe(), *FFMPEG, *first, "-i", path.resolve(), *flags]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     return done.returncode, done.stdout, done.stderr.decode(errors="replace")
 
@@ -1050,8 +1043,8 @@ def ffmpeg(path, *flags):
 def look(path):
     """What ffmpeg says of a film's first frame, upright: sides, width / height, fps, colours."""
     said = ffmpeg(path, *"-map 0:V:0 -frames:v 1 -vf showinfo -f null -".split())[2]
-    shown = re.findall(r"(\w+): *([^\s,]+)", said.partition("config in ")[2])
-    facts = dict(reversed(shown))  # of each name the first
+    found = re.findall(r"(\w+): *([^\s,]+)", said.partition("config in ")[2])
+    facts = dict(reversed(found))  # of each name the first
     if "sar" not in facts:
         raise ValueError((said.strip().splitlines() or ["ffmpeg finds no film in it"])[-1])
     (w, h), (wide, high) = map(int, facts["s"].split("x")), map(int, facts["sar"].split("/"))
@@ -1061,14 +1054,18 @@ def look(path):
     seconds = 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3])
     fps = float((re.search(r", ([\d.]+) fps", header) or (0, "inf"))[1])
     colours = {"matrix": facts["color_space"], "curve": facts["color_trc"]}
-    return SimpleNamespace(size=(w, h), aspect=aspect, seconds=seconds, fps=fps, **colours)
+    # WebM's alpha, which only libvpx reads
+    codec = re.search(r"Video: (vp[89])", header) if "alpha_mode" in header else None
+    vpx = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec[1]]] if codec else []
+    shown = {"aspect": aspect, "seconds": seconds, "fps": fps, "vpx": vpx}
+    return SimpleNamespace(size=(w, h), **shown, **colours)
 
 
 def read_clip(path, config):
     """The first frames of a film as a player shows them: (1, 3, T, H, W) in [-1, 1].
 
-    Upright, in square pixels, whole frames instead of fields, colours of SDR; resampled, cropped at
-    the centre, resized. ValueError: too short, damaged, or a still.
+    Upright, in square pixels, whole frames instead of fields, colours of SDR, black where it is
+    transparent; resampled, cropped at the centre, resized. ValueError: short, damaged, a still.
     """
     film, w, h, n = look(path), config.width, config.height, config.frames
     if film.fps < config.fps / 4:
@@ -1080,9 +1077,12 @@ def read_clip(path, config):
         chain += TONE_MAP
     elif film.matrix == "unknown" and max(film.size) >= 1280:
         chain = "setparams=colorspace=bt709," + chain  # untagged and large, as players take it
-    chain += ",format=gbrp"  # NOTE silent: into rgb24 at once, ffmpeg would not interpolate colours
+    # NOTE silent: into rgb24 at once, ffmpeg would not interpolate colours
+    chain += ",format=gbrap,premultiply=inplace=1"
     flags = ["-v", "error", "-xerror", "-map", "0:V:0", "-vf", chain, "-frames:v", str(n)]
-    status, raw, said = ffmpeg(path, *flags, *"-f rawvideo -pix_fmt rgb24 -".split())
+    status, raw, said = ffmpeg(
+        path, *flags, *"-f rawvideo -pix_fmt rgb24 -".split(), first=film.vpx
+    )
     if status:
         raise ValueError(f"damaged: {(said.strip().splitlines() or [f'status {status}'])[0]}")
     if len(raw) < 3 * h * w * n:
@@ -1122,15 +1122,12 @@ def one_line(caption):
     return " ".join(line.strip() for line in text.strip().split("\n"))
 
 
-def encoded_clips(config, form=None):
-    """The files of all clips that can be used, encoded where they are missing; says what is not."""
-    if not config.data:
-        raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
+def encode_missing(config, clips, form):
+    """The files of clips; [(name, look() at it, tokens)] of those made now; {name: why not}."""
     from diffusers.training_utils import free_memory
     from tqdm import tqdm
 
-    clips, left_out = find_clips(Path(config.data))
-    files, made, pipe = [], [], None
+    files, made, left_out, pipe = [], [], {}, None
     for path, caption in tqdm(clips, desc="encode", unit="clip"):
         name = os.path.relpath(path, config.data) if path else repr(caption)
         try:
@@ -1154,9 +1151,21 @@ def encoded_clips(config, form=None):
         made.append((name, path and look(path), tokens))
     del pipe
     free_memory()
-    files = list(dict.fromkeys(files))  # one that is listed twice is one clip
+    return list(dict.fromkeys(files)), made, left_out  # one that is listed twice is one clip
+
+
+def encoded_clips(config, form=None):
+    """The files of all clips that can be used, encoded where they are missing; says what is not."""
+    if not config.data:
+        raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
+    clips, left_out = find_clips(Path(config.data))
+    shares = []
+    if RANKS > 1:  # each process encodes a share, then all find every file
+        shares = of_all_ranks(encode_missing(config, clips[RANK::RANKS], form)[1])
+    files, made, unusable = encode_missing(config, clips, form)
+    made += [one for share in shares for one in share]
     print(f"{config.data}: {len(files)} clips, {len(made)} encoded now")
-    report(config, made, left_out)
+    report(config, made, left_out | unusable)
     if not files:
         raise Refused(f"Nothing in {config.data} can be used. A folder needs {LAYOUTS}.", status=1)
     return files
@@ -1298,7 +1307,7 @@ class HunyuanTask:
             "CUDA, fragments": 1.6,  # with expandable segments
         }
 
-    def costs(self, forwards, backwards, generator, fake, gpus):
+    def costs(self, forwards, backwards, generator, fake, gpus=1):
         """Memory, time and disk by formulas: simulated or published figures, nothing measured."""
         c, m, GiB = self.config, self.backbone.module.config, 2**30
         n, width = len(self.backbone.blocks), self.backbone.width
@@ -1328,9 +1337,7 @@ class HunyuanTask:
         return {
             "GPU memory, GiB": memory,
             "in all, GiB": sum(memory.values()),
-            "hours on one H100" if gpus == 1 else f"hours on {gpus} H100": seconds
-            * c.iterations
-            / 3600,
+            "hours on H100": seconds * c.iterations / 3600,
             "seconds an iteration": seconds,
             "PFLOP an iteration": linear + attention,
             **(many if gpus > 1 else {}),
@@ -1420,8 +1427,11 @@ class HunyuanTask:
         roles.load("generator", tensors)
         return roles.generator
 
-    def sample(self, tensors, info, out, seed, prompt=None, image=None, steps=0):
-        """A video of the prompt; image-to-video's begins with the image."""
+    def sample(self, tensors, info, out, seed, prompt=None, image=None, steps=0, **avoid):
+        """A video of the prompt; image-to-video's begins with the image.
+
+        avoid: negative_prompt and cfg, the weight that leads away from it at twice the evaluations.
+        """
         from diffusers.training_utils import free_memory
 
         if prompt is None or (image is None) != (self.form is None):
@@ -1432,11 +1442,21 @@ class HunyuanTask:
         first = self.first_frame(image) if image else None
         pipe = load_pipeline(self.config.checkpoint, ("transformer", *["vae"] * (image is None)))
         cond = encode_text(pipe, prompt, first, self.form)
+        if avoid:
+            black = None if first is None else 0 * first - 1
+            avoided = encode_text(pipe, avoid["negative_prompt"], black, self.form)
+            avoided["image"] = cond.get("image")  # shown all the same
         del pipe
         free_memory()  # before the transformer comes
         self.load_weights()
         sigmas = few_step_sigmas(steps, info["shift"]) if steps else torch.tensor(info["sigmas"])
-        self.film(out, self.student(tensors, info), sigmas, cond, seed, euler=info["euler"])
+        student = self.student(tensors, info)
+
+        def away(x_t, sigma, cond):
+            v, v_avoided = student(x_t, sigma, cond), student(x_t, sigma, avoided)
+            return guided(v, v_avoided, avoid.get("cfg", 2.0))
+
+        self.film(out, away if avoid else student, sigmas, cond, seed, euler=info["euler"])
         return f"wrote {out}"
 
 
@@ -1455,12 +1475,39 @@ def join_ranks():
             sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
 
 
-def of_all_ranks(x):
-    """Every process's x, a list; small things only."""
-    every = [x] * RANKS
-    if RANKS > 1:
-        torch.distributed.all_gather_object(every, x)
-    return every
+def is_split(x):
+    """Whether each process holds a part of x alone: a DTensor, whose import takes a second."""
+    return hasattr(x, "full_tensor")
+
+
+def mean_over_ranks(x):
+    """x becomes its mean over the processes; of a split weight's gradient FSDP2 has made it."""
+    if RANKS > 1 and not is_split(x):
+        torch.distributed.all_reduce(x)
+        x /= RANKS
+    return x
+
+
+def whole(x):
+    """A tensor, of which each process may hold a part, in one piece."""
+    return x.detach().full_tensor() if is_split(x) else x.detach()
+
+
+class StateOfRanks(State):
+    """The State of one of several processes: batches and noise of its own, gradients of all."""
+
+    def __init__(self, config, roles, device):
+        super().__init__(config, roles, device)
+        self.ranks = RANKS
+        for name, rng in self.rngs.items():
+            # one exit for all, as it decides how often the split backbone is gathered
+            if name != "exit" or config.generator_input == "paired":
+                rng.manual_seed(rng.initial_seed() + 2**20 * RANK)
+
+    def update(self, role, lr):
+        for parameter in self.roles.parameters(role):
+            mean_over_ranks(parameter.grad)
+        return whole(super().update(role, lr))
 
 
 def split_over_ranks(roles):
@@ -1485,14 +1532,9 @@ def split_over_ranks(roles):
         parameter.data = parameter.data.to(DEVICE)
 
 
-def whole(x):
-    """A tensor, of which each process may hold a part, in one piece."""
-    return x.detach().full_tensor() if is_split(x) else x.detach()
-
-
 def split_as(x, like):
     """A copy of the whole tensor x, where and as `like` is."""
-    if is_split(like):
+    if is_split(like) and x.ndim:
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
@@ -1574,9 +1616,9 @@ def without_fake(config, roles, state, data):
 
 
 def memory_mb(device):
-    """Peak memory in MB so far: of the process on a CPU, of torch's allocations on a GPU."""
+    """Peak memory in MB so far: of the process on a CPU, what torch has reserved on a GPU."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_reserved(device) / 2**20
     try:
         import resource
     except ImportError:  # Windows
@@ -1678,20 +1720,18 @@ def unpack(state, flat, iteration, taken):
     for name, x in state.average.items():
         x.copy_(split_as(flat[f"average/{name}"], x))
     for name, rng in state.rngs.items():
-        key = f"rng/{0 if name in state.shared else RANK}/{name}"
-        if key in flat:
-            rng.set_state(flat[key])
-        else:  # there were fewer processes
-            rng.manual_seed(rng.initial_seed() + 1009 * iteration)
+        shared = name == "exit" and state.config.generator_input == "rollout"
+        seen = flat.get(f"rng/{0 if shared else RANK}/{name}")
+        if seen is None:  # there were fewer processes
+            seen = rng.manual_seed(rng.initial_seed() + 1009 * iteration).get_state()
+        rng.set_state(seen)
     for role, optimizer in state.optimizers.items():
         for name, parameter in state.roles.state(role).items():
             parameter.copy_(split_as(flat[f"{role}/{name}"], parameter))
             for slot in ("step", "exp_avg", "exp_avg_sq"):
-                x = flat.get(f"optimizer/{role}/{name}/{slot}")  # none before its use
-                if x is not None:
-                    kept = x.to(parameter.device, copy=True)
-                    kept = split_as(x, parameter) if x.ndim else kept
-                    optimizer.state[parameter][slot] = kept
+                x = flat.get(f"optimizer/{role}/{name}/{slot}")
+                if x is not None:  # there is none before the first update
+                    optimizer.state[parameter][slot] = split_as(x, parameter)
 
 
 def save(folder, config, state, base_sum, clips):
@@ -1773,6 +1813,19 @@ def check_memory(config, numbers, gpu_memory):
         raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}; less need {cure}.", status=1)
 
 
+def attention():
+    """Inside, cuDNN's attention comes first on Hopper, where it is the fastest (published).
+
+    For the whole process, not around a forward: blocks recomputed in backward need the same.
+    """
+    if DEVICE == "cpu" or torch.cuda.get_device_capability() < (9, 0):
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
+
+
 def trained_roles(config, task, split):
     """The roles of a run, ready for optimizers; and the sum of the base, before it is split."""
     torch.manual_seed(config.seed)
@@ -1815,7 +1868,7 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, gpus=RANKS, shard
         half.unlink(missing_ok=True)
     split = shard == "base" and RANKS > 1 and config.model == "hunyuan"
     roles, base = trained_roles(config, task, split)
-    state = State(config, roles, task.device)
+    state = StateOfRanks(config, roles, task.device)
     clips = [clip.name for clip in task.clips]
     before = restore(folder, state, base, clips) if resume else {}
     if state.iteration > config.iterations:
@@ -1839,11 +1892,13 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, gpus=RANKS, shard
     picture()  # of the beginning; after a resume the checkpoint's, which may be missing
     data, tick = task.batches(state.rngs["data"], state.taken), time.perf_counter()
     bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
-    with log, bar, signals() as stop:
+    with log, bar, attention(), signals() as stop:
         loop = distil if config.objective == "w2svd" else without_fake
         for line in as_floats(loop(config, roles, state, data), state):
             line["seconds"] = time.perf_counter() - tick
             line["memory_mb"] = memory_mb(task.device)
+            if flop := numbers.get("PFLOP an iteration"):
+                line["tflops"] = 1e3 * flop / line["seconds"]
             bar.set_postfix(dict(itertools.islice(line.items(), 2)), refresh=False)
             bar.update()
             if hours and time.perf_counter() - started > 3600 * hours:
@@ -1890,12 +1945,14 @@ def read_generator(run, at=None):
 def sample(run, out, seed, at=None, **given):
     """Draw samples of a run's generator, with the grid of its header, into `out`."""
     config, out = read_run(run), Path(out)
-    fits = {"toy": ["n"], "hunyuan": ["prompt", "image", "steps", *SIZES]}[config.model]
+    fits = {"toy": ["n"], "hunyuan": ["prompt", "image", "negative_prompt", "cfg", "steps", *SIZES]}
     for name, x in given.items():
-        if name not in fits:
+        if name not in fits[config.model]:
             raise Refused(f"{flag(name)} does not fit {run}, a run of --model {config.model}.")
         if x != getattr(config, name, x):
             print(f"{flag(name)} {x}: {run} was trained with {getattr(config, name)}")
+    if "cfg" in given and "negative_prompt" not in given:
+        raise Refused("--cfg weighs a --negative-prompt, which is missing.")
     config = dataclasses.replace(config, **{n: given.pop(n) for n in SIZES if n in given})
     check(dataclasses.replace(config, seed=seed, steps=given.get("steps", 4), gt_weight=0.0))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -1983,6 +2040,22 @@ def to_comfyui(tensors, mlp):
     return converted
 
 
+@torch.no_grad()
+def merge(module, tensors):
+    """Put the generator into the module, W + B A in float32; the share that bf16 would lose."""
+    weights, lost, learnt = dict(module.named_parameters()), 0.0, 0.0
+    for name, x in tensors.items():
+        if "lora_A" in name:
+            x = tensors[name.replace("lora_A", "lora_B")] @ x  # alpha equals the rank
+            name = name.removeprefix("transformer.").replace("lora_A.", "")
+            x += weights[name]
+        if "lora_B" not in name:
+            lost += float((x.bfloat16() - x).square().sum())
+            learnt += float((x - weights[name]).square().sum())
+            weights[name].copy_(x)
+    return math.sqrt(lost / learnt) if learnt else 0.0
+
+
 def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     """Write a run's generator for diffusers, ComfyUI or as a whole transformer, with a card."""
     config, (tensors, info), out = read_run(run), read_generator(run, at), Path(out)
@@ -1997,20 +2070,21 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     out.mkdir(parents=True, exist_ok=True)
     if format == "merged":
         module = task.read_weights(torch.float32)
-        if info["kind"] == "full":
-            module.load_state_dict(tensors)
-        else:
-            module.load_lora_adapter(tensors)
-            module.fuse_lora()  # W + B A in float32: in bf16 a young adapter would be rounded away
-            module.unload_lora()
+        lost = merge(module, tensors)
+        print(f"bfloat16 would add an error of {lost:.1%} of what was learnt; float32 adds none")
         module.to(kind).save_pretrained(out)
     else:
-        tensors = {n: x.to(kind) for n, x in tensors.items()}
+        tensors, metadata = {n: x.to(kind) for n, x in tensors.items()}, {}
         if format == "comfyui":
             mlp = task.backbone.module.single_transformer_blocks[0].proj_mlp.out_features
             tensors = to_comfyui(tensors, mlp)
+        else:
+            lora = {"r": info["rank"], "lora_alpha": info["lora_alpha"]}
+            lora |= {"target_modules": task.backbone.lora_targets}
+            lora = {f"transformer.{name}": x for name, x in lora.items()}
+            metadata = {"lora_adapter_metadata": json.dumps(lora)}
         name = {"diffusers": "pytorch_lora_weights", "comfyui": "w2svd_comfyui"}[format]
-        write_safetensors(out / f"{name}.safetensors", tensors, info)
+        write_safetensors(out / f"{name}.safetensors", tensors, info, **metadata)
     if format != "comfyui":
         from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
 
@@ -2073,11 +2147,16 @@ def parse(argv):
     samples.add_argument("--n", type=int, help="toy: number of samples [1000]")
     samples.add_argument("--prompt", help="hunyuan: what to show")
     samples.add_argument("--image", help="hunyuan, image-to-video: the first frame")
+    samples.add_argument("--negative-prompt", help="hunyuan: what to avoid, at twice the time")
+    samples.add_argument("--cfg", type=float, help="hunyuan: weight of a negative prompt [2]")
     for name in ("height", "width", "frames", "steps"):
         samples.add_argument(f"--{name}", type=int, help="hunyuan: [as trained]")
     exports.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32]")
     exports.add_argument("--format", required=True, choices=tuple(USE), help="merged: all weights")
-    return vars(top.parse_args(argv))
+    given, unknown = top.parse_known_args(argv)
+    if unknown:
+        raise Refused(f"There is no {unknown[0]}; see w2svd.py {given.command} --help.")
+    return vars(given)
 
 
 def absolute(model, given):

@@ -33,11 +33,11 @@ TABLE = r"""
 # test_ranks.py
 gradients stay each process's own @ mean_over_ranks: RANKS > 1 and ==> RANKS > 9 and
 gradients of processes are added up @ mean_over_ranks: x /= RANKS ==> x /= 1
-every process draws the same noise @ State.__init__: 2**20 * RANK ==> 0 * RANK
-each process has exits of its own @ State.__init__: {"exit"} if ==> {"no"} if
+every process draws the same noise @ StateOfRanks.__init__: 2**20 * RANK ==> 0 * RANK
+each process has exits of its own @ StateOfRanks.__init__: name != "exit" or ==> name or
 what copies were is trained, not their parts @ split_over_ranks:
     roles.trained[role] = roles._find(role) ==> roles.trained[role] = roles.trained[role]
-processes go on with the first one's noise @ unpack: else RANK} ==> else 0}
+processes go on with the first one's noise @ unpack: if shared else RANK ==> if shared else 0
 every process reads the same clips @ HunyuanTask.batches: taken + RANK, RANKS ==> taken, 1
 # test_flow_matching.py
 the grid is shifted twice @ few_step_sigmas: , shift).float() ==> , shift * shift).float()
@@ -178,29 +178,31 @@ latents are encoded unscaled @ encode_video: * pipe.vae.config.scaling_factor ==
 text is not trimmed @ encode_text: [:, mask[0].bool()] ==>
 # test_hunyuan.py -k films_on
 films are on another grid @ HunyuanTask.on_log: (steps, shift) ==> (steps, 5.0)
-# test_hunyuan.py -k sample_is or seed_and or another_size
+# test_hunyuan.py -k sample_is or seed_and or another_size or negative_prompt
 latents are decoded unscaled @ HunyuanTask.decode: / pipe.vae.config.scaling_factor ==>
 sample ignores the header's grid @ HunyuanTask.sample: info["sigmas"] ==> [1.0, 0.5, 0.0]
 another number of steps is on another grid @ HunyuanTask.sample: info["shift"] ==> 5.0
+the negative prompt is ignored @ HunyuanTask.sample: away if avoid else ==> student if avoid else
 # test_hunyuan.py -k card_s_code
 the exported scheduler forgets the shift @ export: shift=info["shift"] ==> shift=5.0
 the exported scheduler adds no noise @ export: not info["euler"] ==> False
 # test_hunyuan.py -k merged_weights
-the merged weights are rounded first @ export:
-    load_lora_adapter(tensors) ==> load_lora_adapter({n: x.bfloat16() for n, x in tensors.items()})
+the merged weights are rounded first @ merge: for name, x in tensors.items() ==>
+    for name, x in [(n, y.bfloat16().float()) for n, y in tensors.items()]
 # test_hunyuan.py -k second_reader
 fused layers are read at a third @ to_comfyui: len(A) ==> len(A) / 3
-# test_clips.py -k colours or hdr or disc or fields or damaged
+# test_clips.py -k colours or hdr or disc or fields or damaged or transparent
 untagged films are bt601 @ read_clip: "setparams=colorspace=bt709," + chain ==> chain
 HDR is not tone-mapped @ read_clip: chain += TONE_MAP ==> pass
 pixels are taken for square @ read_clip: /sar ==>
 fields stay fields @ read_clip: deint=interlaced ==> deint=interlaced:enable=0
 damaged frames are used @ read_clip: "-xerror", ==>
+what is transparent shows @ read_clip: premultiply=inplace=1 ==> null
 # test_hunyuan.py -k each_clip_is
 always clip 0 is read @ HunyuanTask.batches: permutation[place] ==> 0
 every epoch has the same order @ HunyuanTask.batches: + epoch) ==> )
 an epoch begins anew after a resume @ HunyuanTask.batches:
-    count(taken) ==> count(taken - taken % len(self.clips))
+    count(taken + RANK ==> count(taken - taken % len(self.clips) + RANK
 # test_hunyuan.py -k fused_layers
 ComfyUI's fused layers are stacked in reverse @ to_comfyui: torch.cat(A) ==> torch.cat(A[::-1])
 """

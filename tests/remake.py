@@ -56,8 +56,9 @@ def plan_of(flags):
     """The numbers that `train --model hunyuan --dry-run` shows."""
     given = w2svd.parse(["train", "--model", "hunyuan", *flags.split()])
     del given["command"]
+    gpus = given.pop("gpus", 1)
     config = w2svd.resolve(given)
-    return w2svd.plan(config, w2svd.load_task(config))
+    return w2svd.plan(config, w2svd.load_task(config), gpus)
 
 
 def plan_as_printed():
@@ -74,7 +75,7 @@ def in_short(flags):
     """What a size takes, in one sentence."""
     numbers = plan_of(flags)
     gib, seconds = numbers["in all, GiB"], numbers["seconds an iteration"]
-    hours = numbers["hours on one H100"]
+    hours = numbers["hours on H100"]
     return f"`{flags}` {gib:.1f} GiB, {seconds:.0f} s an iteration, {hours:.0f} h"
 
 
@@ -99,7 +100,7 @@ def parts():
     return {
         "toy": code(tasks.table(json.loads(DEFAULT.read_text())["ring"])),
         "plan": plan_as_printed(),
-        "sizes": f"{in_short(LONG)}; {in_short('--fp8-base')}.",
+        "sizes": f"{in_short(LONG)}; {in_short('--fp8-base')}; {in_short('--gpus 8')}.",
         "expect": table.summary(results).rstrip(),
         "table": table.markdown(results).rstrip(),
         "tests": tests_table(),

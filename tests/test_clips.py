@@ -126,6 +126,20 @@ def test_light_above_white_is_compressed_and_not_cut():
     assert (seen.diff() > 3).all() and seen.max() <= 255
 
 
+def test_what_is_transparent_is_black():
+    picture = torch.full((12, 64, 96, 4), 255.0)
+    picture[:, :, :48, 3], picture[:, :, 48:, 3] = 255, 0
+    made = [
+        make("film.mov", picture, "-c:v", "png", "-pix_fmt", "rgba"),
+        make("film.webm", picture, "-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p"),
+        make("vp8.webm", picture, *"-c:v libvpx -pix_fmt yuva420p -auto-alt-ref 0".split()),
+        make("film.gif", picture, "-vf", "split[a][b];[a]palettegen[p];[b][p]paletteuse"),
+    ]
+    for film in made:
+        frame = read(film)[-1]
+        assert frame[32, 24].min() >= 251 and frame[32, 72].max() <= 4, film
+
+
 # ---- shape ---------------------------------------------------------------------------------------
 
 

@@ -90,7 +90,7 @@ def cached(folder="clips/.w2svd"):
 # ---- what a folder may look like -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["txt", "jsonl", "csv", "excel"])
+@pytest.mark.parametrize("how", ["txt", "jsonl", "csv", "excel", "lists"])
 def test_every_convention_of_folders_is_read(how):
     folder, rows = (
         Path("clips").resolve(),
@@ -108,6 +108,9 @@ def test_every_convention_of_folders_is_read(how):
         encoding = {"csv": "utf-8", "excel": "utf-8-sig"}[how]  # Excel begins with a mark
         with open(folder / "metadata.csv", "w", newline="", encoding=encoding) as file:
             csv.writer(file).writerows([("file_name", "text"), *rows])
+    if how == "lists":
+        (folder / "videos.txt").write_text("".join(f"{name}\n" for name, _ in rows))
+        (folder / "prompt.txt").write_text("".join(f"{text}\n" for _, text in rows))
     found, beside = find_clips(folder)
     assert [path for path, _ in found] == [folder / name for name, _ in rows]
     captions = [c.read_text().strip() if isinstance(c, Path) else c for _, c in found]
@@ -145,6 +148,19 @@ def test_a_loose_row_is_listed_with_its_line_and_the_good_ones_are_used(
     (folder / "a.txt").unlink()
     said, n = encode()
     assert n == 1 and f"left out, {name}{line}: " in said and "left out, a.mp4: " in said
+
+
+def test_of_two_lists_of_different_lengths_the_whole_rows_are_used(encode, clips):
+    folder = clips(a="a dog", b="a dog")
+    for text in folder.glob("*.txt"):
+        text.unlink()
+    (folder / "videos.txt").write_text("a.mp4\r\nb.mp4\r\n\r\n")
+    (folder / "prompt.txt").write_text("a dog\n")
+    said, n = encode()
+    assert n == 1 and "left out, videos.txt, line 2: " in said
+    (folder / "prompt.txt").write_text("a dog\na woman")  # no line feed at its end
+    said, n = encode()
+    assert n == 1 and "left out" not in said
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])

@@ -8,6 +8,7 @@ Run with `python -m pytest tests/test_hunyuan.py`; about a minute. Clips: test_d
 import functools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from diffusers.loaders.lora_conversion_utils import _convert_hunyuan_video_lora_to_diffusers
 from diffusers.utils.torch_utils import randn_tensor
 from helpers import lines, refused, run, same_bits
+from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 import w2svd
@@ -676,6 +678,20 @@ def test_another_size_and_step_count_are_drawn_with_a_word(trained, latents, cap
     assert "trained with" not in capsys.readouterr().out
 
 
+def test_a_negative_prompt_is_the_stock_pipeline_s_true_guidance(
+    tiny, trained, latents, monkeypatch
+):
+    flags = ["--prompt", "a dog", "--negative-prompt", "red woman", "--cfg", 3, "--out", "a.mp4"]
+    run("sample", "--run", trained, *flags)
+    pipe = HunyuanVideoPipeline.from_pretrained(tiny)
+    pipe.load_lora_weights(trained, weight_name="generator.safetensors")
+    how = few_steps(pipe) | {"negative_prompt": "red woman", "true_cfg_scale": 3.0}
+    stock = stock_call(pipe, one_stream(monkeypatch, 0), **how)
+    assert (stock - latents[0]).abs().max() < 2e-5
+    run("sample", "--run", trained, "--prompt", "a dog", "--out", "a.mp4")
+    assert (latents[1] - latents[0]).abs().max() > 1e-3
+
+
 def test_an_empty_prompt_is_a_prompt(trained, monkeypatch):
     template = {"template": "red {}", "crop_start": 0}
     monkeypatch.setattr(HunyuanVideo, "prompt_template", template)
@@ -716,6 +732,9 @@ def export(run_folder, format, *flags):
 
 def test_the_card_s_code_draws_our_latents_with_the_exported_lora(tiny, trained):
     export(trained, "diffusers")
+    with safe_open("diffusers/pytorch_lora_weights.safetensors", "pt") as file:
+        adapter = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert adapter["transformer.r"] == adapter["transformer.lora_alpha"] == 2
     card = Path("diffusers/README.md").read_text()
     for said in (str(tiny), "licence", "alpha_weak\n0.25", "in 4 steps", "rank 2"):
         assert said in card
@@ -739,8 +758,9 @@ def test_the_card_s_code_draws_our_latents_with_the_exported_lora(tiny, trained)
     assert (names["video"] - ours[0]).abs().max() < 1e-5
 
 
-def test_merged_weights_are_the_backbone_with_its_adapter(tiny, trained):
+def test_merged_weights_are_the_backbone_with_its_adapter(tiny, trained, capsys):
     export(trained, "merged", "--at", 2)
+    lost = float(re.search(r"([\d.]+)% of what was learnt", capsys.readouterr().out)[1]) / 100
     merged = HunyuanVideo(HunyuanVideoTransformer3DModel.from_pretrained("merged"), torch.float32)
     roles = roles_of(tiny)
     roles.load("generator", w2svd.read_generator(trained, 2)[0])
@@ -748,6 +768,12 @@ def test_merged_weights_are_the_backbone_with_its_adapter(tiny, trained):
         ours, theirs = roles.generator(*inputs()[:3]), merged.velocity(*inputs()[:3])
         plain = roles.backbone.velocity(*inputs()[:3])
     assert (ours - theirs).abs().max() < 1e-5 < 1e-3 < (ours - plain).abs().max()
+    exact, base = merged.module.state_dict(), stock_transformer(tiny).state_dict()
+    learnt = torch.cat([(exact[n] - base[n]).flatten() for n in base])
+    changed = [exact[n] for n in base if not torch.equal(exact[n], base[n])]
+    rounded = torch.cat([(x.bfloat16() - x).flatten() for x in changed])
+    assert lost == pytest.approx(float(rounded.norm() / learnt.norm()), abs=1e-3)
+    assert 0 < lost < 1
     run("export", "--run", trained, "--format", "merged", "--out", "half", "--dtype", "bfloat16")
     half = HunyuanVideoTransformer3DModel.from_pretrained("half", dtype=torch.bfloat16)
     assert half.proj_out.weight.dtype == torch.bfloat16

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import w2svd
-from w2svd import Config, Discriminator, HunyuanVideo, Roles, State
+from w2svd import Config, Discriminator, HunyuanVideo, Roles, State, StateOfRanks
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Config(
@@ -101,7 +101,7 @@ def work(folder):
         config = dataclasses.replace(SMALL, **settings)
         roles = new_roles(folder, config, form, split)
         before = w2svd.base_sum(roles)
-        state = State(config, roles, "cpu")
+        state = StateOfRanks(config, roles, "cpu")
         for _ in w2svd.distil(config, roles, state, clips(form, w2svd.RANK, w2svd.RANKS)):
             w2svd.check_ranks(config, state)
             info = {"taken": state.taken, "iteration": state.iteration, "base": before}
@@ -116,7 +116,7 @@ def work(folder):
 def resumed(folder, name, config, form, split, state):
     """The third iteration again, from what was written after the second: the same bits."""
     roles = new_roles(folder, config, form, split)
-    again = State(config, roles, "cpu")
+    again = StateOfRanks(config, roles, "cpu")
     torch.distributed.barrier()
     tensors, info = w2svd.read_safetensors(folder / f"{name} {w2svd.RANKS} 2.safetensors")
     w2svd.unpack(again, tensors, info["iteration"], info["taken"])

@@ -85,9 +85,9 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_mistyped_flag_is_named_and_points_to_the_help(capsys, tmp_path, command):
+def test_a_mistyped_flag_points_to_the_help_of_its_command(capsys, tmp_path, command):
     error = refused(capsys, tmp_path, command, *COMMANDS[command].split(), "--sed", "3")
-    assert "--sed" in error and "--help" in error
+    assert "--sed" in error and f"w2svd.py {command} --help" in error
 
 
 @pytest.mark.parametrize("wrong", ["--generator half", "--batch x", "--seed"])
@@ -228,6 +228,7 @@ SAMPLE = {
     "--out a.mp4": ".safetensors",
     "--prompt dog": "--prompt",
     "--seed -1": "--seed",
+    "--negative-prompt cat": "--negative-prompt",
     "--image a.png": "--image",
     "--height 32": "--height",
 }
