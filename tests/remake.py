@@ -7,11 +7,11 @@ The second takes about ten minutes on 2 CPU cores. Both change only what is out 
 what they changed. In a README it is what stands between <!-- remade: NAME --> and <!-- end -->, and
 the numbers of lines in links like [`Roles`](w2svd.py#L300), also in notebooks.
 
-Results of hours are not remade but read: toy/results/table.json and methods.json (python -m
-toy.table), moved.json (python -m toy.study.moved), toy/study/results/study.json (python -m
-toy.study). The two runs of the toy, which the first page
-shows, are kept in toy/results/default.json; where their numbers differ from those kept before by
-more than other arithmetic would explain, the exit status is 1.
+Results of hours are not remade but read: table.json and methods.json in toy/results (python -m
+toy.table), moved.json there (python -m toy.study.moved), and toy/study/results/study.json (python
+-m toy.study). The two runs of the toy, which the first page shows, are kept in
+toy/results/default.json; where their numbers differ from those kept before by more than other
+arithmetic would explain, the exit status is 1.
 """
 
 import argparse
