@@ -7,10 +7,11 @@ The second takes about ten minutes on 2 CPU cores. Both change only what is out 
 what they changed. In a README it is what stands between <!-- remade: NAME --> and <!-- end -->, and
 the numbers of lines in links like [`Roles`](w2svd.py#L300), also in notebooks.
 
-Results of hours are not remade but read: toy/results/table.json (python -m toy.table) and
-toy/study/results/study.json (python -m toy.study). The two runs of the toy, which the first page
-shows, are kept in toy/results/default.json; where their numbers differ from those kept before by
-more than other arithmetic would explain, the exit status is 1.
+Results of hours are not remade but read: table.json and methods.json in toy/results (python -m
+toy.table), moved.json there (python -m toy.study.moved), and toy/study/results/study.json (python
+-m toy.study). The two runs of the toy, which the first page shows, are kept in
+toy/results/default.json; where their numbers differ from those kept before by more than other
+arithmetic would explain, the exit status is 1.
 """
 
 import argparse
@@ -33,10 +34,12 @@ sys.path.insert(0, str(ROOT))  # before the imports below, wherever it is starte
 
 import w2svd  # noqa: E402
 from toy import table, tasks  # noqa: E402
-from toy.study import report  # noqa: E402
+from toy.study import moved, report  # noqa: E402
 
 READMES = [ROOT / "README.md", ROOT / "toy/README.md", ROOT / "tests/README.md"]
 STORED = ROOT / "toy/results/table.json"
+METHODS = ROOT / "toy/results/methods.json"
+MOVED = ROOT / "toy/results/moved.json"
 DEFAULT = ROOT / "toy/results/default.json"  # the two runs without a --seed
 RUNS = ("ring", "videos")  # of the toy, for the first page and the pictures
 LONG = "--height 544 --width 960 --frames 129"
@@ -103,6 +106,8 @@ def parts():
         "sizes": f"{in_short(LONG)}; {in_short('--fp8-base')}; {in_short('--gpus 8')}.",
         "expect": table.summary(results).rstrip(),
         "table": table.markdown(results).rstrip(),
+        "methods": table.methods(json.loads(METHODS.read_text())),
+        "moved": moved.markdown(json.loads(MOVED.read_text())),
         "tests": tests_table(),
     }
 

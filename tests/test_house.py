@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 import w2svd
-from toy.table import CASES, SEEDS
+from toy.table import CASES, METHOD_SEEDS, METHODS, SEEDS
 
 BUDGET = 1500  # lines of w2svd.py as ruff formats them, in the end
 CEILING = 2234  # where it stands, to be lowered with it
@@ -245,6 +245,20 @@ def test_the_stored_results_meet_what_the_readmes_claim():
     for case in ("ring-4", "grid-4"):
         assert mean(case, "student") < mean(case, "impostor")
     assert all(0.8 < r["student"]["dynamic_degree"] < 1.2 for r in results["videos-4"].values())
+
+
+def test_the_stored_methods_meet_what_the_toy_s_readme_claims():
+    results = json.loads(read(ROOT / "toy/results/methods.json"))
+    seeds = [str(seed) for seed in METHOD_SEEDS]
+    assert all(list(results[name]) == seeds for name in METHODS)
+    kl = {name: [results[name][s]["student"]["kl"] for s in seeds] for name in METHODS}
+    mean = {name: sum(kl[name]) / len(seeds) for name in METHODS}
+    for name in ("DMD, LoRA fake", "W2SVD, discriminator", "DMD2", "LCM, 5 times the iterations"):
+        assert abs(mean[name] - mean["W2SVD"]) < 0.02, name
+    assert all(other > 1.5 * ours for ours, other in zip(kl["W2SVD"], kl["LCM"]))
+    euler = [results["W2SVD"][s]["euler"] for s in seeds]
+    assert all(run["4"]["kl"] > 1.5 * max(map(max, kl.values())) > run["28"]["kl"] for run in euler)
+    assert results["seconds"]["LCM"] < results["seconds"]["W2SVD"] / 5
 
 
 @named([*PAGES, *NOTEBOOKS])

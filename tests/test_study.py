@@ -15,7 +15,7 @@ import torch
 
 import w2svd
 from toy.metrics import Metrics
-from toy.study import report, study
+from toy.study import moved, report, study
 from toy.tasks import Recipe
 from w2svd import consistency_step, few_step_sigmas
 
@@ -381,3 +381,24 @@ def test_the_stored_tables_are_those_of_the_stored_results():
     made = stored_tables()
     stored = (STORED.parent / "tables.md").read_text()
     assert all(text in stored for text in made.values())
+
+
+# ---- fine-tuning before distillation -------------------------------------------------------------
+
+
+def test_a_merged_backbone_is_the_generator_without_an_adapter(new_backbone, new_roles, draw):
+    roles, merged, arguments = new_roles(), new_backbone(), draw()["generator"]
+    x, sigma, cond = (arguments[name] for name in ("x_in", "sigma_in", "cond"))
+    before, wanted = merged.velocity(x, sigma, cond), roles.generator(x, sigma, cond)
+    moved.merge(roles, merged.module)
+    torch.testing.assert_close(merged.velocity(x, sigma, cond), wanted, atol=1e-5, rtol=1e-4)
+    assert (before - wanted).abs().max() > 0.1
+
+
+def test_the_stored_results_on_moved_data_meet_what_the_readme_claims():
+    results = json.loads((ROOT / "toy/results/moved.json").read_text())
+    assert list(results) == [str(seed) for seed in moved.SEEDS]
+    for result in results.values():
+        kl = {name: result[name]["kl"] for name in moved.METHODS}
+        assert kl["finetuned, distilled"] < 0.2 and kl["finetuned"] < 0.1
+        assert min(kl["backbone"], kl["distilled"]) > 3

@@ -1,26 +1,31 @@
-"""The README's table: every mixture and step count over seeds, each seed with its own backbone.
+"""The README's tables: mixtures, step counts and methods over seeds, each with its own backbone.
 
-    python -m toy.table [--seeds 5] [--out toy/results] [--only ring-4 videos-4 ...]
+    python -m toy.table [--seeds 5] [--processes 2] [--only ring-4 videos-4 ...]
+    python -m toy.table --methods                               the methods on the ring, 4 steps
 
-Runs `w2svd.py train`, two processes of one thread at a time, and writes table.json (every result)
-and table.md (mean and 95 % interval). A result that is there already is kept, so that the
-script goes on where it stopped. About 15 minutes on 2 CPU cores. tests/remake.py makes the READMEs'
-tables of them.
+Runs `w2svd.py train`, in processes of one thread each, and writes table.json (every result)
+and table.md (mean and 95 % interval), or methods.json. A result that is there already is kept, so
+that the script goes on where it stopped. About 15 minutes on 2 CPU cores, for the methods as much.
+tests/remake.py makes the READMEs' tables of them.
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from scipy.stats import t
 from tqdm import tqdm
 
+import w2svd
 from w2svd import write_json
 
 CASES = {  # name: flags
@@ -31,6 +36,16 @@ CASES = {  # name: flags
     "videos-4": "--data videos",
 }
 SEEDS = range(20, 25)  # settings were chosen on others, from 100 on
+METHODS = {  # on the ring: the preset, with a row of settings
+    "W2SVD": "",
+    "DMD, LoRA fake": "--alpha-weak 0",
+    "W2SVD, discriminator": "--gan-weight .03 --gan-lr 1e-3",
+    "DMD2": "--fake full --generator full --generator-lr 2e-4 --fake-lr 1e-3"
+    " --gan-weight .003 --gan-lr 1e-3",
+    "LCM": "--objective lcm",
+    "LCM, 5 times the iterations": "--objective lcm --iterations 1200 --ema .95",
+}
+METHOD_SEEDS = range(30, 35)  # seen by nothing before; rates were chosen on others, from 100 on
 SHOWN = {
     "2d": ("kl", "sliced_w2", "precision", "coverage", "weight_tv"),
     "videos": ("kl", "clip_frechet", "frame_frechet", "dynamic_degree", "motion_smoothness"),
@@ -38,10 +53,10 @@ SHOWN = {
 PLACES = {"kl": 2, "clip_frechet": 1, "frame_frechet": 2}
 
 
-def run(case, seed):
+def run(name, flags, seed):
     """The result.json of one run, in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = CASES[case].split() + ["--seed", str(seed), "--out", f"{folder}/run"]
+        flags = flags.split() + ["--seed", str(seed), "--out", f"{folder}/run"]
         done = subprocess.run(
             [sys.executable, "w2svd.py", "train", "--model", "toy", *flags],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -50,7 +65,7 @@ def run(case, seed):
             check=False,
         )
         if done.returncode:
-            raise RuntimeError(f"{case}, seed {seed}: {done.stderr.splitlines()[-1]}")
+            raise RuntimeError(f"{name}, seed {seed}: {done.stderr.splitlines()[-1]}")
         result = json.loads(Path(folder, "run", "result.json").read_text())
         made_by = json.loads(Path(folder, "run", "config.json").read_text())
         return result | {"commit": made_by["plan"]["commit"]}
@@ -105,28 +120,83 @@ def spread(values, places):
     return f"{statistics.mean(values):z.{places}f} ± {half:.{places}f}"  # z: 0.00 for -0.00
 
 
+def cpu_seconds(iterations=10, rounds=3):
+    """{method: CPU seconds of its loop}: a few iterations, in turns, the quickest of the rounds."""
+    seconds = dict.fromkeys(METHODS, math.inf)
+    for name in list(METHODS) * rounds:
+        given = w2svd.parse(["train", "--model", "toy", "--seed", "100", *METHODS[name].split()])
+        del given["command"]
+        c = w2svd.resolve(given)
+        task = w2svd.load_task(c)
+        task.load()
+        how = c.lora_rank, c.alpha_weak, c.alpha_strong, c.generator, c.fake
+        roles = w2svd.Roles(task.backbone, *how)
+        w2svd.Discriminator(roles)
+        state = w2svd.State(c, roles, "cpu")
+        loop = w2svd.distil if c.objective == "w2svd" else w2svd.without_fake
+        start = time.process_time()
+        training = loop(c, roles, state, task.batches(state.rngs["data"]))
+        list(itertools.islice(training, iterations))
+        spent = (time.process_time() - start) * c.iterations / iterations
+        seconds[name] = min(spent, seconds[name])
+    return seconds
+
+
+def methods(results):
+    """One row per method on the ring: mean ± half a 95 % interval over seeds.
+
+    The KL minus W2SVD's is paired over the seeds.
+    """
+    columns = ("kl", "sliced_w2", "precision", "coverage")
+    lines = [f"| method | NFE | {' | '.join(columns)} | kl - W2SVD's | CPU seconds |"]
+    lines.append("|---" * (len(columns) + 4) + "|")
+    ours = results["W2SVD"]
+    rows = [(f"Euler, {k} steps", k, {s: ours[s]["euler"][k] for s in ours}) for k in ("4", "28")]
+    for name in METHODS:
+        rows.append((name, "4", {s: run["student"] for s, run in results[name].items()}))
+    for name, nfe, runs in rows:
+        cells = [spread([metrics[c] for metrics in runs.values()], 3) for c in columns]
+        apart = [runs[s]["kl"] - ours[s]["student"]["kl"] for s in runs]
+        cells.append("" if name == "W2SVD" else spread(apart, 3))
+        seconds = results["seconds"].get(name)
+        cells.append(f"{seconds:.0f}" if seconds else "")
+        lines.append(f"| {name} | {nfe} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--out", type=Path, default=Path("toy/results"))
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--methods", action="store_true", help="the methods, not the mixtures")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "table.json"
+    path = options.out / ("methods.json" if options.methods else "table.json")
+    rows = METHODS if options.methods else {case: CASES[case] for case in options.only}
+    seeds = METHOD_SEEDS if options.methods else SEEDS
     results = json.loads(path.read_text()) if path.exists() else {}
     jobs = [
-        (case, seed)
-        for case in options.only
-        for seed in SEEDS[: options.seeds]
-        if str(seed) not in results.get(case, {})
+        (name, flags, seed)
+        for name, flags in rows.items()
+        for seed in seeds[: options.seeds]
+        if str(seed) not in results.get(name, {})
     ]
-    with ThreadPoolExecutor(2) as pool:
+    for seed in {seed for _, _, seed in jobs} if options.methods else ():
+        w2svd.load_task(w2svd.resolve({"model": "toy", "seed": seed})).load()  # for all methods
+    with ThreadPoolExecutor(options.processes) as pool:
         finished = tqdm(pool.map(lambda job: run(*job), jobs), total=len(jobs))
-        for (case, seed), result in zip(jobs, finished):
-            results.setdefault(case, {})[str(seed)] = result
+        for (name, _, seed), result in zip(jobs, finished):
+            results.setdefault(name, {})[str(seed)] = result
             write_json(path, results)
-    (options.out / "table.md").write_text(markdown(results), encoding="utf-8")
-    print(markdown(results))
+    if options.methods:
+        results["seconds"] = results.get("seconds") or cpu_seconds()
+        write_json(path, results)
+        print(methods(results))
+    else:
+        (options.out / "table.md").write_text(markdown(results), encoding="utf-8")
+        print(markdown(results))
 
 
 if __name__ == "__main__":
