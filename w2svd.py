@@ -119,7 +119,7 @@ Kind = Literal["lora", "full"]
 Input = Literal["paired", "rollout"]
 Schedule = Literal["constant", "linear", "cosine"]
 Samples = Literal["all", "final"]
-Objective = Literal["w2svd", "finetune", "lcm"]
+Objective = Literal["w2svd", "finetune", "lcm", "regress"]
 Layers = Literal["all", "attention"]
 Condition = Literal["none", "first-frame", "first-frame-concat"]
 
@@ -132,6 +132,7 @@ Condition = Literal["none", "first-frame", "first-frame-concat"]
 #                                          --generator-input rollout
 #   DMDR's schedule (peer)                 --alpha-weak .75 --alpha-weak-schedule cosine
 #   LCM (peer)                             --objective lcm
+#   one step fitted to pairs (ours)        --objective regress --steps 1
 #   fine-tuning, as a stage before (ours)  --objective finetune, then export --format merged
 
 
@@ -206,8 +207,12 @@ class Config:
 TOY = dict(data="ring", generator_input="rollout", fake_samples="final", lora_rank=16, ema=0.98)
 TOY |= dict(generator_lr=1e-3, fake_lr=2e-3, lr_schedule="linear", fake_weight_decay=0.1)
 TOY |= dict(shift=0.5, reuse=3, batch=1536, iterations=240, log_every=20, save_every=120)
+ONE_STEP = dict(steps=1, batch=512, iterations=1440, generator_lr=3e-3, save_every=720)
 PRESETS = {
     "toy": TOY,
+    # expect a KL of .1 in a minute, of the grid 1
+    "toy ring regress": ONE_STEP,
+    "toy grid regress": ONE_STEP,
     # expect 1.0: its modes are closer, so they are lost at less noise
     "toy grid": dict(shift=0.3, batch=1024, iterations=360),
     # expect a KL of .5; a clip's motion is decided at high noise, hence the shifts
@@ -239,7 +244,8 @@ def check(c: Config):
     paired, final = c.generator_input == "paired", c.fake_samples == "final"
     full, captions, hunyuan = c.fake == "full", c.data.endswith(".txt"), c.model == "hunyuan"
     toy_videos = not hunyuan and c.data == "videos"
-    other, terms = c.objective != "w2svd", c.gt_weight or c.gan_weight or c.guidance != 1
+    other, learns = c.objective != "w2svd", c.objective in ("finetune", "lcm")
+    terms = c.gt_weight or c.gan_weight or c.guidance != 1
     wrong = [
         (c.alpha_weak > c.alpha_strong, "--alpha-weak must be at most --alpha-strong."),
         (full and c.alpha_weak, "--fake full has no adapter for an --alpha-weak."),
@@ -254,7 +260,8 @@ def check(c: Config):
         (other and terms, "--gt-weight, --gan-weight, --guidance need --objective w2svd."),
         (c.gan_r1 and not c.gan_weight, "--gan-r1 needs a discriminator, a --gan-weight."),
         (captions and paired, "A .txt has captions alone: --generator-input rollout."),
-        (captions and (c.gan_weight or other), "--gan-weight and --objective need clips."),
+        (captions and (c.gan_weight or learns), "--gan-weight and --objective need clips."),
+        (c.objective == "regress" and c.steps > 1, "--objective regress is for --steps 1."),
         (c.height % 16 or c.width % 16, "--height and --width must be multiples of 16."),
         (c.frames % 4 != 1 or c.frames < 5, "--frames must be 4 k + 1: 61, 129."),
         (hunyuan and c.batch > 1, "--model hunyuan needs --batch 1; see --accumulate."),
@@ -1590,7 +1597,11 @@ def consistency_step(roles, average, x0, cond, sigma, sigma_next, eps):
 
 
 def without_fake(config, roles, state, data):
-    """The same loop for --objective finetune and lcm, which learn from the data alone."""
+    """The same loop for the other objectives, of the data or the backbone alone.
+
+    finetune: flow matching of the data. lcm: see above. regress: at pure noise, flow matching of
+    where the backbone's 28 Euler steps lead from it (peer: DMD2 warms one step up so).
+    """
     n = config.steps * math.ceil(50 / config.steps)  # of LCM's grid, which has the generator's
     grid = few_step_sigmas(n, config.shift).to(state.device)  # levels too. peer: 50 of 1000
 
@@ -1602,7 +1613,11 @@ def without_fake(config, roles, state, data):
         stats = []
         for name, x0, cond in micro_batches(config, state, data):
             sigma, eps = losses_noise(config, state, x0, name)
-            if config.objective == "finetune":
+            if config.objective == "regress":
+                sigma = torch.ones_like(sigma)
+                euler = few_step_sigmas(28, config.shift)
+                x0 = euler_sample(roles.plain, eps, euler, cond)
+            if config.objective in ("finetune", "regress"):
                 step = fake_step(roles, x0, cond, sigma, eps, role="generator")
             else:
                 k = torch.randint(n, sigma.shape, generator=state.rngs["level"], device=x0.device)
@@ -1647,7 +1662,8 @@ def plan(config, task, gpus=1):
         looks = config.fake_updates * (2 + (config.gan_r1 > 0))
         forwards, backwards = forwards + looks / 3, backwards + 1 / 3
     if config.objective != "w2svd":
-        forwards, backwards, trained[1] = 2 * (config.objective == "lcm"), 1, 0
+        forwards = {"finetune": 0, "lcm": 2, "regress": 28}[config.objective]
+        backwards, trained[1] = 1, 0
     names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
     return task.costs(forwards, backwards, *trained, gpus) | {
@@ -1954,7 +1970,11 @@ def sample(run, out, seed, at=None, **given):
     if "cfg" in given and "negative_prompt" not in given:
         raise Refused("--cfg weighs a --negative-prompt, which is missing.")
     config = dataclasses.replace(config, **{n: given.pop(n) for n in SIZES if n in given})
-    check(dataclasses.replace(config, seed=seed, steps=given.get("steps", 4), gt_weight=0.0))
+    check(
+        dataclasses.replace(
+            config, seed=seed, steps=given.get("steps", config.steps), gt_weight=0.0
+        )
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     print(load_task(config).sample(*read_generator(run, at), out, seed, **given))
 
@@ -2188,9 +2208,10 @@ def resolve(given):
     """A whole Config: defaults, the model's preset, the given settings, a free run folder."""
     model = given.get("model", Config.model)
     given = absolute(model, given)
-    data = given.get("data", "")
-    kind = "captions" if data.endswith(".txt") else data
-    preset = PRESETS[model] | PRESETS.get(f"{model} {kind}", {})
+    data = given.get("data", PRESETS[model].get("data", ""))
+    kind = f"{model} captions" if data.endswith(".txt") else f"{model} {data}"
+    preset = PRESETS[model] | PRESETS.get(kind, {})
+    preset |= PRESETS.get(f"{kind} {given.get('objective')}", {})
     if given.get("fake") == "full":  # real is the plain backbone; a decay would pull weights to 0
         preset |= {"alpha_weak": 0.0, "fake_weight_decay": 0.0}
     if given.get("generator_input") == "paired":  # its last exit nearly shows x0: learn from all

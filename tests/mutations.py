@@ -156,6 +156,8 @@ LCM's target has a gradient @ consistency_step: torch.no_grad() ==> nullcontext(
 LCM's target is the generator itself @ consistency_step: average( ==> roles.generator(
 LCM steps with the generator @ consistency_step: roles.plain( ==> roles.generator(
 LCM's levels are exchanged @ without_fake: grid[k], grid[k + 1], eps ==> grid[k + 1], grid[k], eps
+regression starts from other noise @ without_fake: roles.plain, eps, ==> roles.plain, -eps,
+regression reads less than pure noise @ without_fake: sigma = torch.ones_like(sigma) ==> pass
 fine-tuning learns noise @ without_fake: fake_step(roles, x0, ==> fake_step(roles, eps,
 # test_first_image.py
 the first frame comes last @ HunyuanVideo.with_image: [cond["image"].to(x_t), x_t] ==>

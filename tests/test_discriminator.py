@@ -234,9 +234,10 @@ def test_a_run_with_a_discriminator_is_resumed_to_the_same_bits(small_toy):  # n
     assert any(not torch.equal(x, generator[1][n]) for n, x in generator[0].items())
 
 
-@pytest.mark.parametrize("objective", ["finetune", "lcm"])
+@pytest.mark.parametrize("objective", ["finetune", "lcm", "regress"])
 def test_the_other_objectives_run_and_resume(small_toy, objective):  # noqa: F811
     flags = ["--objective", objective, "--lr-schedule", "constant"]
+    flags += ["--steps", 1] if objective == "regress" else []
     train("whole", "--iterations", 4, *flags)
     train("parts", "--iterations", 2, *flags)
     resume("parts", "--iterations", 4)
@@ -326,3 +327,29 @@ def test_the_loop_without_a_fake_reads_real_samples_at_its_levels(
 
 
 SUM = {"generator_loss": torch.tensor(1.0)}
+
+
+@SHAPES
+def test_regression_fits_one_step_to_the_backbone_s_28(new_roles, merged, new_backbone, shape):
+    """From the same noise, by the mean square between the two samples; the data are not read."""
+    config = Config(objective="regress", iterations=1, steps=1, shift=2.0, generator_lr=1e-3)
+    roles, module = new_roles(shape), new_backbone(shape).module
+    state, cond = State(config, roles, "cpu"), torch.tensor([0, 1, 1])
+    weights = {n: p.detach().clone().requires_grad_() for n, p in roles.state("generator").items()}
+    state.update = lambda role, lr: 1.0  # the gradients stay
+    data = iter([{"x0": torch.full((3, *shape), torch.pi), "cond": cond}])
+    (stats,) = w2svd.without_fake(config, roles, state, data)
+    noise = torch.randn(3, *shape, generator=State(config, roles, "cpu").rngs["noise"])
+    x = noise
+    for i in range(28):
+        here, after = (2 * u / (1 + u) for u in (1 - i / 28, 1 - (i + 1) / 28))
+        with torch.no_grad():
+            x = x + (after - here) * module(x, torch.full((3,), here), cond)
+    merged_weights = merged(module, weights, 1.0)
+    v = torch.func.functional_call(module, merged_weights, (noise, torch.ones(3), cond))
+    loss = (noise - v - x).square().mean()
+    torch.testing.assert_close(stats["generator_loss"], loss.detach(), rtol=1e-4, atol=1e-6)
+    for (name, p), g in zip(
+        roles.state("generator").items(), torch.autograd.grad(loss, list(weights.values()))
+    ):
+        torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-5, msg=name)

@@ -335,6 +335,7 @@ def test_every_named_method_runs_from_clips_and_resumes(train, capsys):
         "dmd": "--alpha-weak 0",
         "lcm": "--objective lcm",
         "finetune": "--objective finetune",
+        "regress": "--objective regress --steps 1",
     }
     for name, flags in methods.items():
         train(name, "--iterations", 2, *ODD, *flags.split())
@@ -446,6 +447,7 @@ def test_the_plan_counts_what_the_objective_runs():
         inputs = "inputs of the blocks"
         assert memory[inputs] == pytest.approx(plain[inputs] * 4 / 3)
     assert counted(objective="finetune")[:2] == (0, 1)
+    assert counted(objective="regress", steps=1)[:2] == (28, 1)
     forwards, backwards, memory = counted(objective="lcm")
     assert (forwards, backwards) == (2, 1)
     weights = "generator and fake, float32"

@@ -33,6 +33,8 @@ CASES = {  # name: flags
     "ring-1": "--data ring --steps 1",
     "grid-4": "--data grid",
     "grid-1": "--data grid --steps 1",
+    "ring-1-regress": "--data ring --objective regress",
+    "grid-1-regress": "--data grid --objective regress",
     "videos-4": "--data videos",
 }
 SEEDS = range(20, 25)  # settings were chosen on others, from 100 on
@@ -81,14 +83,15 @@ def markdown(results):
         lines.append(f"| data | method | NFE | {' | '.join(columns)} |")
         lines.append("|---" * (3 + len(columns)) + "|")
         for case in cases:
-            data, steps = case.split("-")
+            data, steps, *regress = case.split("-")
             runs = list(results[case].values())
             rows = []
             if steps == "4":
                 rows += [("Euler", k, [r["euler"][k] for r in runs]) for k in ("1", "4", "28")]
                 same = [r["euler_student_grid"]["4"] for r in runs]
                 rows.append(("Euler, student's grid", "4", same))
-            rows.append(("**W2SVD**", steps, [r["student"] for r in runs]))
+            name = "fitted to Euler, 28" if regress else "**W2SVD**"
+            rows.append((name, steps, [r["student"] for r in runs]))
             if steps == "4":
                 rows.append((f"*{runs[0]['impostor']['name']}*", "", [r["impostor"] for r in runs]))
                 rows.append(("exact samples", "", [r["floor"] for r in runs]))
