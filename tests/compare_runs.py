@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-TIMES = ("seconds", "memory_mb", "peak_rss_mb", "skipped")
+TIMES = ("seconds", "memory_mb", "peak_rss_mb", "tflops", "skipped")
 
 
 def weights(path):

@@ -112,7 +112,8 @@ def timeless(numbers):
     """Numbers, in dictionaries, without those that may differ: seconds and memory."""
     if not isinstance(numbers, dict):
         return numbers
-    kept = {k: x for k, x in numbers.items() if "seconds" not in k and not k.endswith("_mb")}
+    timed = ("seconds", "_mb", "tflops")
+    kept = {k: x for k, x in numbers.items() if not k.endswith(timed)}
     return {k: timeless(x) for k, x in kept.items()}
 
 

@@ -76,9 +76,9 @@ the backbone is trained along @ Roles.__init__: (False) ==> (True)
 the real DiT is the full fake @ Roles._velocity:
     .get(role, ==> .get("fake" if role == "real" else role,
 the prefix of files is taken off ours alone @ Roles.load:
-    removeprefix("transformer.") ==> removeprefix("" if named is tensors else "transformer.")
+    theirs = {name.removeprefix("transformer.") ==> theirs = {name
 the prefix of files is taken off theirs alone @ Roles.load:
-    removeprefix("transformer.") ==> removeprefix("transformer." if named is tensors else "")
+    ours = {name.removeprefix("transformer.") ==> ours = {name
 the real branch is left in the graph @ generator_step: torch.no_grad() ==> nullcontext()
 # test_updates.py
 the generator's gradient is a sum, not a mean @ generator_step: / g.numel() ==>

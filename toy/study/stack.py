@@ -139,7 +139,7 @@ class Stack:
         if gradient_scales:
             self.scales = torch.tensor(gradient_scales)
         self.rngs = State(configs[0], self.roles.one, self.device).rngs
-        self.iteration, self.taken, self.reads = 0, 0, []
+        self.iteration, self.taken, self.ranks, self.reads = 0, 0, 1, []
         self.config, self.data = task.config, task.batches(self.rngs["data"])
         n = len(configs) * configs[0].batch
         assert task.config.batch == n, f"the task's batch is {task.config.batch}, the lanes' {n}"
