@@ -856,7 +856,9 @@ class HunyuanVideo:
         guidance = torch.full((len(x_t),), self.guidance, dtype=self.dtype, device=x_t.device)
         device = x_t.device.type.replace("meta", "cpu")  # the meta device knows no autocast
         # NOTE silent: without autocast the float32 adapters would compute in float32
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+        # its cache would keep every float32 weight in bf16 until the end of the forward
+        how = {"enabled": self.dtype != torch.float32, "cache_enabled": False}
+        with torch.autocast(device, self.dtype, **how):
             v = self.module(
                 hidden_states=self.with_image(x_t, cond).to(self.dtype),
                 timestep=1000 * sigma.float(),  # NOTE silent: bf16 would round 954.5 to 956
@@ -1031,9 +1033,11 @@ def find_clips(data):
     clips += [(film, film.with_suffix(".txt")) for film in films]
     used = {path for film, _ in clips for path in (film, film.with_suffix(".txt"))}
     used |= {*lists, *(file.with_name("prompt.txt") for file in lists if file.name == LISTS[2])}
-    for file in found:
-        if file not in used and ".w2svd" not in file.parts:
-            left_out[str(file.relative_to(data))] = "no clip, nor a caption of one; or hidden"
+    for name in (file.relative_to(data) for file in found if file not in used):
+        hidden = [i for i, part in enumerate(name.parts, 1) if part.startswith(".")]
+        shown = Path(*name.parts[: hidden[0] if hidden else None])  # a hidden folder as one
+        if shown.name != ".w2svd":
+            left_out[str(shown)] = "hidden" if hidden else "no clip, nor a caption of one"
     return clips, left_out
 
 
@@ -1086,10 +1090,8 @@ def read_clip(path, config):
         chain = "setparams=colorspace=bt709," + chain  # untagged and large, as players take it
     # NOTE silent: into rgb24 at once, ffmpeg would not interpolate colours
     chain += ",format=gbrap,premultiply=inplace=1"
-    flags = ["-v", "error", "-xerror", "-map", "0:V:0", "-vf", chain, "-frames:v", str(n)]
-    status, raw, said = ffmpeg(
-        path, *flags, *"-f rawvideo -pix_fmt rgb24 -".split(), first=film.vpx
-    )
+    flags = f"-v error -xerror -map 0:V:0 -frames:v {n} -f rawvideo -pix_fmt rgb24".split()
+    status, raw, said = ffmpeg(path, *flags, "-vf", chain, "-", first=film.vpx)
     if status:
         raise ValueError(f"damaged: {(said.strip().splitlines() or [f'status {status}'])[0]}")
     if len(raw) < 3 * h * w * n:
@@ -1130,7 +1132,7 @@ def one_line(caption):
 
 
 def encode_missing(config, clips, form):
-    """The files of clips; [(name, look() at it, tokens)] of those made now; {name: why not}."""
+    """Each clip's file or None; [(name, look() at it, tokens)] of those made; {name: why not}."""
     from diffusers.training_utils import free_memory
     from tqdm import tqdm
 
@@ -1150,6 +1152,7 @@ def encode_missing(config, clips, form):
             raise
         except Exception as error:  # each clip is an island: the others go on
             left_out[name] = (str(error).strip().splitlines() or [repr(error)])[-1]
+            files.append(None)
             continue
         file.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(file, tensors, {"source": name, "caption": caption})
@@ -1158,7 +1161,7 @@ def encode_missing(config, clips, form):
         made.append((name, path and look(path), tokens))
     del pipe
     free_memory()
-    return list(dict.fromkeys(files)), made, left_out  # one that is listed twice is one clip
+    return files, made, left_out
 
 
 def encoded_clips(config, form=None):
@@ -1166,13 +1169,15 @@ def encoded_clips(config, form=None):
     if not config.data:
         raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
     clips, left_out = find_clips(Path(config.data))
-    shares = []
-    if RANKS > 1:  # each process encodes a share, then all find every file
-        shares = of_all_ranks(encode_missing(config, clips[RANK::RANKS], form)[1])
-    files, made, unusable = encode_missing(config, clips, form)
-    made += [one for share in shares for one in share]
+    shares = of_all_ranks(encode_missing(config, clips[RANK::RANKS], form))
+    in_turns = itertools.zip_longest(*(files for files, _, _ in shares))
+    # in the folder's order; one that is listed twice is one clip
+    files = list(dict.fromkeys(file for turn in in_turns for file in turn if file))
+    made = [one for _, more, _ in shares for one in more]
+    for _, _, unusable in shares:
+        left_out |= unusable
     print(f"{config.data}: {len(files)} clips, {len(made)} encoded now")
-    report(config, made, left_out | unusable)
+    report(config, made, left_out)
     if not files:
         raise Refused(f"Nothing in {config.data} can be used. A folder needs {LAYOUTS}.", status=1)
     return files
@@ -1243,8 +1248,8 @@ class HunyuanTask:
         c = self.config
         self.backbone = HunyuanVideo(module, dtype, c.embedded_guidance, c.lora_targets)
 
-    def load(self):
-        """Encode what is missing, then read the weights."""
+    def load(self, split=False):
+        """Encode what is missing, then read the weights; onto the GPU, unless they get split."""
         if DEVICE == "cpu" and self.backbone.module.num_parameters() > 1e9:
             raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {EXAMPLE}")
         c = self.config
@@ -1254,7 +1259,7 @@ class HunyuanTask:
         if c.sample_prompts:
             shown = dataclasses.replace(c, data=c.sample_prompts)
             self.filmed = encoded_clips(shown, self.form)[:4]
-        self.load_weights()
+        self.load_weights(split)
 
     def read_weights(self, dtype):
         """The checkpoint's transformer, on the CPU."""
@@ -1262,11 +1267,11 @@ class HunyuanTask:
         with reading(self.config.checkpoint):
             return self.Model.from_pretrained(self.config.checkpoint, **how)
 
-    def load_weights(self):
+    def load_weights(self, split=False):
         dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
         # whole copies would not fit beside it before they are split, which moves them there
         full = "full" in (self.config.generator, self.config.fake)
-        device = "cpu" if full and RANKS > 1 else DEVICE
+        device = "cpu" if full and split else DEVICE
         self.wrap(self.read_weights(dtype).to(device, dtype).requires_grad_(False), dtype)
 
     def prepare(self):
@@ -1468,8 +1473,10 @@ def join_ranks():
         # a long wait is one for clips to be encoded; torchrun ends all processes when one dies
         how = {"backend": "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"}
         torch.distributed.init_process_group(**how, timeout=datetime.timedelta(days=1))
-        # what still refers to the group would end the process by an error
+        # at the end, what still refers to the group would end the process by an error
         atexit.register(lambda: (gc.collect(), torch.distributed.destroy_process_group()))
+        # after an error it would wait for others, which wait for this process
+        sys.excepthook = lambda *error: (sys.__excepthook__(*error), os._exit(1))
         if RANK:
             sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
 
@@ -1517,14 +1524,14 @@ def split_over_ranks(roles):
     """
     from torch.distributed.fsdp import fully_shard
 
-    warnings.filterwarnings(
-        "ignore", "FSDP2-wrapped module .* returned a view"
-    )  # none is written to
-    adapters = {p for role in roles.adapters for p in roles.parameters(role)}
-    adapters |= set(roles.parameters("discriminator") if "discriminator" in roles.trained else [])
+    warnings.filterwarnings("ignore", "FSDP2-wrapped .* returned a view")  # none is written to
+    adapters = {p for role in roles.trained.keys() - roles.copies for p in roles.parameters(role)}
     for backbone in (roles.backbone, *roles.copies.values()):
         for module in (*backbone.blocks, backbone.module):  # the last: all that is in no block
-            fully_shard(module, ignored_params=adapters)
+            # NOTE silent: a root keeps what it gathered until a backward; of a copy that is old
+            # once the average was in its place. The base's root stays, as `features` needs it
+            drop = module is not roles.backbone.module
+            fully_shard(module, ignored_params=adapters, reshard_after_forward=drop)
     for role in roles.copies:
         roles.trained[role] = roles._find(role)
     for parameter in adapters:
@@ -1542,18 +1549,16 @@ def split_as(x, like):
 
 def write_by_first(path, tensors, info):
     """write_safetensors of tensors that may be split: all processes gather, the first writes."""
-    kept = {}
-    for name, x in tensors.items():
-        x = whole(x)
-        if RANK == 0:
-            kept[name] = x.cpu()
+    gathered = ((name, whole(x)) for name, x in tensors.items())
+    kept = {name: x.cpu() for name, x in gathered if RANK == 0}
     if RANK == 0:
         write_safetensors(path, kept, info)
 
 
 def check_ranks(config, state):
     """Stop where processes differ in what must be the same in all: the trained weights, exits."""
-    marks = [state.rngs["exit"].get_state().sum()] if config.generator_input == "rollout" else []
+    marks = [state.iteration, state.taken]
+    marks += [state.rngs["exit"].get_state().sum()] if config.generator_input == "rollout" else []
     for role in state.optimizers:
         marks += [p.detach().sum() for p in state.roles.parameters(role) if not is_split(p)]
     if len(set(of_all_ranks(tuple(map(float, marks))))) > 1:
@@ -1606,15 +1611,14 @@ def without_fake(config, roles, state, data):
         for name, x0, cond in micro_batches(config, state, data):
             sigma, eps = losses_noise(config, state, x0, name)
             if config.objective == "regress":
-                sigma = torch.ones_like(sigma)
-                euler = few_step_sigmas(28, config.shift)
-                x0 = euler_sample(roles.plain, eps, euler, cond)
-            if config.objective in ("finetune", "regress"):
-                step = fake_step(roles, x0, cond, sigma, eps, role="generator")
-            else:
+                state.reads[-1] = name, sigma.fill_(1)
+                x0 = euler_sample(roles.plain, eps, few_step_sigmas(28, config.shift), cond)
+            if config.objective == "lcm":
                 k = torch.randint(n, sigma.shape, generator=state.rngs["level"], device=x0.device)
                 state.reads[-1] = name, grid[k]
                 step = consistency_step(roles, average, x0, cond, grid[k], grid[k + 1], eps)
+            else:
+                step = fake_step(roles, x0, cond, sigma, eps, role="generator")
             stats.append(step | moments("data", x0))
         norm = state.update("generator", lr_scale(config, state.iteration) * config.generator_lr)
         state.update_average()
@@ -1783,7 +1787,7 @@ def signals():
     stop = []
 
     def note(number, _):
-        if stop:
+        if stop and RANKS == 1:  # torchrun may send a second one
             os._exit(128 + number)
         stop.append(number)
 
@@ -1800,7 +1804,7 @@ def as_floats(iterations, state):
             numbers = torch.tensor([float(x) for x in stats.values()], dtype=torch.float64)
             line = dict(zip(stats, mean_over_ranks(numbers).tolist()))
             both = [n for n in ("std", "motion") if f"gen_{n}" in line]
-            known = [n for n in both if line.get(f"data_{n}")]  # 0: captions alone
+            known = [n for n in both if line[f"data_{n}"]]  # 0: captions alone
             line |= {f"{n}_ratio": line[f"gen_{n}"] / line[f"data_{n}"] for n in known}
             yield line
     except FloatingPointError as error:
@@ -1834,7 +1838,7 @@ def attention():
 
 
 def trained_roles(config, task, split):
-    """The roles of a run, ready for optimizers; and the sum of the base, before it is split."""
+    """The roles of a run, ready for optimizers."""
     torch.manual_seed(config.seed)
     alphas = config.alpha_weak, config.alpha_strong
     roles = Roles(task.backbone, config.lora_rank, *alphas, config.generator, config.fake)
@@ -1843,10 +1847,9 @@ def trained_roles(config, task, split):
     if config.checkpointing:
         roles.use_checkpointing()
     task.prepare()
-    base = base_sum(roles)
     if split:
         split_over_ranks(roles)
-    return roles, base
+    return roles
 
 
 def open_log(folder, config, before):
@@ -1867,21 +1870,24 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, gpus=RANKS, shard
     from tqdm import tqdm
 
     started, folder = time.perf_counter(), Path(config.out)
+    # 8 bits come by casting, which takes weights out of FSDP2's hands
+    splits = shard == "base" and config.model == "hunyuan" and not config.fp8_base
+    split = splits and RANKS > 1
     task = load_task(config)
-    numbers = plan(config, task, gpus if shard == "base" else 1)
+    numbers = plan(config, task, max(1, gpus) if splits else 1)
     show({"plan": numbers, "config": dataclasses.asdict(config)})
     check_memory(config, numbers, gpu_memory)
     if dry_run:
         return None
-    task.load()
+    task.load(split)
     folder.mkdir(parents=True, exist_ok=True)
-    for half in [*folder.rglob(".tmp*"), *folder.rglob(".part-*")]:  # of a save that was killed
-        half.unlink(missing_ok=True)
-    split = shard == "base" and RANKS > 1 and config.model == "hunyuan"
-    roles, base = trained_roles(config, task, split)
-    state = StateOfRanks(config, roles, task.device)
+    for half in (*folder.rglob(".tmp*"), *folder.rglob(".part-*")) if RANK == 0 else ():
+        half.unlink()  # of a save that was killed
+    roles = trained_roles(config, task, split)
+    state, base = StateOfRanks(config, roles, task.device), base_sum(roles)
     clips = [clip.name for clip in task.clips]
     before = restore(folder, state, base, clips) if resume else {}
+    check_ranks(config, state)
     if state.iteration > config.iterations:
         raise Refused(f"{folder} has {state.iteration} iterations; --iterations cannot be less.")
     if RANK == 0:
@@ -1918,6 +1924,7 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, gpus=RANKS, shard
             if due(config.log_every) or due(config.save_every):
                 picture()  # last, as it may fail
             if stopped:
+                of_all_ranks(None)  # torchrun would end a process that still writes
                 raise KeyboardInterrupt(stopped)
             tick = time.perf_counter()
     if base_sum(roles) != base:
@@ -1959,11 +1966,8 @@ def sample(run, out, seed, at=None, **given):
     if "cfg" in given and "negative_prompt" not in given:
         raise Refused("--cfg weighs a --negative-prompt, which is missing.")
     config = dataclasses.replace(config, **{n: given.pop(n) for n in SIZES if n in given})
-    check(
-        dataclasses.replace(
-            config, seed=seed, steps=given.get("steps", config.steps), gt_weight=0.0
-        )
-    )
+    asked = {"seed": seed, "steps": given.get("steps", config.steps), "gt_weight": 0.0}
+    check(dataclasses.replace(config, **asked))
     out.parent.mkdir(parents=True, exist_ok=True)
     print(load_task(config).sample(*read_generator(run, at), out, seed, **given))
 
@@ -2251,7 +2255,9 @@ def main(argv=None):
     except KeyboardInterrupt as stop:
         reason = f"stopped; {again}"
         status = 128 + (stop.args or [signal.SIGINT])[0]
-    print(f"w2svd: {reason}", file=sys.stderr)
+    print(f"w2svd: {reason}", file=sys.stderr, flush=True)
+    if RANKS > 1:  # torchrun ends the others, for whom a clean end would wait
+        os._exit(status)
     return status
 
 

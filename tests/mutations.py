@@ -37,6 +37,8 @@ every process draws the same noise @ StateOfRanks.__init__: 2**20 * RANK ==> 0 *
 each process has exits of its own @ StateOfRanks.__init__: name != "exit" or ==> name or
 what copies were is trained, not their parts @ split_over_ranks:
     roles.trained[role] = roles._find(role) ==> roles.trained[role] = roles.trained[role]
+a copy keeps what it gathered under the average @ split_over_ranks:
+    module is not roles.backbone.module ==> module is not backbone.module
 processes go on with the first one's noise @ unpack: if shared else RANK ==> if shared else 0
 every process reads the same clips @ HunyuanTask.batches: taken + RANK, RANKS ==> taken, 1
 # test_flow_matching.py
@@ -157,7 +159,7 @@ LCM's target is the generator itself @ consistency_step: average( ==> roles.gene
 LCM steps with the generator @ consistency_step: roles.plain( ==> roles.generator(
 LCM's levels are exchanged @ without_fake: grid[k], grid[k + 1], eps ==> grid[k + 1], grid[k], eps
 regression starts from other noise @ without_fake: roles.plain, eps, ==> roles.plain, -eps,
-regression reads less than pure noise @ without_fake: sigma = torch.ones_like(sigma) ==> pass
+regression reads less than pure noise @ without_fake: sigma.fill_(1) ==> sigma
 fine-tuning learns noise @ without_fake: fake_step(roles, x0, ==> fake_step(roles, eps,
 # test_first_image.py
 the first frame comes last @ HunyuanVideo.with_image: [cond["image"].to(x_t), x_t] ==>

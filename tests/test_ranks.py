@@ -93,11 +93,12 @@ def clips(form, first=0, step=1):
         yield {"x0": torch.randn(1, 4, 2, 4, 4, generator=rng), "cond": cond, "name": str(count)}
 
 
-def work(folder):
-    """All cases, in one of the processes; what is trained lies in `folder` at the end."""
+def work(folder, names):
+    """These cases, in one of the processes; what is trained lies in `folder` at the end."""
     torch.set_num_threads(1)
     w2svd.join_ranks()
-    for name, (settings, form, split) in CASES.items():
+    for name in names:
+        settings, form, split = CASES[name]
         config = dataclasses.replace(SMALL, **settings)
         roles = new_roles(folder, config, form, split)
         before = w2svd.base_sum(roles)
@@ -107,6 +108,9 @@ def work(folder):
             info = {"taken": state.taken, "iteration": state.iteration, "base": before}
             path = folder / f"{name} {w2svd.RANKS} {state.iteration}.safetensors"
             w2svd.write_by_first(path, w2svd.pack(state), info)
+            with state.averaged() as generator, torch.no_grad():  # as for a picture
+                batch = next(clips(form))
+                generator(batch["x0"], torch.ones(1), batch["cond"])
         assert w2svd.base_sum(roles) == before
         resumed(folder, name, config, form, split, state)
     no_two_are_alike_unnoticed(config, state)
@@ -227,13 +231,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def compare(folder, ranks):
-    """Run all cases in so many processes, and hold every tensor against the reference's."""
+def compare(folder, ranks, names):
+    """Run these cases in so many processes, and hold every tensor against the reference's."""
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = processes(ranks, __file__, folder, **pipe)
+    started = processes(ranks, __file__, folder, *names, **pipe)
     said = [process.communicate(timeout=300)[0] for process in started]
     assert not any(process.returncode for process in started), "\n".join(said)
-    for name, (settings, form, _) in CASES.items():
+    for name in names:
+        settings, form, _ = CASES[name]
         config = dataclasses.replace(SMALL, **settings)
         reference = Reference(folder, config, form, ranks)
         for i in range(1, config.iterations + 1):
@@ -266,12 +271,12 @@ def same(one, two, exact, where):
 
 
 def test_two_processes_train_as_one_does_on_the_batches_of_both(folder):
-    compare(folder, 2)
+    compare(folder, 2, CASES)
 
 
 @pytest.mark.slow
 def test_four_processes_train_as_one_does_on_the_batches_of_all(folder):
-    compare(folder, 4)
+    compare(folder, 4, ["full copies, split", "paired, ground truth, accumulated"])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -382,4 +387,4 @@ def test_torchrun_ends_all_when_one_dies(folder, clips_folder, tmp_path):
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    work(Path(sys.argv[1]), sys.argv[2:])

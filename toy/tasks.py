@@ -262,7 +262,7 @@ class Task:
         self.backbone = BACKBONES[recipe.condition](build(self.mixture, self.recipe))
         self.sigmas = few_step_sigmas(config.steps, config.shift)
 
-    def load(self):
+    def load(self, split=False):
         """The trained backbone: a minute without a cache."""
         module = cached_backbone(self.learnt, self.recipe, self.config)
         self.backbone.module = module.requires_grad_(False)
