@@ -20,7 +20,7 @@ Algorithm 1: W2SVD                                                          (`di
     repeat `iterations` times:                     (each update draws its own x_in, sigma and eps)
         repeat `fake_updates` times:                         the fake learns the generator's samples
             x_gen = x_in - sigma_in v_generator(x_in, sigma_in)                         no gradient
-                    (or the update's before: `reuse` of them share one x_gen)
+                    (once for `reuse` fake updates in a row, which share x_gen)
             x_t   = (1 - sigma) x_gen + sigma eps
             one optimizer step of the fake on |v_fake(x_t, sigma) - (eps - x_gen)|^2
             (and of the discriminator's head, which tells noised x0 from noised x_gen)
@@ -42,7 +42,7 @@ Notation and conventions (B batch, C channels, T frames, H, W; any (B, ...) will
                 (paired), or where few-step sampling from noise has come to (rollout)
     x0_gt       the real sample behind x_in, if there is one; mean_i is over a sample's elements
     velocity(x_t, sigma, cond) -> v    the contract of every model; cond, the text, is handed on
-    Elsewhere the roles are called student (generator), teacher (real) and critic (fake).
+    Other code says student (generator, in result.json too), teacher (real) and critic (fake).
 
 Commands
     python w2svd.py train  --model toy                      a tiny DiT, checked by an exact answer
@@ -238,13 +238,13 @@ def flag(name):
 def check(c: Config):
     """Refuse settings that contradict each other, with the reason."""
     for name, value in dataclasses.asdict(c).items():
-        fits = type(value) not in (int, float) or 0 < value < 2**53  # not so: nan
+        fits = type(value) not in (int, float) or 0 < value < 2**53  # False for nan
         if not fits and not (value == 0 and name in MAY_BE_0.split()):
             raise Refused(f"{flag(name)} cannot be {value}.")
     paired, final = c.generator_input == "paired", c.fake_samples == "final"
     full, captions, hunyuan = c.fake == "full", c.data.endswith(".txt"), c.model == "hunyuan"
     toy_videos = not hunyuan and c.data == "videos"
-    other, learns = c.objective != "w2svd", c.objective in ("finetune", "lcm")
+    other, needs_x0 = c.objective != "w2svd", c.objective in ("finetune", "lcm")
     terms = c.gt_weight or c.gan_weight or c.guidance != 1
     wrong = [
         (c.alpha_weak > c.alpha_strong, "--alpha-weak must be at most --alpha-strong."),
@@ -260,7 +260,7 @@ def check(c: Config):
         (other and terms, "--gt-weight, --gan-weight, --guidance need --objective w2svd."),
         (c.gan_r1 and not c.gan_weight, "--gan-r1 needs a discriminator, a --gan-weight."),
         (captions and paired, "A .txt has captions alone: --generator-input rollout."),
-        (captions and (c.gan_weight or learns), "--gan-weight and --objective need clips."),
+        (captions and (c.gan_weight or needs_x0), "--gan-weight and --objective need clips."),
         (c.objective == "regress" and c.steps > 1, "--objective regress is for --steps 1."),
         (c.height % 16 or c.width % 16, "--height and --width must be multiples of 16."),
         (c.frames % 4 != 1 or c.frames < 5, "--frames must be 4 k + 1: 61, 129."),
@@ -343,7 +343,7 @@ class Roles:
         self.adapters = [role for role in kinds if kinds[role] == "lora"]
         for role in self.adapters:  # alpha = rank, so that files need no metadata
             lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=backbone.lora_targets)
-            with warnings.catch_warnings(action="ignore"):  # of a second adapter, the method itself
+            with warnings.catch_warnings(action="ignore"):  # peft's, of a second adapter: meant
                 inject_adapter_in_model(lora, backbone.module, adapter_name=role)
         self.layers = [m for m in backbone.module.modules() if isinstance(m, BaseTunerLayer)]
         for layer in self.layers:  # peft would cast inputs to float32, autocast back
@@ -412,7 +412,7 @@ class Roles:
             backbone.checkpoint_with(self.checkpoint)
 
     def state(self, role):
-        """What is trained of 'generator', 'fake', 'discriminator': {name: parameter}, no copies."""
+        """What 'generator', 'fake' or 'discriminator' trains: {name: parameter}, not cloned."""
         return self.trained[role]
 
     def parameters(self, role):
@@ -556,7 +556,7 @@ def rollout_input(generator, x0, cond, sigmas, rngs, final=False):
 def fake_step(roles, x_gen, cond, sigma, eps, role="fake"):
     """One backward of the fake's loss: it learns to denoise the generator's samples x_gen.
 
-    x_gen, eps (B, ...), without gradient; sigma (B,) its level. The gradients add up; the caller
+    x_gen, eps (B, ...), without gradient, are mixed at sigma (B,). The gradients add up; the caller
     owns the optimizer. Returns {'fake_loss'}; FloatingPointError where something is not finite.
     With role 'generator' and real samples it is fine-tuning.
     """
@@ -579,7 +579,7 @@ def discriminator_step(roles, x_gen, x0, cond, sigma, eps, rng=None):
     judge, x_t = roles.discriminator, add_noise(x0, eps, sigma)
     real = judge.logit(x_t, sigma, cond)
     generated = judge.logit(add_noise(x_gen, eps, sigma), sigma, cond)
-    loss = torch.nn.functional.softplus(torch.cat([-real, generated])).mean() * 2
+    loss = torch.nn.functional.softplus(torch.cat([-real, generated])).mean() * 2  # two means
     if judge.r1:
         near = x_t + 0.01 * torch.randn(x_t.shape, generator=rng, device=x_t.device)
         loss = loss + judge.r1 * ((judge.logit(near, sigma, cond) - real) / 0.01).square().mean()
@@ -654,7 +654,7 @@ def alpha_weak_at(config, iteration):
 
 
 MAX_GRAD_NORM = 1.0  # peer. Gradients are clipped to it, which alone bounds them
-FIRST_SEED = 2**32  # of training's streams; a CPU's generators read 32 bits of it, so 0
+FIRST_SEED = 2**32  # of training's streams; on a CPU that is 0, where 32 bits of a seed are read
 
 
 class State:
@@ -767,7 +767,7 @@ def distil(config, roles, state, data):
         for k in range(warmup + config.fake_updates):  # the fake learns the generator's samples
             if k % config.reuse == 0:
                 samples = [generated(*run, *batch) for batch in micro_batches(config, state, data)]
-            state.reads, fake_stats = [], []  # of the last update they are yielded
+            state.reads, fake_stats = [], []  # the last update's are yielded
             for name, x_gen, x0, cond in samples:
                 noise = losses_noise(config, state, x_gen, name)
                 fake_stats.append(fake_step(roles, x_gen, cond, *noise))
@@ -779,7 +779,7 @@ def distil(config, roles, state, data):
                 state.update("discriminator", lr * config.gan_lr)
 
         stats = []
-        for name, x0, cond in micro_batches(config, state, data):  # one of the generator
+        for name, x0, cond in micro_batches(config, state, data):  # the generator's update
             x_in, sigma_in = generator_input(*run, x0, cond)
             noise = losses_noise(config, state, x0, name)
             weight = config.gt_weight * ((sigma_in < 1) | (not config.gt_skip_noise))
@@ -995,7 +995,7 @@ def read_list(path):
     if path.suffix == ".csv":
         separator = max(",;\t", key=text.split("\n")[0].count)
         lines = io.StringIO(text, newline="")
-        # with cells too many, of a comma in a caption without quotes, 'text' is a list of them
+        # an unquoted comma in a caption makes extra cells: "text" is a list, refused by the caller
         table = csv.DictReader(lines, delimiter=separator, restkey="text")
         return [(table.line_num, row) for row in table]
     if path.name == "videos.txt":
@@ -1032,7 +1032,7 @@ def find_clips(data):
     films = [file for file in files if file.suffix.lower() in FILMS and file not in named]
     clips += [(film, film.with_suffix(".txt")) for film in films]
     used = {path for film, _ in clips for path in (film, film.with_suffix(".txt"))}
-    used |= {*lists, *(file.with_name("prompt.txt") for file in lists if file.name == LISTS[2])}
+    used |= {*lists, *(f.with_name("prompt.txt") for f in lists if f.name == "videos.txt")}
     for name in (file.relative_to(data) for file in found if file not in used):
         hidden = [i for i, part in enumerate(name.parts, 1) if part.startswith(".")]
         shown = Path(*name.parts[: hidden[0] if hidden else None])  # a hidden folder as one
@@ -1157,7 +1157,7 @@ def encode_missing(config, clips, form):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(file, tensors, {"source": name, "caption": caption})
         files.append(file)
-        tokens = 0 if form else len(tensors["prompt_embeds"])  # else of the picture too
+        tokens = 0 if form else len(tensors["prompt_embeds"])  # with form the picture's too
         made.append((name, path and look(path), tokens))
     del pipe
     free_memory()
@@ -1169,13 +1169,11 @@ def encoded_clips(config, form=None):
     if not config.data:
         raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
     clips, left_out = find_clips(Path(config.data))
-    shares = of_all_ranks(encode_missing(config, clips[RANK::RANKS], form))
-    in_turns = itertools.zip_longest(*(files for files, _, _ in shares))
+    files, made, unusable = zip(*of_all_ranks(encode_missing(config, clips[RANK::RANKS], form)))
     # in the folder's order; one that is listed twice is one clip
-    files = list(dict.fromkeys(file for turn in in_turns for file in turn if file))
-    made = [one for _, more, _ in shares for one in more]
-    for _, _, unusable in shares:
-        left_out |= unusable
+    files = list(dict.fromkeys(x for turn in itertools.zip_longest(*files) for x in turn if x))
+    made = sum(made, [])
+    left_out |= {name: reason for share in unusable for name, reason in share.items()}
     print(f"{config.data}: {len(files)} clips, {len(made)} encoded now")
     report(config, made, left_out)
     if not files:
@@ -1240,7 +1238,7 @@ class HunyuanTask:
             raise Refused("--data, --sample-prompts: a .txt has no first frames; name a folder.")
         with torch.device("meta"):  # shapes and no numbers, for the plan
             self.wrap(Model.from_config(found).bfloat16(), torch.bfloat16)
-        # the VAE makes 4 frames, 8 x 8 pixels one; token_replace samples what follows frame one
+        # the VAE makes one of 4 frames, of 8 x 8 pixels; token_replace samples all but the first
         self.whole = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
         self.shape = (channels, self.whole[1] - (self.form == "token_replace"), *self.whole[2:])
 
@@ -1292,7 +1290,7 @@ class HunyuanTask:
         return {"x0": x0, "cond": cond, "name": clip.name, "caption": info["caption"]}
 
     def batches(self, rng, taken=0):
-        """Each clip once an epoch, in an order of its own, from seed and epoch; endless."""
+        """Each clip once an epoch, in an order made of seed and epoch, not of rng; endless."""
         for count in itertools.count(taken + RANK, RANKS):
             epoch, place = divmod(count, len(self.clips))
             order = torch.Generator().manual_seed((1_000_003 * self.config.seed + epoch) % 2**63)
@@ -1300,7 +1298,7 @@ class HunyuanTask:
             yield self.read(self.clips[permutation[place]])
 
     def memory(self, generator, fake, gpus, tokens):
-        """GiB on each GPU, by line, of a generator and a fake of so many trained parameters."""
+        """GiB on each GPU, by line, for so many trained parameters; --fp8-base casts the module."""
         c, n, width, GiB = self.config, len(self.backbone.blocks), self.backbone.width, 2**30
         if c.fp8_base:
             self.backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
@@ -1326,7 +1324,7 @@ class HunyuanTask:
         tokens = math.prod(self.whole[1:]) // m.patch_size**2 // m.patch_size_t
         tokens += 256 + {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
         base = [p for p in self.backbone.module.parameters() if not p.requires_grad]
-        host = sum(p.nbytes for p in base) / GiB
+        host = sum(p.nbytes for p in base) / GiB  # before memory() casts them to 8 bits
         memory = self.memory(generator, fake, gpus, tokens)
         # PFLOP of a forward. A backward takes as much in frozen linear layers, and 2.5 times as
         # much in attention, whose kernel recomputes a product; checkpointing one more forward
@@ -1389,7 +1387,7 @@ class HunyuanTask:
             iio.imwrite(part, video, plugin="FFMPEG", fps=self.config.fps)
 
     def on_log(self, step, generator):
-        """At the start and at every save: up to four prompts, always from the same noise."""
+        """Film up to four prompts at the start and at every save, always from the same noise."""
         c, (steps, shift, flow) = self.config, sampling(self.config)
         sigmas = few_step_sigmas(steps, shift)
         if step % c.save_every and step != c.iterations:
@@ -1482,12 +1480,12 @@ def join_ranks():
 
 
 def is_split(x):
-    """Whether each process holds a part of x alone: a DTensor, whose import takes a second."""
+    """Whether each process holds only a part of x: a DTensor, whose import takes a second."""
     return hasattr(x, "full_tensor")
 
 
 def mean_over_ranks(x):
-    """x becomes its mean over the processes; of a split weight's gradient FSDP2 has made it."""
+    """x becomes its mean over the processes; FSDP2 has averaged a split weight's gradient."""
     if RANKS > 1 and not is_split(x):
         torch.distributed.all_reduce(x)
         x /= RANKS
@@ -1528,8 +1526,8 @@ def split_over_ranks(roles):
     adapters = {p for role in roles.trained.keys() - roles.copies for p in roles.parameters(role)}
     for backbone in (roles.backbone, *roles.copies.values()):
         for module in (*backbone.blocks, backbone.module):  # the last: all that is in no block
-            # NOTE silent: a root keeps what it gathered until a backward; of a copy that is old
-            # once the average was in its place. The base's root stays, as `features` needs it
+            # NOTE silent: by default a root keeps what it gathered until a backward; a copy's would
+            # be stale after `averaged` exchanged it. The base's never changes; `features` needs it
             drop = module is not roles.backbone.module
             fully_shard(module, ignored_params=adapters, reshard_after_forward=drop)
     for role in roles.copies:
@@ -1550,7 +1548,7 @@ def split_as(x, like):
 def write_by_first(path, tensors, info):
     """write_safetensors of tensors that may be split: all processes gather, the first writes."""
     gathered = ((name, whole(x)) for name, x in tensors.items())
-    kept = {name: x.cpu() for name, x in gathered if RANK == 0}
+    kept = {name: x.cpu() for name, x in gathered if RANK == 0}  # one at a time, by every process
     if RANK == 0:
         write_safetensors(path, kept, info)
 
@@ -1599,8 +1597,8 @@ def without_fake(config, roles, state, data):
     finetune: flow matching of the data. lcm: see above. regress: at pure noise, flow matching of
     where the backbone's 28 Euler steps lead from it (peer: DMD2 warms one step up so).
     """
-    n = config.steps * math.ceil(50 / config.steps)  # of LCM's grid, which has the generator's
-    grid = few_step_sigmas(n, config.shift).to(state.device)  # levels too. peer: 50 of 1000
+    n = config.steps * math.ceil(50 / config.steps)  # LCM's levels, the generator's among them
+    grid = few_step_sigmas(n, config.shift).to(state.device)  # peer: 50 levels of 1000
 
     def average(*args):
         with state.averaged() as generator:
@@ -1611,7 +1609,7 @@ def without_fake(config, roles, state, data):
         for name, x0, cond in micro_batches(config, state, data):
             sigma, eps = losses_noise(config, state, x0, name)
             if config.objective == "regress":
-                state.reads[-1] = name, sigma.fill_(1)
+                sigma.fill_(1)  # pure noise; state.reads holds the same tensor
                 x0 = euler_sample(roles.plain, eps, few_step_sigmas(28, config.shift), cond)
             if config.objective == "lcm":
                 k = torch.randint(n, sigma.shape, generator=state.rngs["level"], device=x0.device)
@@ -1648,10 +1646,10 @@ def plan(config, task, gpus=1):
     backbone = sum(p.numel() for p in task.backbone.module.parameters())
     with torch.device("meta"):  # nothing is loaded yet; load() brings one without these adapters
         roles = Roles(task.backbone, config.lora_rank, 0.0, 1.0, config.generator, config.fake)
-    once = (config.steps - 1) / 2 if config.generator_input == "rollout" else 0  # the mean exit
-    fake_once = 2 * once if config.fake_samples == "final" else once
+    rollout = (config.steps - 1) / 2 if config.generator_input == "rollout" else 0  # the mean exit
+    fake_rollout = 2 * rollout if config.fake_samples == "final" else rollout
     draws = math.ceil(config.fake_updates / config.reuse)  # of the fake's samples
-    forwards = draws * (1 + fake_once) + once + 2 + (config.guidance != 1)
+    forwards = draws * (1 + fake_rollout) + rollout + 2 + (config.guidance != 1)
     backwards = config.fake_updates + 1
     trained = [sum(p.numel() for p in roles.parameters(r)) for r in ("generator", "fake")]
     if config.gan_weight:  # its features are a third of a forward
@@ -1798,7 +1796,7 @@ def signals():
 
 
 def as_floats(iterations, state):
-    """The numbers of each iteration as floats, with the samples' std and motion by the data's."""
+    """Each iteration's numbers as floats, the ranks' means, with ratios; Refused if not finite."""
     try:
         for stats in iterations:
             numbers = torch.tensor([float(x) for x in stats.values()], dtype=torch.float64)
@@ -1871,10 +1869,10 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, gpus=RANKS, shard
 
     started, folder = time.perf_counter(), Path(config.out)
     # 8 bits come by casting, which takes weights out of FSDP2's hands
-    splits = shard == "base" and config.model == "hunyuan" and not config.fp8_base
-    split = splits and RANKS > 1
+    can_split = shard == "base" and config.model == "hunyuan" and not config.fp8_base
+    split = can_split and RANKS > 1
     task = load_task(config)
-    numbers = plan(config, task, max(1, gpus) if splits else 1)
+    numbers = plan(config, task, max(1, gpus) if can_split else 1)
     show({"plan": numbers, "config": dataclasses.asdict(config)})
     check_memory(config, numbers, gpu_memory)
     if dry_run:
@@ -1967,7 +1965,7 @@ def sample(run, out, seed, at=None, **given):
         raise Refused("--cfg weighs a --negative-prompt, which is missing.")
     config = dataclasses.replace(config, **{n: given.pop(n) for n in SIZES if n in given})
     asked = {"seed": seed, "steps": given.get("steps", config.steps), "gt_weight": 0.0}
-    check(dataclasses.replace(config, **asked))
+    check(dataclasses.replace(config, **asked))  # a --gt-weight would refuse --steps 1
     out.parent.mkdir(parents=True, exist_ok=True)
     print(load_task(config).sample(*read_generator(run, at), out, seed, **given))
 
@@ -2048,7 +2046,7 @@ def to_comfyui(tensors, mlp):
             layer, A = f"diffusion_model.{theirs}.{i}.{layer}", torch.cat(A)
             converted[f"{layer}.lora_A.weight"] = A
             converted[f"{layer}.lora_B.weight"] = torch.block_diag(*B)
-            # its rank: read as strength 1, and never at a third by what knows no fused layers
+            # alpha is the stacked rank: strength 1; without it some readers apply a third
             converted[f"{layer}.alpha"] = torch.tensor(float(len(A)))
     return converted
 
@@ -2079,32 +2077,30 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
         raise Refused("Trained in full, or as a stage before: --format merged, for diffusers.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"{out} is in use: name a new folder as --out.")
-    task, kind = load_task(config), getattr(torch, dtype)
+    task, dtype = load_task(config), getattr(torch, dtype)
     out.mkdir(parents=True, exist_ok=True)
     if format == "merged":
         module = task.read_weights(torch.float32)
         lost = merge(module, tensors)
         print(f"bfloat16 would add an error of {lost:.1%} of what was learnt; float32 adds none")
-        module.to(kind).save_pretrained(out)
+        module.to(dtype).save_pretrained(out)
     else:
-        tensors, metadata = {n: x.to(kind) for n, x in tensors.items()}, {}
-        if format == "comfyui":
-            mlp = task.backbone.module.single_transformer_blocks[0].proj_mlp.out_features
-            tensors = to_comfyui(tensors, mlp)
-        else:
-            lora = {"r": info["rank"], "lora_alpha": info["lora_alpha"]}
-            lora |= {"target_modules": task.backbone.lora_targets}
-            lora = {f"transformer.{name}": x for name, x in lora.items()}
-            metadata = {"lora_adapter_metadata": json.dumps(lora)}
-        name = {"diffusers": "pytorch_lora_weights", "comfyui": "w2svd_comfyui"}[format]
-        write_safetensors(out / f"{name}.safetensors", tensors, info, **metadata)
+        tensors = {n: x.to(dtype) for n, x in tensors.items()}
+    if format == "comfyui":
+        mlp = task.backbone.module.single_transformer_blocks[0].proj_mlp.out_features
+        write_safetensors(out / "w2svd_comfyui.safetensors", to_comfyui(tensors, mlp), info)
+    elif format == "diffusers":
+        lora = {"transformer.r": info["rank"], "transformer.lora_alpha": info["lora_alpha"]}
+        lora = json.dumps(lora | {"transformer.target_modules": task.backbone.lora_targets})
+        path = out / "pytorch_lora_weights.safetensors"
+        write_safetensors(path, tensors, info, lora_adapter_metadata=lora)
     if format != "comfyui":
         from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
 
         scheduler = Scheduler(shift=info["shift"], stochastic_sampling=not info["euler"])
         scheduler.save_pretrained(out / "scheduler")
     card = (CARD + USE[format]).replace(", FACE", f", {FACE}" if task.form else "")
-    card = card.format(**dataclasses.asdict(config) | info)
+    card = card.format(**dataclasses.asdict(config) | info | {"checkpoint": config.checkpoint})
     (out / "README.md").write_text(card, encoding="utf-8")
     print(f"wrote {out}, for {format}")
 
@@ -2231,11 +2227,9 @@ def main(argv=None):
         if command == "encode":
             given = {"model": "hunyuan"} | given
         join_ranks()
-        config = None
-        if RANK == 0:  # for which alone a new run folder is free
-            config = resumed(given) if how.get("resume") else resolve(given)
-            check(config)
-        config = of_all_ranks(config)[0]
+        config = (resumed if how.get("resume") else resolve)(given) if RANK == 0 else None
+        config = of_all_ranks(config)[0]  # the first, for which alone a new folder is free
+        check(config)
         if command == "train":
             train(config, **how)
         elif config.model == "hunyuan":

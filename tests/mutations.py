@@ -200,7 +200,7 @@ untagged films are bt601 @ read_clip: "setparams=colorspace=bt709," + chain ==> 
 HDR is not tone-mapped @ read_clip: chain += TONE_MAP ==> pass
 pixels are taken for square @ read_clip: /sar ==>
 fields stay fields @ read_clip: deint=interlaced ==> deint=interlaced:enable=0
-damaged frames are used @ read_clip: "-xerror", ==>
+damaged frames are used @ read_clip: -xerror -map ==> -map
 what is transparent shows @ read_clip: premultiply=inplace=1 ==> null
 # test_hunyuan.py -k each_clip_is
 always clip 0 is read @ HunyuanTask.batches: permutation[place] ==> 0

@@ -521,7 +521,7 @@ def test_films_on_the_way_are_the_averaged_generator_s_on_the_run_s_grid(train, 
 
 
 def test_without_prompts_four_clips_captions_are_filmed_by_a_fixed_draw(tiny, clips, monkeypatch):
-    monkeypatch.setattr(HunyuanTask, "load_weights", lambda task: None)
+    monkeypatch.setattr(HunyuanTask, "load_weights", lambda task, split: None)
     files = [Path(f"{i}") for i in range(9)]
     monkeypatch.setattr(w2svd, "encoded_clips", lambda config, form: files)
     drawn = []
