@@ -250,8 +250,7 @@ def check(c: Config):
         (c.alpha_weak > c.alpha_strong, "--alpha-weak must be at most --alpha-strong."),
         (full and c.alpha_weak, "--fake full has no adapter for an --alpha-weak."),
         (full and c.fake_weight_decay, "--fake full has no adapter for a --fake-weight-decay."),
-        (c.sigma_low >= c.sigma_high, "--sigma-low must be below --sigma-high."),
-        (c.sigma_high > 1, "--sigma-high must be at most 1."),
+        (not c.sigma_low < c.sigma_high <= 1, "--sigma-low < --sigma-high <= 1 must hold."),
         (c.condition != "none" and not toy_videos, "--condition needs --model toy --data videos."),
         (c.ema >= 1, "--ema must be below 1; 0 is off."),
         (paired and final, "--fake-samples final needs --generator-input rollout."),
@@ -994,9 +993,8 @@ def read_list(path):
     text = read_text(path)
     if path.suffix == ".csv":
         separator = max(",;\t", key=text.split("\n")[0].count)
-        lines = io.StringIO(text, newline="")
         # an unquoted comma in a caption makes extra cells: "text" is a list, refused by the caller
-        table = csv.DictReader(lines, delimiter=separator, restkey="text")
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restkey="text")
         return [(table.line_num, row) for row in table]
     if path.name == "videos.txt":
         both = [x.rstrip().split("\n") for x in (text, read_text(path.with_name("prompt.txt")))]
@@ -1009,15 +1007,20 @@ def find_clips(data):
     """[(path, caption)] of a folder, [(None, caption)] of a .txt; {name: reason} of all else.
 
     A film is named by a list, or has its caption in a .txt beside it, which is returned as a Path.
-    Folders in the folder are read as well, but nothing hidden, and no folder by a link.
     """
     if data.is_file() and data.suffix == ".txt":
         return [(None, line) for line in read_text(data).split("\n") if line.strip()], {}
     if not data.is_dir():
         raise Refused(f"{data} is no folder of clips: {LAYOUTS}; nor a .txt of captions.")
-    data, clips, left_out = Path(os.path.abspath(data)), [], {}
-    found = [p for p in sorted(data.rglob("*")) if p.is_symlink() or not p.is_dir()]
-    files = [p for p in found if not any(n.startswith(".") for n in p.relative_to(data).parts)]
+    data, files, seen, clips, left_out = Path(os.path.abspath(data)), [], set(), [], {}
+    for folder, inner, names in os.walk(data, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        skipped = {n for n in inner if os.path.realpath(os.path.join(folder, n)) in seen}
+        skipped |= {n for n in inner + names if n.startswith(".")}
+        for name in skipped - {".w2svd"}:
+            left_out[os.path.relpath(Path(folder, name), data)] = "hidden, or a folder read before"
+        inner[:] = sorted(set(inner) - skipped)
+        files += [Path(folder, name) for name in sorted(set(names) - skipped)]
     lists = [file for file in files if file.name in LISTS]
     for file in lists:
         for line, row in read_list(file):
@@ -1033,11 +1036,9 @@ def find_clips(data):
     clips += [(film, film.with_suffix(".txt")) for film in films]
     used = {path for film, _ in clips for path in (film, film.with_suffix(".txt"))}
     used |= {*lists, *(f.with_name("prompt.txt") for f in lists if f.name == "videos.txt")}
-    for name in (file.relative_to(data) for file in found if file not in used):
-        hidden = [i for i, part in enumerate(name.parts, 1) if part.startswith(".")]
-        shown = Path(*name.parts[: hidden[0] if hidden else None])  # a hidden folder as one
-        if shown.name != ".w2svd":
-            left_out[str(shown)] = "hidden" if hidden else "no clip, nor a caption of one"
+    for file in files:
+        if file not in used:
+            left_out[str(file.relative_to(data))] = "no clip, nor a caption of one"
     return clips, left_out
 
 
@@ -1068,8 +1069,7 @@ def look(path):
     # WebM's alpha, which only libvpx reads
     codec = re.search(r"Video: (vp[89])", header) if "alpha_mode" in header else None
     vpx = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec[1]]] if codec else []
-    shown = {"aspect": aspect, "seconds": seconds, "fps": fps, "vpx": vpx}
-    return SimpleNamespace(size=(w, h), **shown, **colours)
+    return SimpleNamespace(size=(w, h), aspect=aspect, seconds=seconds, fps=fps, vpx=vpx, **colours)
 
 
 def read_clip(path, config):

@@ -182,7 +182,7 @@ def test_tables_are_read_as_spreadsheets_write_them(separator, end, mark):
     assert [text for _, text in found] == [text.strip() for text in texts]
 
 
-def test_subfolders_are_read_and_links_to_films_as_in_a_hub_s_cache(encode, clips, films):
+def test_subfolders_and_links_are_followed_and_a_hub_s_cache_too(encode, clips, films):
     folder = clips(a="a dog")
     (folder / "scene/2").mkdir(parents=True)
     (folder / "scene/2/b.MP4").write_bytes((films / "good.mp4").read_bytes())
@@ -195,13 +195,19 @@ def test_subfolders_are_read_and_links_to_films_as_in_a_hub_s_cache(encode, clip
     (folder / "snapshots/c.mp4").symlink_to(Path("../../hub/blobs/0a1b"))
     (folder / "snapshots/c.txt").symlink_to(Path("../../hub/blobs/2c3d"))
     (folder / "round").symlink_to(Path("."))  # a loop
+    Path("elsewhere").mkdir()
+    (Path("elsewhere") / "d.mp4").write_bytes((films / "good.mp4").read_bytes())
+    (Path("elsewhere") / "d.txt").write_text("a dog by a link")
+    (folder / "linked").symlink_to(Path("../elsewhere"))
     (folder / ".thumbs").mkdir()
+    for name in "12":
+        (folder / ".thumbs" / name).write_text("listed with its folder")
     said, n = encode()
-    assert n == 3 and "3 clips" in said
+    assert n == 4 and "4 clips" in said
     left_out = {line.partition("left out, ")[2].split(":")[0] for line in said.splitlines()} - {""}
-    assert left_out == {"round"}
+    assert left_out == {"round", ".thumbs"}
     sources = {w2svd.read_safetensors(f)[1]["source"] for f in Path("clips/.w2svd").iterdir()}
-    assert sources == {"a.mp4", "scene/2/b.MP4", "snapshots/c.mp4"}
+    assert sources == {"a.mp4", "scene/2/b.MP4", "snapshots/c.mp4", "linked/d.mp4"}
 
 
 def test_a_folder_in_the_folder_has_a_list_of_its_own(encode, clips, films):
