@@ -95,7 +95,7 @@ def planned(config, roles, times):
     """TFLOP/s of each update by the plan's formula, and its memory for the whole run."""
     # costs() of fp8 prepares its model for it, so that it gets one of its own
     plain = HunyuanTask(dataclasses.replace(config, fp8_base=False))
-    trained = [w2svd.len_of(roles.parameters(role)) for role in ("generator", "fake")]
+    trained = [sum(p.numel() for p in roles.parameters(role)) for role in ("generator", "fake")]
     memory = HunyuanTask(config).costs(0, 0, *trained)["in all, GiB"]
     result = {"planned_gib": round(memory, 2)}
     for name, forwards in (("fake", 1), ("generator", 2)):

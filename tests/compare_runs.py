@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-TIMES = ("seconds", "memory_mb", "peak_rss_mb", "tflops", "skipped")
+TIMES = ("seconds", "memory_mb", "peak_rss_mb", "tflops", "share_of_card", "hours_left", "skipped")
 
 
 def weights(path):

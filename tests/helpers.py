@@ -112,7 +112,7 @@ def timeless(numbers):
     """Numbers, in dictionaries, without those that may differ: seconds and memory."""
     if not isinstance(numbers, dict):
         return numbers
-    timed = ("seconds", "_mb", "tflops")
+    timed = ("seconds", "_mb", "tflops", "share_of_card", "hours_left")
     kept = {k: x for k, x in numbers.items() if not k.endswith(timed)}
     return {k: timeless(x) for k, x in kept.items()}
 

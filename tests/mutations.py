@@ -69,7 +69,7 @@ the real DiT reads the generator's adapter @ Roles._switch: = "fake" if ==> = "g
 the adapters' alpha is twice their rank @ Roles._switch: = scale ==> = 2 * scale
 switching flips requires_grad, as peft's own does @ Roles._switch:
     _active_adapter = active ==> _active_adapter = active; active and layer.set_adapter(active)
-blocks are recomputed outside their role @ Roles.checkpoint: as_now()) ==> nullcontext())
+blocks are recomputed outside their role @ Roles.checkpoint: self.use(role, alpha) ==> nullcontext()
 the role before does not come back after an exception @ Roles.use:
     self._switch(*before) ==> sys.exc_info()[0] or self._switch(*before)
 roles do not nest @ Roles.use: self._switch(*before) ==> self._switch(None, 0.0)

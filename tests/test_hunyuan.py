@@ -21,6 +21,7 @@ from diffusers.loaders.lora_conversion_utils import _convert_hunyuan_video_lora_
 from diffusers.utils.torch_utils import randn_tensor
 from helpers import lines, refused, run, same_bits
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import w2svd
@@ -32,6 +33,7 @@ SMALL = ["--lora-rank", 2, "--fake-updates", 2, "--log-every", 2, "--save-every"
 # Rates at which a few steps show; and no default where a default could hide that it is ignored
 ODD = "--generator-lr .02 --fake-lr .02 --ema .5 --shift 4 --embedded-guidance 3".split()
 LINEARS = 12 + 5  # of a double and of a single block
+SIMULATED = json.loads(Path(__file__).with_name("simulated_peaks.json").read_text())
 
 
 @pytest.fixture(scope="session")
@@ -229,7 +231,9 @@ def test_without_the_context_the_gradient_is_wrong(tiny):
         roles.use_checkpointing()
         if not context:
             naive = torch.utils.checkpoint.checkpoint
-            roles.backbone.checkpoint_with(lambda f, *args: naive(f, *args, use_reentrant=False))
+            roles.backbone.checkpoint_with(
+                lambda f, *args, keep: naive(f, *args, use_reentrant=False)
+            )
         v = roles.fake(*inputs()[:3])
         with roles.use("real"):  # the same adapter at another scale: no shape or dtype tells
             v.square().sum().backward()
@@ -237,6 +241,50 @@ def test_without_the_context_the_gradient_is_wrong(tiny):
 
     right, wrong = one(True), one(False)
     assert (right - wrong).norm() / right.norm() > 0.05
+
+
+class Kernels(TorchDispatchMode):
+    """How often attention ran, forward and backward, and other operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = str(operator)
+        if "_scaled_dot_product" in name:
+            self.backward += "_backward" in name
+            self.forward += "_backward" not in name
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep, offload", [(1, False), (2, False), (0, True), (2, True)])
+def test_what_is_kept_or_offloaded_saves_work_and_changes_no_bit(tiny, keep, offload):
+    packed, save_on_cpu = [], torch.autograd.graph.save_on_cpu
+
+    def one(keep, offload):
+        roles = randomise(Roles(backbone(tiny), 2, 0.25, 1.0))
+        roles.backbone.keep, roles.backbone.offload = keep, offload
+        roles.use_checkpointing()
+        v = roles.fake(*inputs()[:3])
+        with roles.use("real"), Kernels() as kernels:
+            v.square().sum().backward()
+        return gradients(roles, "fake"), kernels
+
+    class Spy(save_on_cpu):
+        def __init__(self, pin_memory):
+            super().__init__(pin_memory)
+            pack, self.pack_hook = self.pack_hook, lambda x: (packed.append(x.shape), pack(x))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd.graph, "save_on_cpu", Spy)
+        expected, before = one(0, False)
+        found, kernels = one(keep, offload)
+    assert before.forward == before.backward == 2  # blocks
+    assert (kernels.forward, kernels.backward) == (2 - keep, 2)
+    assert bool(packed) == offload
+    for name, g in expected.items():
+        assert torch.equal(found[name], g), name
 
 
 def test_fp8_keeps_the_base_in_8_bits_and_the_adapters_in_32(tiny):
@@ -415,18 +463,69 @@ def test_the_plan_s_flops_are_those_that_torch_counts_in_the_13b_model(size, pfl
     assert plan(7, 6) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "size, fp8, simulated", [(480, 0, 45.2), (544, 0, 68.9), (720, 0, 97.7), (720, 1, 89.6)]
-)
-def test_the_plan_s_memory_is_that_of_a_simulated_iteration(size, fp8, simulated):
-    config = full_size(size, fp8_base=bool(fp8))
-    numbers = w2svd.plan(config, HunyuanTask(config))
+def named(row):
+    settings = ("fp8" * row["fp8_base"], "offload" * row["offload"], f"{row['room']}")
+    return "-".join(map(str, (row["height"], row["lora_rank"], *filter(None, settings))))
+
+
+@pytest.mark.parametrize("row", SIMULATED["peaks"], ids=named)
+def test_the_plan_s_memory_is_that_of_a_simulated_iteration(row):
+    settings = {name: row[name] for name in ("lora_rank", "fp8_base")}
+    config = full_size(row["height"], **settings)
+    numbers = w2svd.plan(config, HunyuanTask(config), room=row["room"], offload=row["offload"])
     memory = numbers["GPU memory, GiB"]
-    assert numbers["generator_parameters"] == numbers["fake_parameters"] == 64 * 4_300_800
-    allocated = sum(memory.values()) - memory["CUDA, fragments"]
-    assert allocated == pytest.approx(simulated, rel=0.05)
+    assert numbers["blocks that keep attention's results"] == row["keep"]
     assert numbers["in all, GiB"] == pytest.approx(sum(memory.values()))
+    allocated = sum(memory.values()) - memory["CUDA, fragments"]
+    assert allocated == pytest.approx(row["allocated_gib"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "size, offload, worth", [(480, 0, 26.73), (544, 0, 30.61), (544, 1, 27.36), (720, 1, 30.54)]
+)
+def test_an_iteration_s_worth_in_forwards_on_a_card_of_80_gb(size, offload, worth):
+    config = full_size(size)
+    numbers = w2svd.plan(config, HunyuanTask(config), room=79, offload=bool(offload))
+    assert numbers["generator_parameters"] == numbers["fake_parameters"] == 64 * 4_300_800
     assert numbers["forwards an iteration"] == {"without gradient": 7, "with gradient": 6}
+    assert numbers["as many forwards"] == pytest.approx(worth, abs=0.06)
+
+
+@pytest.mark.parametrize("keep, settings", [(0, {}), (1, {}), (2, {"fake_updates": 3, "reuse": 3})])
+def test_an_iteration_runs_the_forwards_of_the_plan(tiny, keep, settings):
+    size = dict(zip(("height", "width", "frames"), (32, 48, 9)))
+    config = Config(model="hunyuan", checkpoint=str(tiny), checkpointing=True, **size, **settings)
+    task = HunyuanTask(config)
+    without = w2svd.plan(config, task)["in all, GiB"]
+    config_of = task.backbone.module.config
+    tokens = math.prod(task.shape[1:]) + 256
+    width = config_of.num_attention_heads * config_of.attention_head_dim
+    kept = tokens * (2 * width + 4 * config_of.num_attention_heads) / 2**30
+    numbers = w2svd.plan(config, task, room=without + (keep + 0.5) * kept)
+    assert numbers["blocks that keep attention's results"] == keep
+
+    roles = roles_of(tiny)
+    roles.backbone.keep = keep
+    roles.use_checkpointing()
+    blocks = roles.backbone.module.transformer_blocks[0], roles.backbone.blocks[-1]
+    calls, attended = [], Kernels()
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    refined = []  # of the text, which the plan leaves out
+    roles.backbone.module.context_embedder.register_forward_hook(lambda *_: refined.append(1))
+    state = w2svd.State(config, roles, "cpu")
+    batch = {"x0": torch.zeros(1, *task.shape), "cond": inputs()[2]}
+    with attended:
+        next(w2svd.distil(config, roles, state, iter(lambda: batch, None)))
+    backwards = config.fake_updates + 1
+    linear = 2 * tokens * (4 + 2 * config_of.mlp_ratio) * width**2
+    attention = 4 * tokens**2 * width
+    forward = attended.forward - len(refined)
+    assert attended.backward == 2 * backwards
+    counted = linear * (len(calls) + 2 * backwards)
+    counted += attention * (forward + 2.5 * attended.backward)
+    worth = counted / (2 * (linear + attention))
+    assert numbers["as many forwards"] == pytest.approx(worth, rel=1e-6)
 
 
 def test_the_plan_counts_what_the_objective_runs():

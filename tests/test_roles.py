@@ -285,15 +285,15 @@ def test_checkpointing_changes_no_gradient_wherever_the_backward_is(
 
 
 @pytest.mark.parametrize("situation", ["real", "fake", "another alpha"])
-def test_without_its_context_checkpointing_gives_wrong_gradients_without_a_message(
+def test_without_its_role_checkpointing_gives_wrong_gradients_without_a_message(
     new_roles, draw, monkeypatch, situation
 ):
-    """The trap that context_fn is there for; the test above fails without it."""
+    """The trap that `as_now` is there for; the test above fails without it."""
 
-    def without_context(block, *args, use_reentrant, context_fn):
-        return checkpoint(block, *args, use_reentrant=use_reentrant)
+    def naive(roles, block, *args):
+        return checkpoint(block, *args, use_reentrant=False)
 
-    monkeypatch.setattr(w2svd, "recompute_in_backward", without_context)
+    monkeypatch.setattr(w2svd.Roles, "checkpoint", naive)
     at = inputs(draw, VIDEO)
     expected = gradients(new_roles(VIDEO), "generator", at, "generator")
     roles = new_roles(VIDEO)

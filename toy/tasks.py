@@ -262,12 +262,12 @@ class Task:
         self.backbone = BACKBONES[recipe.condition](build(self.mixture, self.recipe))
         self.sigmas = few_step_sigmas(config.steps, config.shift)
 
-    def load(self, split=False):
+    def load(self, *_):
         """The trained backbone: a minute without a cache."""
         module = cached_backbone(self.learnt, self.recipe, self.config)
         self.backbone.module = module.requires_grad_(False)
 
-    def costs(self, *_):
+    def costs(self, *_, **gpu):
         return {}  # too small to plan for
 
     def prepare(self):
