@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))  # before the imports below, wherever it is starte
 
 import w2svd  # noqa: E402
 from toy import table, tasks  # noqa: E402
-from toy.study import moved, report  # noqa: E402
+from toy.study import moved, report, side_by_side  # noqa: E402
 
 READMES = [ROOT / "README.md", ROOT / "toy/README.md", ROOT / "tests/README.md"]
 STORED = ROOT / "toy/results/table.json"
@@ -43,6 +43,8 @@ MOVED = ROOT / "toy/results/moved.json"
 DEFAULT = ROOT / "toy/results/default.json"  # the two runs without a --seed
 RUNS = ("ring", "videos")  # of the toy, for the first page and the pictures
 LONG = "--height 544 --width 960 --frames 129"
+COSTS = "in all, GiB", "hours on H100", "seconds an iteration", "disk for the run, GiB"
+HD = "--height 720 --width 1280 --frames 129 --offload"
 
 
 def write(path, text):
@@ -59,24 +61,23 @@ def plan_of(flags):
     """The numbers that `train --model hunyuan --dry-run` shows."""
     given = w2svd.parse(["train", "--model", "hunyuan", *flags.split()])
     del given["command"]
-    gpus = given.pop("gpus", 1)
+    names = {"gpus": "gpus", "gpu_memory": "room", "offload": "offload"}
+    gpu = {names[flag]: given.pop(flag) for flag in names if flag in given}
     config = w2svd.resolve(given)
-    return w2svd.plan(config, w2svd.load_task(config), gpus)
+    return w2svd.plan(config, w2svd.load_task(config), **gpu)
 
 
 def plan_as_printed():
-    """The lines that the command begins with, down to the tokens, which are the first of ours."""
-    numbers = plan_of("")
-    names = list(numbers)
-    costs = {name: numbers[name] for name in names[: names.index("tokens")]}
+    """Some of what the command says of costs."""
+    numbers = plan_of("--gpu-memory 79")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        w2svd.show({"plan": costs})
+        w2svd.show({name: numbers[name] for name in COSTS}, "  ")
     return code(printed.getvalue())
 
 
 def in_short(flags):
     """What a size takes, in one sentence."""
-    numbers = plan_of(flags)
+    numbers = plan_of(f"{flags} --gpu-memory 79")
     gib, seconds = numbers["in all, GiB"], numbers["seconds an iteration"]
     hours = numbers["hours on H100"]
     return f"`{flags}` {gib:.1f} GiB, {seconds:.0f} s an iteration, {hours:.0f} h"
@@ -103,7 +104,8 @@ def parts():
     return {
         "toy": code(tasks.table(json.loads(DEFAULT.read_text())["ring"])),
         "plan": plan_as_printed(),
-        "sizes": f"{in_short(LONG)}; {in_short('--fp8-base')}; {in_short('--gpus 8')}.",
+        "sizes": f"{in_short(LONG)}; {in_short(HD)}; {in_short('--gpus 8')}.",
+        "side": side_by_side.markdown(json.loads(side_by_side.STORED.read_text())),
         "expect": table.summary(results).rstrip(),
         "table": table.markdown(results).rstrip(),
         "methods": table.methods(json.loads(METHODS.read_text())),
