@@ -1323,11 +1323,14 @@ class HunyuanTask:
         """
         c, module, GiB = self.config, self.backbone.module, 2**30
         n, width = len(self.backbone.blocks), self.backbone.width
-        base = [p for p in module.parameters() if not p.requires_grad]
-        loading = sum(p.nbytes for p in base) / GiB
+
+        def frozen():
+            return sum(p.nbytes for p in module.parameters() if not p.requires_grad) / GiB
+
+        loading = frozen()
         if c.fp8_base:  # the plan's model has no other use
             module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
-        whole, one = sum(p.nbytes for p in base) / GiB, 2 * tokens * width / GiB
+        whole, one = frozen(), 2 * tokens * width / GiB
         generator /= gpus if c.generator == "full" else 1  # adapters stay whole on each GPU
         fake /= gpus if c.fake == "full" else 1
         inputs = 2 if offload else n * (1 + (c.gan_weight > 0) / 3)

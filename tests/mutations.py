@@ -97,9 +97,9 @@ motion is measured along the height @ moments: diff(dim=2) ==> diff(dim=3)
 the average keeps 1 - decay @ State.update_average: 1 - ema ==> ema
 # test_distil.py
 the losses' noise comes from the input's stream @ losses_noise: rngs["noise"] ==> rngs["input"]
-sigma_shift is ignored @ losses_noise: config.sigma_shift ==> 1.0
-sigma_high is ignored @ losses_noise: config.sigma_high ==> 0.98
-sigma_low is ignored @ losses_noise: config.sigma_low ==> 0.02
+sigma_shift is ignored @ losses_noise: c.sigma_shift ==> 1.0
+sigma_high is ignored @ losses_noise: c.sigma_high ==> 0.98
+sigma_low is ignored @ losses_noise: c.sigma_low ==> 0.02
 every fake update draws its own samples @ distil: k % config.reuse == 0 ==> True
 the fake's samples are drawn once an iteration @ distil: k % config.reuse == 0 ==> k == 0
 the average has no warm-up @ ema_at: min(config.ema, ==> max(config.ema,
