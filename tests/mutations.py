@@ -168,6 +168,9 @@ the mask of the first frame is empty @ HunyuanVideo.with_image:
     cond["image"], 1 ==> cond["image"], 0
 the text did not see the picture @ encode_text: 4 if form == ==> 2 if form ==
 the picture is stretched @ HunyuanTask.first_frame: "crop" ==> "default"
+# test_hunyuan.py -k saves_work
+attention is run again though it was kept @ HunyuanVideo.checkpoint_with: block in late ==> False
+nothing is offloaded @ HunyuanVideo.checkpoint_with: if self.offload ==> if False
 # test_hunyuan.py -k mask_reaches
 the text's mask reaches attention @ HunyuanVideo.without_mask: None, *args ==> args[3], *args
 # test_hunyuan.py -k bf16
