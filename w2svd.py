@@ -1036,29 +1036,28 @@ def find_clips(data):
     clips += [(film, film.with_suffix(".txt")) for film in films]
     used = {path for film, _ in clips for path in (film, film.with_suffix(".txt"))}
     used |= {*lists, *(f.with_name("prompt.txt") for f in lists if f.name == "videos.txt")}
-    for file in files:
-        if file not in used:
-            left_out[str(file.relative_to(data))] = "no clip, nor a caption of one"
-    return clips, left_out
+    rest = [os.path.relpath(file, data) for file in files if file not in used]
+    return clips, left_out | dict.fromkeys(rest, "no clip, nor a caption of one")
 
 
 def ffmpeg(path, *flags, first=()):
-    """Run ffmpeg on a film: its exit status, its output, what it said."""
+    """Run ffmpeg on a film: its output, and what it said; ValueError where it fails."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     # the whole path, or a name like 'concat:a' would be read as a protocol
     command = [get_ffmpeg_exe(), *FFMPEG, *first, "-i", path.resolve(), *flags]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
-    return done.returncode, done.stdout, done.stderr.decode(errors="replace")
+    said = done.stderr.decode(errors="replace")
+    if done.returncode:
+        raise ValueError(f"damaged, or no film: {(said.strip() or 'stopped').splitlines()[-1]}")
+    return done.stdout, said
 
 
 def look(path):
     """What ffmpeg says of a film's first frame, upright: sides, width / height, fps, colours."""
-    said = ffmpeg(path, *"-map 0:V:0 -frames:v 1 -vf showinfo -f null -".split())[2]
+    _, said = ffmpeg(path, *"-map 0:V:0 -frames:v 1 -vf showinfo -f null -".split())
     found = re.findall(r"(\w+): *([^\s,]+)", said.partition("config in ")[2])
     facts = dict(reversed(found))  # of each name the first
-    if "sar" not in facts:
-        raise ValueError((said.strip().splitlines() or ["ffmpeg finds no film in it"])[-1])
     (w, h), (wide, high) = map(int, facts["s"].split("x")), map(int, facts["sar"].split("/"))
     aspect = w / h * (wide / high if wide else 1)  # 0 is unknown
     header = said.partition("\n  Duration: ")[2]  # behind the film's name
@@ -1091,9 +1090,7 @@ def read_clip(path, config):
     # NOTE silent: into rgb24 at once, ffmpeg would not interpolate colours
     chain += ",format=gbrap,premultiply=inplace=1"
     flags = f"-v error -xerror -map 0:V:0 -frames:v {n} -f rawvideo -pix_fmt rgb24".split()
-    status, raw, said = ffmpeg(path, *flags, "-vf", chain, "-", first=film.vpx)
-    if status:
-        raise ValueError(f"damaged: {(said.strip().splitlines() or [f'status {status}'])[0]}")
+    raw, _ = ffmpeg(path, *flags, "-vf", chain, "-", first=film.vpx)
     if len(raw) < 3 * h * w * n:
         raise ValueError(f"too short: {len(raw) // (3 * h * w)} of {n} frames, {config.fps:g} fps")
     frames = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(n, h, w, 3)
@@ -1123,42 +1120,35 @@ def latents_file(config, path, caption):
     return folder / f"{path.stem[:40] if path else 'caption'}-{digest}.safetensors"
 
 
-def one_line(caption):
-    """A caption, or the file that has it, as one line; ValueError where it is not UTF-8."""
-    text = read_text(caption) if isinstance(caption, Path) else caption
-    if text != text.encode(errors="replace").decode():
-        raise ValueError("its caption is not UTF-8")
-    return " ".join(line.strip() for line in text.strip().split("\n"))
-
-
 def encode_missing(config, clips, form):
-    """Each clip's file or None; [(name, look() at it, tokens)] of those made; {name: why not}."""
+    """{clip: its file}; [(name, look() at it, tokens)] of those made now; {name: why not}."""
     from diffusers.training_utils import free_memory
     from tqdm import tqdm
 
-    files, made, left_out, pipe = [], [], {}, None
+    files, made, left_out, pipe = {}, [], {}, None
     for path, caption in tqdm(clips, desc="encode", unit="clip"):
-        name = os.path.relpath(path, config.data) if path else repr(caption)
+        name, tensors = os.path.relpath(path, config.data) if path else repr(caption), None
         try:
-            caption = one_line(caption)  # here: a bad one leaves out its clip alone
-            file = latents_file(config, path, caption)
-            if file.exists():
-                files.append(file)
-                continue
-            video = read_clip(path, config) if path else None
-            pipe = pipe or load_pipeline(config.checkpoint, ("transformer",))
-            tensors = encode_clip(pipe, video, caption, form)
+            text = read_text(caption) if isinstance(caption, Path) else caption
+            if text != text.encode(errors="replace").decode():
+                raise ValueError("its caption is not UTF-8")
+            text = " ".join(line.strip() for line in text.strip().split("\n"))
+            file = latents_file(config, path, text)
+            if not file.exists():
+                video = read_clip(path, config) if path else None
+                pipe = pipe or load_pipeline(config.checkpoint, ("transformer",))
+                tensors = encode_clip(pipe, video, text, form)
         except (Refused, ImportError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # each clip is an island: the others go on
             left_out[name] = (str(error).strip().splitlines() or [repr(error)])[-1]
-            files.append(None)
             continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(file, tensors, {"source": name, "caption": caption})
-        files.append(file)
-        tokens = 0 if form else len(tensors["prompt_embeds"])  # with form the picture's too
-        made.append((name, path and look(path), tokens))
+        files[path, caption] = file
+        if tensors:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(file, tensors, {"source": name, "caption": text})
+            tokens = 0 if form else len(tensors["prompt_embeds"])  # with form the picture's too
+            made.append((name, path and look(path), tokens))
     del pipe
     free_memory()
     return files, made, left_out
@@ -1169,11 +1159,11 @@ def encoded_clips(config, form=None):
     if not config.data:
         raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
     clips, left_out = find_clips(Path(config.data))
-    files, made, unusable = zip(*of_all_ranks(encode_missing(config, clips[RANK::RANKS], form)))
+    found, made = {}, []
+    for files, new, unusable in of_all_ranks(encode_missing(config, clips[RANK::RANKS], form)):
+        found, made, left_out = found | files, made + new, left_out | unusable
     # in the folder's order; one that is listed twice is one clip
-    files = list(dict.fromkeys(x for turn in itertools.zip_longest(*files) for x in turn if x))
-    made = sum(made, [])
-    left_out |= {name: reason for share in unusable for name, reason in share.items()}
+    files = list(dict.fromkeys(found[clip] for clip in clips if clip in found))
     print(f"{config.data}: {len(files)} clips, {len(made)} encoded now")
     report(config, made, left_out)
     if not files:
