@@ -63,8 +63,6 @@ generator is an adapter by default; denominators, average and optimizer are peer
 later code's or ours; on the toy: rollouts, a fake that learns final samples only, with a decay.
 """
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import copy
@@ -86,12 +84,11 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args
 
 # NOTE silent: torch reads it when it is imported; without it fragments take 9 GiB at 544x960x129
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -1427,8 +1424,7 @@ class HunyuanTask:
         from diffusers.training_utils import free_memory
 
         if prompt is None or (image is None) != (self.form is None):
-            needs = "a --prompt and an --image" if self.form else "a --prompt and no --image"
-            raise Refused(f"{self.config.checkpoint} needs {needs}.")
+            raise Refused("sample needs a --prompt and, for image-to-video alone, an --image.")
         if out.suffix != ".mp4":
             raise Refused(f"--out {out} must be an .mp4.")
         first = self.first_frame(image) if image else None
@@ -1932,22 +1928,19 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, gpus=RANKS, shard
 # ---- 10. Sample, export, command line ------------------------------------------------------------
 def read_generator(run, at=None):
     """The tensors and the header of a run's generator: the newest, or that of iteration `at`."""
-    saved = sorted(Path(run).glob("generator-*.safetensors"))
-    path = saved[-1] if saved else Path(run) / "generator.safetensors"
-    if at is not None:
-        path = Path(run) / f"generator-{at:06}.safetensors"
-    if not path.exists():
-        steps = ", ".join(str(int(p.stem[-6:])) for p in saved) or "none"
-        raise Refused(f"There is no {path}; saved iterations, for --at: {steps}.")
-    return read_safetensors(path)
+    saved = {int(p.stem[-6:]): p for p in sorted(Path(run).glob("generator-*.safetensors"))}
+    newest = [Path(run) / "generator.safetensors", *saved.values()][-1]
+    if at is not None and at not in saved:
+        steps = ", ".join(map(str, saved)) or "none"
+        raise Refused(f"{run} has no generator of iteration {at}; saved, for --at: {steps}.")
+    return read_safetensors(newest if at is None else saved[at])
 
 
 def sample(run, out, seed, at=None, **given):
     """Draw samples of a run's generator, with the grid of its header, into `out`."""
     config, out = read_run(run), Path(out)
-    fits = {"toy": ["n"], "hunyuan": ["prompt", "image", "negative_prompt", "cfg", "steps", *SIZES]}
     for name, x in given.items():
-        if name not in fits[config.model]:
+        if (name == "n") != (config.model == "toy"):
             raise Refused(f"{flag(name)} does not fit {run}, a run of --model {config.model}.")
         if x != getattr(config, name, x):
             print(f"{flag(name)} {x}: {run} was trained with {getattr(config, name)}")
@@ -1978,16 +1971,19 @@ switches the first one off, until `pipe.set_adapters(["w2svd", "the other's name
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
     from diffusers.utils import export_to_video, load_image
     pipe = DiffusionPipeline.from_pretrained("{checkpoint}", dtype=torch.bfloat16)
-    LOAD
+    {load}
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("this folder/scheduler")
     pipe.to("cuda").vae.enable_tiling()
     torch.manual_seed(0)  # the renoising draws from torch's global generator
-    video = pipe(prompt="a woman talks", num_inference_steps={steps}, height={height},
-                 width={width}, num_frames={frames}, guidance_scale={embedded_guidance},
-                 generator=torch.Generator().manual_seed(0), FACE).frames[0]
+    size = dict(height={height}, width={width})
+    video = pipe(prompt="a woman talks", num_inference_steps={steps}, num_frames={frames}, **size,
+                 {image}guidance_scale={embedded_guidance},
+                 generator=torch.Generator().manual_seed(0)).frames[0]
     export_to_video(video, "talk.mp4", fps={fps:g})
 """
-FACE = 'image=pipe.video_processor.resize(load_image("a.png"), {height}, {width}, "crop")'
+LORA = 'pipe.load_lora_weights("this folder", "w2svd")'
+MERGED = 'pipe.transformer = pipe.transformer.from_pretrained("this folder", dtype=torch.bfloat16)'
+IMAGE = 'image=pipe.video_processor.resize(load_image("a.png"), **size, resize_mode="crop"), '
 COMFYUI = """For ComfyUI, kijai's wrapper, and musubi-tuner after its `convert_lora.py --target
 default`; not for diffusers, which refuses it. Image-to-video was not tried there.
 
@@ -1996,13 +1992,6 @@ BasicScheduler (simple, {steps} steps), or ManualSigmas {sigmas}; KSamplerSelect
 {embedded_guidance:g}; BasicGuider; SamplerCustomAdvanced. What spoils the video without a word: a
 BasicScheduler on the loader itself, FluxGuidance's 3.5, the sampler euler, KSampler's cfg of 8.
 """
-LORA = 'pipe.load_lora_weights("this folder", "w2svd")'
-MERGED = 'pipe.transformer = pipe.transformer.from_pretrained("this folder", dtype=torch.bfloat16)'
-USE = {
-    "diffusers": DIFFUSERS.replace("LOAD", LORA),
-    "comfyui": COMFYUI,
-    "merged": DIFFUSERS.replace("LOAD", MERGED),
-}
 # HunyuanVideo's own layers, as ComfyUI names them, out of diffusers' parts
 DOUBLE = {
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -2018,10 +2007,7 @@ SINGLE = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linea
 
 
 def to_comfyui(tensors, mlp):
-    """The adapter under the original names. Fused layers: A stacked, B block-diagonal, exact.
-
-    mlp: rows of proj_mlp, which stay 0 in linear1 where the adapter leaves that part alone.
-    """
+    """The adapter under the original names. Fused layers: A stacked, B block-diagonal, exact."""
     converted = {}
     for kind, i in sorted({tuple(name.split(".")[1:3]) for name in tensors}):
         theirs = "single_blocks" if kind.startswith("single") else "double_blocks"
@@ -2032,7 +2018,7 @@ def to_comfyui(tensors, mlp):
                 continue
             A, B = ([tensors[f"{name}.lora_{x}.weight"] for name in names] for x in "AB")
             if len(names) < len(parts):
-                B.append(B[0].new_zeros(mlp, 0))
+                B.append(B[0].new_zeros(mlp, 0))  # proj_mlp's rows, where it has no adapter
             layer, A = f"diffusion_model.{theirs}.{i}.{layer}", torch.cat(A)
             converted[f"{layer}.lora_A.weight"] = A
             converted[f"{layer}.lora_B.weight"] = torch.block_diag(*B)
@@ -2089,9 +2075,10 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
 
         scheduler = Scheduler(shift=info["shift"], stochastic_sampling=not info["euler"])
         scheduler.save_pretrained(out / "scheduler")
-    card = (CARD + USE[format]).replace(", FACE", f", {FACE}" if task.form else "")
-    card = card.format(**dataclasses.asdict(config) | info | {"checkpoint": config.checkpoint})
-    (out / "README.md").write_text(card, encoding="utf-8")
+    said = {"load": MERGED if format == "merged" else LORA, "image": IMAGE if task.form else ""}
+    said |= dataclasses.asdict(config) | info | {"checkpoint": config.checkpoint}
+    card = CARD + (COMFYUI if format == "comfyui" else DIFFUSERS)
+    (out / "README.md").write_text(card.format(**said), encoding="utf-8")
     print(f"wrote {out}, for {format}")
 
 
@@ -2102,18 +2089,18 @@ class Parser(argparse.ArgumentParser):
 
 def add_settings(command, names):
     """A flag for each line of Config that is named, under its heading."""
-    types, group = typing.get_type_hints(Config), None
     forms = {t: {"type": t, "metavar": t.__name__[0].upper()} for t in (int, float, str)}
     forms[bool] = {"action": argparse.BooleanOptionalAction}
     for field in dataclasses.fields(Config):
+        name, default = field.name, field.default
         if field.metadata["group"]:
             group = command.add_argument_group(field.metadata["group"])
-        how = forms.get(types[field.name]) or {"choices": typing.get_args(types[field.name])}
-        values = [f"{name}: {p[field.name]}" for name, p in PRESETS.items() if field.name in p]
-        values = [str(field.default)] * (field.default != "") + values
+        values = [f"{preset}: {p[name]}" for preset, p in PRESETS.items() if name in p]
+        values = [str(default)] * (default != "") + values
         text = field.metadata["text"] + (f" [{'; '.join(values)}]" if values else "")
-        if field.name in names:
-            group.add_argument(flag(field.name), help=text.replace("%", "%%"), **how)
+        if name in names:
+            how = forms.get(field.type) or {"choices": get_args(field.type)}
+            group.add_argument(flag(name), help=text.replace("%", "%%"), **how)
 
 
 def parse(argv):
@@ -2131,7 +2118,8 @@ def parse(argv):
     trains.add_argument("--shard", **shards)
     add_settings(trains, [field.name for field in dataclasses.fields(Config)])
     encodes = commands.add_parser("encode", help="clips into latents and text, once", **how)
-    add_settings(encodes, "model data checkpoint height width frames fps cache".split())
+    encodes.add_argument("--model", choices=("hunyuan",), default="hunyuan", help="its clips")
+    add_settings(encodes, "data checkpoint height width frames fps cache".split())
     samples = commands.add_parser("sample", help="sample a run", **how)
     exports = commands.add_parser("export", help="a HunyuanVideo run for other programs", **how)
     for one in (samples, exports):
@@ -2148,7 +2136,8 @@ def parse(argv):
     for name in ("height", "width", "frames", "steps"):
         samples.add_argument(f"--{name}", type=int, help="hunyuan: [as trained]")
     exports.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32]")
-    exports.add_argument("--format", required=True, choices=tuple(USE), help="merged: all weights")
+    formats = ("diffusers", "comfyui", "merged")
+    exports.add_argument("--format", required=True, choices=formats, help="merged: all weights")
     given, unknown = top.parse_known_args(argv)
     if unknown:
         raise Refused(f"There is no {unknown[0]}; see w2svd.py {given.command} --help.")
@@ -2214,18 +2203,14 @@ def main(argv=None):
         if command in ("sample", "export"):
             (sample if command == "sample" else export)(**given)
             return 0
-        if command == "encode":
-            given = {"model": "hunyuan"} | given
         join_ranks()
         config = (resumed if how.get("resume") else resolve)(given) if RANK == 0 else None
         config = of_all_ranks(config)[0]  # the first, for which alone a new folder is free
         check(config)
         if command == "train":
             train(config, **how)
-        elif config.model == "hunyuan":
-            encoded_clips(config, load_task(config).form)
         else:
-            raise Refused("encode is for --model hunyuan: the toy draws its samples.")
+            encoded_clips(config, load_task(config).form)
         return 0
     except Refused as error:
         reason, status = error, error.status
