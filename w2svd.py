@@ -877,15 +877,16 @@ def reading(checkpoint):
         raise Refused(f"--checkpoint {checkpoint} is no HunyuanVideo: {reason}") from error
 
 
-def load_pipeline(checkpoint, without):
+def load_pipeline(checkpoint, without, dtype=None, device=DEVICE):
     """diffusers' pipeline of the checkpoint; the parts named in `without` stay unread."""
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()  # its bars would cut through ours
-    how = {"dtype": torch.bfloat16 if DEVICE == "cuda" else torch.float32, "use_safetensors": True}
+    dtype = dtype or (torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    how = {"dtype": dtype, "use_safetensors": True} | dict.fromkeys(without)
     load = diffusers.DiffusionPipeline.from_pretrained  # text-to-video's, or image-to-video's
     with reading(checkpoint):
-        pipe = load(checkpoint, **how, **dict.fromkeys(without)).to(DEVICE)
+        pipe = load(checkpoint, **how).to(device)
     if pipe.vae:
         pipe.vae.enable_tiling()
     return pipe
@@ -1212,7 +1213,7 @@ class HunyuanTask:
 
         diffusers.utils.logging.set_verbosity_error()
         Model = diffusers.HunyuanVideoTransformer3DModel
-        self.config, self.Model, found = config, Model, {}  # the released model: all defaults
+        self.config, found = config, {}  # the released model: all defaults
         if config.checkpoint != HUNYUAN:
             with reading(config.checkpoint):
                 found = Model.load_config(config.checkpoint, subfolder="transformer")
@@ -1246,18 +1247,12 @@ class HunyuanTask:
             self.filmed = encoded_clips(shown, self.form)[:4]
         self.load_weights(split)
 
-    def read_weights(self, dtype):
-        """The checkpoint's transformer, on the CPU."""
-        how = {"subfolder": "transformer", "dtype": dtype, "use_safetensors": True}
-        with reading(self.config.checkpoint):
-            return self.Model.from_pretrained(self.config.checkpoint, **how)
-
     def load_weights(self, split=False):
-        dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
         # whole copies would not fit beside it before they are split, which moves them there
         full = "full" in (self.config.generator, self.config.fake)
         device = "cpu" if full and split else DEVICE
-        self.wrap(self.read_weights(dtype).to(device, dtype).requires_grad_(False), dtype)
+        module = load_pipeline(self.config.checkpoint, (*TEXT, "vae"), device=device).transformer
+        self.wrap(module.requires_grad_(False), module.dtype)
 
     def prepare(self):
         """What must follow the adapters: the base's weights in 8 bits, compilation."""
@@ -2056,10 +2051,10 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     task, dtype = load_task(config), getattr(torch, dtype)
     out.mkdir(parents=True, exist_ok=True)
     if format == "merged":
-        module = task.read_weights(torch.float32)
-        lost = merge(module, tensors)
+        pipe = load_pipeline(config.checkpoint, (*TEXT, "vae"), torch.float32, "cpu")
+        lost = merge(pipe.transformer, tensors)
         print(f"bfloat16 would add an error of {lost:.1%} of what was learnt; float32 adds none")
-        module.to(dtype).save_pretrained(out)
+        pipe.transformer.to(dtype).save_pretrained(out)
     else:
         tensors = {n: x.to(dtype) for n, x in tensors.items()}
     if format == "comfyui":
