@@ -55,12 +55,11 @@ Where a setting comes from: 'paper' read off the authors' figures; 'author-code'
 code of the first author, not a release of this paper; 'peer' common in public code of the family;
 'ours'. The paper's body, and so its learning rates, rank and batch, were not available to us.
 
-Deviations from the paper, as far as we know it: a first image is read only where the checkpoint is
-image-to-video, as its model is; the discriminator reads the frozen backbone (its figure's arrow
-starts at the generator) and is off by default, as the GT loss is, which trades motion for picture
-quality in the paper's table; alpha_strong is not printed there, 1 is the author's later code's; the
-generator is an adapter by default; denominators, average and optimizer are peers', the author's
-later code's or ours; on the toy: rollouts, a fake that learns final samples only, with a decay.
+Deviations from the paper, as far as we know it: the generator is an adapter by default; the GT loss
+(motion for picture quality in the paper's table) and the discriminator, which reads the frozen
+backbone, are off; a first image is read where the checkpoint is image-to-video; alpha_strong, the
+denominators, average and optimizer are peers', the author's later code's or ours; on the toy:
+rollouts, a fake that learns final samples only, with a decay.
 """
 
 import argparse
@@ -219,8 +218,7 @@ PRESETS = {
     "hunyuan": dict(generator_lr=2e-5, fake_lr=2e-5, checkpointing=True, log_every=10),
     "hunyuan captions": dict(generator_input="rollout", fake_samples="final"),
 }
-MAY_BE_0 = "alpha_weak ema gt_weight guidance embedded_guidance sigma_low fake_warmup seed"
-MAY_BE_0 += " fake_weight_decay gan_weight gan_r1"
+MAY_BE_0 = "alpha_weak ema guidance embedded_guidance sigma_low"  # as what is 0 by default
 # what --resume may change: it touches no bits, or is said in metrics.jsonl
 RESUMABLE = "out data checkpoint cache iterations log_every save_every checkpointing compile"
 RESUMABLE += " generator_lr fake_lr sample_prompts"
@@ -236,11 +234,12 @@ def check(c: Config):
     """Refuse settings that contradict each other, with the reason."""
     for name, value in dataclasses.asdict(c).items():
         fits = type(value) not in (int, float) or 0 < value < 2**53  # False for nan
-        if not fits and not (value == 0 and name in MAY_BE_0.split()):
+        may_be_0 = name in MAY_BE_0.split() or getattr(Config, name) == 0
+        if not fits and not (value == 0 and may_be_0):
             raise Refused(f"{flag(name)} cannot be {value}.")
     paired, final = c.generator_input == "paired", c.fake_samples == "final"
     full, captions, hunyuan = c.fake == "full", c.data.endswith(".txt"), c.model == "hunyuan"
-    toy_videos = not hunyuan and c.data == "videos"
+    toy_videos = (c.model, c.data) == ("toy", "videos")
     other, needs_x0 = c.objective != "w2svd", c.objective in ("finetune", "lcm")
     terms = c.gt_weight or c.gan_weight or c.guidance != 1
     wrong = [
@@ -1006,10 +1005,10 @@ def find_clips(data):
 
     A film is named by a list, or has its caption in a .txt beside it, which is returned as a Path.
     """
-    if data.is_file() and data.suffix == ".txt":
-        return [(None, line) for line in read_text(data).split("\n") if line.strip()], {}
-    if not data.is_dir():
-        raise Refused(f"{data} is no folder of clips: {LAYOUTS}; nor a .txt of captions.")
+    if Path(data).suffix == ".txt" and Path(data).is_file():
+        return [(None, line) for line in read_text(Path(data)).split("\n") if line.strip()], {}
+    if not data or not Path(data).is_dir():
+        raise Refused(f"--data {data} is no folder of clips, {LAYOUTS}; nor a .txt: {EXAMPLE}")
     data, files, seen, clips, left_out = Path(os.path.abspath(data)), [], set(), [], {}
     for folder, inner, names in os.walk(data, followlinks=True):
         seen.add(os.path.realpath(folder))
@@ -1154,40 +1153,32 @@ def encode_missing(config, clips, form):
 
 def encoded_clips(config, form=None):
     """The files of all clips that can be used, encoded where they are missing; says what is not."""
-    if not config.data:
-        raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
-    clips, left_out = find_clips(Path(config.data))
-    found, made = {}, []
-    for files, new, unusable in of_all_ranks(encode_missing(config, clips[RANK::RANKS], form)):
+    c, (clips, left_out), found, made = config, find_clips(config.data), {}, []
+    for files, new, unusable in of_all_ranks(encode_missing(c, clips[RANK::RANKS], form)):
         found, made, left_out = found | files, made + new, left_out | unusable
     # in the folder's order; one that is listed twice is one clip
     files = list(dict.fromkeys(found[clip] for clip in clips if clip in found))
-    print(f"{config.data}: {len(files)} clips, {len(made)} encoded now")
-    report(config, made, left_out)
-    if not files:
-        raise Refused(f"Nothing in {config.data} can be used. A folder needs {LAYOUTS}.", status=1)
-    return files
-
-
-def report(config, made, left_out):
-    """Print what encoding cut off, repeated, left out. made: [(name, look() at it, tokens)]."""
-    c, films = config, [(name, film) for name, film, _ in made if film]
+    print(f"{c.data}: {len(files)} clips, {len(made)} encoded now")
+    films = {name: film for name, film, _ in made if film}
     if films:
-        seconds, used = sum(film.seconds for _, film in films), len(films) * c.frames / c.fps
-        ratios = [film.aspect * c.height / c.width for _, film in films]
+        seconds, used = sum(film.seconds for film in films.values()), len(films) * c.frames / c.fps
+        ratios = sorted(film.aspect * c.height / c.width for film in films.values())
         kept = sum(min(x, 1 / x) for x in ratios) / len(films)
         print(f"  of {seconds:.1f} s the first {used:.1f}, {kept:.0%} of the picture")
-        scale = math.sqrt(sorted(ratios)[len(films) // 2])  # the same area in the films' own shape
+        scale = math.sqrt(ratios[len(films) // 2])  # the same area in the films' own shape
         height, width = 16 * round(c.height / scale / 16), 16 * round(c.width * scale / 16)
         if kept < 0.8 and (height, width) != (c.height, c.width):
             print(f"  more of it with --height {height} --width {width}")
-    for name, film in films:
+    for name, film in films.items():
         if film.fps < 0.9 * c.fps:
             print(f"  {name}: frames are repeated, {film.fps:g} fps become {c.fps:g}")
     if cut := sum(tokens >= 256 for *_, tokens in made):
         print(f"  the text encoder reads 256 tokens: {cut} captions are longer, their ends unread")
     for name, reason in left_out.items():
         print(f"  left out, {name}: {reason}")
+    if not files:
+        raise Refused(f"Nothing in {c.data} can be used. A folder needs {LAYOUTS}.", status=1)
+    return files
 
 
 def sampling(config):
@@ -1412,10 +1403,7 @@ class HunyuanTask:
         return roles.generator
 
     def sample(self, tensors, info, out, seed, prompt=None, image=None, steps=0, **avoid):
-        """A video of the prompt; image-to-video's begins with the image.
-
-        avoid: negative_prompt and cfg, the weight that leads away from it at twice the evaluations.
-        """
+        """A video of the prompt, of the image on; `avoid`: negative_prompt, and cfg, its weight."""
         from diffusers.training_utils import free_memory
 
         if prompt is None or (image is None) != (self.form is None):
@@ -1427,7 +1415,7 @@ class HunyuanTask:
         cond = encode_text(pipe, prompt, first, self.form)
         if avoid:
             black = None if first is None else 0 * first - 1
-            avoided = encode_text(pipe, avoid["negative_prompt"], black, self.form)
+            avoided = encode_text(pipe, avoid.get("negative_prompt", ""), black, self.form)
             avoided["image"] = cond.get("image")  # shown all the same
         del pipe
         free_memory()  # before the transformer comes
@@ -1435,7 +1423,7 @@ class HunyuanTask:
         sigmas = few_step_sigmas(steps, info["shift"]) if steps else torch.tensor(info["sigmas"])
         student = self.student(tensors, info)
 
-        def away(x_t, sigma, cond):
+        def away(x_t, sigma, cond):  # at twice the evaluations
             v, v_avoided = student(x_t, sigma, cond), student(x_t, sigma, avoided)
             return guided(v, v_avoided, avoid.get("cfg", 2.0))
 
@@ -1939,8 +1927,6 @@ def sample(run, out, seed, at=None, **given):
             raise Refused(f"{flag(name)} does not fit {run}, a run of --model {config.model}.")
         if x != getattr(config, name, x):
             print(f"{flag(name)} {x}: {run} was trained with {getattr(config, name)}")
-    if "cfg" in given and "negative_prompt" not in given:
-        raise Refused("--cfg weighs a --negative-prompt, which is missing.")
     config = dataclasses.replace(config, **{n: given.pop(n) for n in SIZES if n in given})
     asked = {"seed": seed, "steps": given.get("steps", config.steps), "gt_weight": 0.0}
     check(dataclasses.replace(config, **asked))  # a --gt-weight would refuse --steps 1
@@ -2109,8 +2095,7 @@ def parse(argv):
     trains.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     trains.add_argument("--gpu-memory", type=float, metavar="F", help="GiB to plan for [the GPU's]")
     trains.add_argument("--gpus", type=int, metavar="I", help="how many to plan for [torchrun's]")
-    shards = {"choices": ("base", "none"), "help": "split the backbone over GPUs, or not [base]"}
-    trains.add_argument("--shard", **shards)
+    trains.add_argument("--shard", choices=("base", "none"), help="the backbone over GPUs [base]")
     add_settings(trains, [field.name for field in dataclasses.fields(Config)])
     encodes = commands.add_parser("encode", help="clips into latents and text, once", **how)
     encodes.add_argument("--model", choices=("hunyuan",), default="hunyuan", help="its clips")
@@ -2127,7 +2112,7 @@ def parse(argv):
     samples.add_argument("--prompt", help="hunyuan: what to show")
     samples.add_argument("--image", help="hunyuan, image-to-video: the first frame")
     samples.add_argument("--negative-prompt", help="hunyuan: what to avoid, at twice the time")
-    samples.add_argument("--cfg", type=float, help="hunyuan: weight of a negative prompt [2]")
+    samples.add_argument("--cfg", type=float, help="hunyuan: weight of the negative prompt [2]")
     for name in ("height", "width", "frames", "steps"):
         samples.add_argument(f"--{name}", type=int, help="hunyuan: [as trained]")
     exports.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32]")
