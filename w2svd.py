@@ -1012,12 +1012,9 @@ def find_clips(data):
     data, files, seen, clips, left_out = Path(os.path.abspath(data)), [], set(), [], {}
     for folder, inner, names in os.walk(data, followlinks=True):
         seen.add(os.path.realpath(folder))
-        skipped = {n for n in inner if os.path.realpath(os.path.join(folder, n)) in seen}
-        skipped |= {n for n in inner + names if n.startswith(".")}
-        for name in skipped - {".w2svd"}:
-            left_out[os.path.relpath(Path(folder, name), data)] = "hidden, or a folder read before"
-        inner[:] = sorted(set(inner) - skipped)
-        files += [Path(folder, name) for name in sorted(set(names) - skipped)]
+        shut = {n for n in inner if n[0] == "." or os.path.realpath(Path(folder, n)) in seen}
+        inner[:] = sorted(set(inner) - shut)
+        files += [Path(folder, name) for name in sorted({*names, *shut} - {".w2svd"})]
     lists = [file for file in files if file.name in LISTS]
     for file in lists:
         for line, row in read_list(file):
@@ -1029,12 +1026,12 @@ def find_clips(data):
                 name = f"{file.relative_to(data)}, line {line}"
                 left_out[name] = "no file_name with one text (in quotes)"
     named = {film for film, _ in clips}
-    films = [file for file in files if file.suffix.lower() in FILMS and file not in named]
-    clips += [(film, film.with_suffix(".txt")) for film in films]
+    films = [f for f in files if f.suffix.lower() in FILMS and f.name[0] != "."]
+    clips += [(film, film.with_suffix(".txt")) for film in films if film not in named]
     used = {path for film, _ in clips for path in (film, film.with_suffix(".txt"))}
     used |= {*lists, *(f.with_name("prompt.txt") for f in lists if f.name == "videos.txt")}
     rest = [os.path.relpath(file, data) for file in files if file not in used]
-    return clips, left_out | dict.fromkeys(rest, "no clip, nor a caption of one")
+    return clips, left_out | dict.fromkeys(rest, "no clip, nor a caption; hidden; or read before")
 
 
 def ffmpeg(path, *flags, first=()):
@@ -1187,15 +1184,14 @@ def sampling(config):
     return (28, 7.0, True) if flow else (config.steps, config.shift, False)
 
 
-# A task is a model and its data. It has .backbone (see Roles), whose weights come with .load();
-# .device; .shape of a sample; .clips, their files; .batches(rng, taken), endless {'x0': (B, ...),
-# 'cond', 'name'} from the clip of that number on; .prepare() for what must follow the adapters;
-# .costs(...) for the plan; .on_log(step, generator) for pictures on the way; .finish(run) ->
-# (result, table); .sample(...), behind the command of that name.
-
-
 class HunyuanTask:
-    """HunyuanVideo and a folder of clips, as a task."""
+    """HunyuanVideo and a folder of clips. Such a task, a model and its data, has
+
+    .backbone (see Roles), whose weights come with .load(); .device; .shape of a sample; .clips, the
+    files; .batches(rng, taken), endless {'x0': (B, ...), 'cond', 'name'} from the clip of that
+    number on; .prepare() for what must follow the adapters; .costs(...) for the plan; .on_log(step,
+    generator) for pictures on the way; .finish(run) -> (result, table); .sample(...), a command.
+    """
 
     device = DEVICE
 
