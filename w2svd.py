@@ -867,13 +867,15 @@ class HunyuanVideo:
 
 
 @contextmanager
-def reading(checkpoint):
-    """What diffusers cannot read inside is refused in one sentence."""
+def reading(sentence):
+    """What cannot be read inside is refused with the sentence, behind it the reason."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or ["?"])[0]
-        raise Refused(f"--checkpoint {checkpoint} is no HunyuanVideo: {reason}") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise Refused(f"{sentence} ({reason}).") from error
 
 
 def load_pipeline(checkpoint, without, dtype=None, device=DEVICE):
@@ -884,7 +886,7 @@ def load_pipeline(checkpoint, without, dtype=None, device=DEVICE):
     dtype = dtype or (torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     how = {"dtype": dtype, "use_safetensors": True} | dict.fromkeys(without)
     load = diffusers.DiffusionPipeline.from_pretrained  # text-to-video's, or image-to-video's
-    with reading(checkpoint):
+    with reading(f"--checkpoint {checkpoint} is no HunyuanVideo"):
         pipe = load(checkpoint, **how).to(device)
     if pipe.vae:
         pipe.vae.enable_tiling()
@@ -957,14 +959,11 @@ def write_safetensors(path, tensors, info, **metadata):
 
 def read_safetensors(path):
     """Back: (tensors, info). A file that is missing, damaged or not ours is refused."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, "pt") as file:
-            info = json.loads((file.metadata() or {})["w2svd"])
-            return {name: file.get_tensor(name) for name in file.keys()}, info
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise Refused(f"{path} is damaged, or not of w2svd ({error}); delete it.") from error
+    with reading(f"Delete {path}, damaged or not of w2svd"), safe_open(path, "pt") as file:
+        info = json.loads((file.metadata() or {})["w2svd"])
+        return {name: file.get_tensor(name) for name in file.keys()}, info
 
 
 READING = 3  # raised whenever reading or encoding changes: latents made before are made again
@@ -1199,20 +1198,19 @@ class HunyuanTask:
         import diffusers
 
         diffusers.utils.logging.set_verbosity_error()
-        Model = diffusers.HunyuanVideoTransformer3DModel
-        self.config, found = config, {}  # the released model: all defaults
-        if config.checkpoint != HUNYUAN:
-            with reading(config.checkpoint):
+        Model, self.config, found = diffusers.HunyuanVideoTransformer3DModel, config, {}
+        other = f"--checkpoint {config.checkpoint} is no HunyuanVideo known here"
+        with reading(other), torch.device("meta"):  # shapes and no numbers, for the plan
+            if config.checkpoint != HUNYUAN:  # the released one: all defaults
                 found = Model.load_config(config.checkpoint, subfolder="transformer")
-        channels, self.form = found.get("out_channels", 16), found.get("image_condition_type")
+            self.wrap(Model.from_config(found).bfloat16(), torch.bfloat16)
+        m, self.form = self.backbone.module.config, self.backbone.form
+        channels, kind = m.out_channels, found.get("_class_name", Model.__name__)
         reads = 2 * channels + 1 if self.form == "latent_concat" else channels
-        odd = found.get("in_channels", 16) != reads or found.get("patch_size_t", 1) != 1
-        if odd or found.get("_class_name", Model.__name__) != Model.__name__:
-            raise Refused(f"--checkpoint {config.checkpoint} is no HunyuanVideo known here.")
+        if (kind, m.in_channels, m.patch_size_t) != (Model.__name__, reads, 1):
+            raise Refused(f"{other}.")
         if self.form and ".txt" in (config.data[-4:], config.sample_prompts[-4:]):
             raise Refused("--data, --sample-prompts: a .txt has no first frames; name a folder.")
-        with torch.device("meta"):  # shapes and no numbers, for the plan
-            self.wrap(Model.from_config(found).bfloat16(), torch.bfloat16)
         # the VAE makes one of 4 frames, of 8 x 8 pixels; token_replace samples all but the first
         self.whole = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
         self.shape = (channels, self.whole[1] - (self.form == "token_replace"), *self.whole[2:])
@@ -1382,10 +1380,8 @@ class HunyuanTask:
         from diffusers.image_processor import VaeImageProcessor
         from diffusers.utils import load_image
 
-        try:
+        with reading(f"--image {path} is no picture"):
             picture = load_image(str(path))
-        except (OSError, ValueError) as error:
-            raise Refused(f"--image {path} is no picture ({error}).") from error
         size = self.config.height, self.config.width
         return VaeImageProcessor().preprocess(picture, *size, resize_mode="crop")[:, :, None]
 
@@ -1650,10 +1646,8 @@ def show(items, indent=""):
 
 def read_run(folder):
     """The Config that a run folder was made with; a folder that is not one is refused."""
-    try:
+    with reading(f"{folder} is not a run folder of this version"):
         return Config(**json.loads((Path(folder) / "config.json").read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{folder} is not a run folder of this version ({error}).") from error
 
 
 def save_generator(path, config, state, base_sum):
