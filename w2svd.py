@@ -1149,7 +1149,8 @@ def encode_missing(config, clips, form):
 
 def encoded_clips(config, form=None):
     """The files of all clips that can be used, encoded where they are missing; says what is not."""
-    c, (clips, left_out), found, made = config, find_clips(config.data), {}, []
+    clips, left_out = find_clips(config.data)
+    c, found, made = config, {}, []
     for files, new, unusable in of_all_ranks(encode_missing(c, clips[RANK::RANKS], form)):
         found, made, left_out = found | files, made + new, left_out | unusable
     # in the folder's order; one that is listed twice is one clip
@@ -1398,10 +1399,9 @@ class HunyuanTask:
         """A video of the prompt, of the image on; `avoid`: negative_prompt, and cfg, its weight."""
         from diffusers.training_utils import free_memory
 
-        if prompt is None or (image is None) != (self.form is None):
-            raise Refused("sample needs a --prompt and, for image-to-video alone, an --image.")
-        if out.suffix != ".mp4":
-            raise Refused(f"--out {out} must be an .mp4.")
+        if prompt is None or (image is None) != (self.form is None) or out.suffix != ".mp4":
+            image = "an --image" if self.form else "no --image"
+            raise Refused(f"This checkpoint needs a --prompt, {image}, and an .mp4 as --out.")
         first = self.first_frame(image) if image else None
         pipe = load_pipeline(self.config.checkpoint, ("transformer", *["vae"] * (image is None)))
         cond = encode_text(pipe, prompt, first, self.form)
@@ -1903,10 +1903,11 @@ def read_generator(run, at=None):
     """The tensors and the header of a run's generator: the newest, or that of iteration `at`."""
     saved = {int(p.stem[-6:]): p for p in sorted(Path(run).glob("generator-*.safetensors"))}
     newest = [Path(run) / "generator.safetensors", *saved.values()][-1]
-    if at is not None and at not in saved:
+    path = newest if at is None else newest.with_name(f"generator-{at:06}.safetensors")
+    if not path.exists():
         steps = ", ".join(map(str, saved)) or "none"
-        raise Refused(f"{run} has no generator of iteration {at}; saved, for --at: {steps}.")
-    return read_safetensors(newest if at is None else saved[at])
+        raise Refused(f"There is no {path}; saved iterations, for --at: {steps}.")
+    return read_safetensors(path)
 
 
 def sample(run, out, seed, at=None, **given):
@@ -2085,7 +2086,7 @@ def parse(argv):
     trains.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     trains.add_argument("--gpu-memory", type=float, metavar="F", help="GiB to plan for [the GPU's]")
     trains.add_argument("--gpus", type=int, metavar="I", help="how many to plan for [torchrun's]")
-    trains.add_argument("--shard", choices=("base", "none"), help="the backbone over GPUs [base]")
+    trains.add_argument("--shard", choices=("base", "none"), help="what the GPUs split [base]")
     add_settings(trains, [field.name for field in dataclasses.fields(Config)])
     encodes = commands.add_parser("encode", help="clips into latents and text, once", **how)
     encodes.add_argument("--model", choices=("hunyuan",), default="hunyuan", help="its clips")
