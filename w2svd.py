@@ -218,7 +218,8 @@ PRESETS = {
     "hunyuan": dict(generator_lr=2e-5, fake_lr=2e-5, checkpointing=True, log_every=10),
     "hunyuan captions": dict(generator_input="rollout", fake_samples="final"),
 }
-MAY_BE_0 = "alpha_weak ema guidance embedded_guidance sigma_low"  # as what is 0 by default
+MAY_BE_0 = "alpha_weak ema gt_weight guidance embedded_guidance sigma_low fake_warmup seed"
+MAY_BE_0 += " fake_weight_decay gan_weight gan_r1"
 # what --resume may change: it touches no bits, or is said in metrics.jsonl
 RESUMABLE = "out data checkpoint cache iterations log_every save_every checkpointing compile"
 RESUMABLE += " generator_lr fake_lr sample_prompts"
@@ -234,12 +235,11 @@ def check(c: Config):
     """Refuse settings that contradict each other, with the reason."""
     for name, value in dataclasses.asdict(c).items():
         fits = type(value) not in (int, float) or 0 < value < 2**53  # False for nan
-        may_be_0 = name in MAY_BE_0.split() or getattr(Config, name) == 0
-        if not fits and not (value == 0 and may_be_0):
+        if not fits and not (value == 0 and name in MAY_BE_0.split()):
             raise Refused(f"{flag(name)} cannot be {value}.")
     paired, final = c.generator_input == "paired", c.fake_samples == "final"
     full, captions, hunyuan = c.fake == "full", c.data.endswith(".txt"), c.model == "hunyuan"
-    toy_videos = (c.model, c.data) == ("toy", "videos")
+    toy_videos = not hunyuan and c.data == "videos"
     other, needs_x0 = c.objective != "w2svd", c.objective in ("finetune", "lcm")
     terms = c.gt_weight or c.gan_weight or c.guidance != 1
     wrong = [
@@ -1204,7 +1204,7 @@ class HunyuanTask:
         with reading(other), torch.device("meta"):  # shapes and no numbers, for the plan
             if config.checkpoint != HUNYUAN:  # the released one: all defaults
                 found = Model.load_config(config.checkpoint, subfolder="transformer")
-            self.wrap(Model.from_config(found).bfloat16(), torch.bfloat16)
+            self.wrap(Model.from_config(found).bfloat16())
         m, self.form = self.backbone.module.config, self.backbone.form
         channels, kind = m.out_channels, found.get("_class_name", Model.__name__)
         reads = 2 * channels + 1 if self.form == "latent_concat" else channels
@@ -1216,9 +1216,9 @@ class HunyuanTask:
         self.whole = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
         self.shape = (channels, self.whole[1] - (self.form == "token_replace"), *self.whole[2:])
 
-    def wrap(self, module, dtype):
+    def wrap(self, module):
         c = self.config
-        self.backbone = HunyuanVideo(module, dtype, c.embedded_guidance, c.lora_targets)
+        self.backbone = HunyuanVideo(module, module.dtype, c.embedded_guidance, c.lora_targets)
 
     def load(self, split=False):
         """Encode what is missing, then read the weights; onto the GPU, unless they get split."""
@@ -1237,8 +1237,8 @@ class HunyuanTask:
         # whole copies would not fit beside it before they are split, which moves them there
         full = "full" in (self.config.generator, self.config.fake)
         device = "cpu" if full and split else DEVICE
-        module = load_pipeline(self.config.checkpoint, (*TEXT, "vae"), device=device).transformer
-        self.wrap(module.requires_grad_(False), module.dtype)
+        pipe = load_pipeline(self.config.checkpoint, (*TEXT, "vae"), device=device)
+        self.wrap(pipe.transformer.requires_grad_(False))
 
     def prepare(self):
         """What must follow the adapters: the base's weights in 8 bits, compilation."""
