@@ -55,11 +55,11 @@ Where a setting comes from: 'paper' read off the authors' figures; 'author-code'
 code of the first author, not a release of this paper; 'peer' common in public code of the family;
 'ours'. The paper's body, and so its learning rates, rank and batch, were not available to us.
 
-Deviations from the paper, as far as we know it: the generator is an adapter by default; the GT loss
-(motion for picture quality in the paper's table) and the discriminator, which reads the frozen
-backbone, are off; a first image is read where the checkpoint is image-to-video; alpha_strong, the
-denominators, average and optimizer are peers', the author's later code's or ours; on the toy:
-rollouts, a fake that learns final samples only, with a decay.
+Deviations from the paper, as far as we know it: the generator is an adapter by default; off by
+default are the GT loss, which trades motion for picture quality in the paper's table, and the
+discriminator, which reads the frozen backbone; a first image is read where the checkpoint is
+image-to-video; alpha_strong (not printed there), denominators, average and optimizer are peers',
+the author's later code's or ours; on the toy: rollouts, a fake of final samples only, with a decay.
 """
 
 import argparse

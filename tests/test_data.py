@@ -202,10 +202,12 @@ def test_subfolders_and_links_are_followed_and_a_hub_s_cache_too(encode, clips, 
     (folder / ".thumbs").mkdir()
     for name in "12":
         (folder / ".thumbs" / name).write_text("listed with its folder")
+    (folder / ".e.mp4").write_bytes((films / "good.mp4").read_bytes())
+    (folder / ".e.txt").write_text("hidden")
     said, n = encode()
     assert n == 4 and "4 clips" in said
     left_out = {line.partition("left out, ")[2].split(":")[0] for line in said.splitlines()} - {""}
-    assert left_out == {"round", ".thumbs"}
+    assert left_out == {"round", ".thumbs", ".e.mp4", ".e.txt"}
     sources = {w2svd.read_safetensors(f)[1]["source"] for f in Path("clips/.w2svd").iterdir()}
     assert sources == {"a.mp4", "scene/2/b.MP4", "snapshots/c.mp4", "linked/d.mp4"}
 
