@@ -55,15 +55,12 @@ Where a setting comes from: 'paper' read off the authors' figures; 'author-code'
 code of the first author, not a release of this paper; 'peer' common in public code of the family;
 'ours'. The paper's body, and so its learning rates, rank and batch, were not available to us.
 
-Deviations from the paper, as far as we know it: a first image is read only where the checkpoint is
-image-to-video, as its model is; the discriminator reads the frozen backbone (its figure's arrow
-starts at the generator) and is off by default, as the GT loss is, which trades motion for picture
-quality in the paper's table; alpha_strong is not printed there, 1 is the author's later code's; the
-generator is an adapter by default; denominators, average and optimizer are peers', the author's
-later code's or ours; on the toy: rollouts, a fake that learns final samples only, with a decay.
+Deviations from the paper, as far as we know it: the generator is an adapter by default; off by
+default are the GT loss, which trades motion for picture quality in the paper's table, and the
+discriminator, which reads the frozen backbone; a first image is read where the checkpoint is
+image-to-video; alpha_strong (not printed there), denominators, average and optimizer are peers',
+the author's later code's or ours; on the toy: rollouts, a fake of final samples only, with a decay.
 """
-
-from __future__ import annotations
 
 import argparse
 import atexit
@@ -86,12 +83,11 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args
 
 # NOTE silent: torch reads it when it is imported; without it fragments take 9 GiB at 544x960x129
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -886,24 +882,27 @@ class HunyuanVideo:
 
 
 @contextmanager
-def reading(checkpoint):
-    """What diffusers cannot read inside is refused in one sentence."""
+def reading(sentence):
+    """What cannot be read inside is refused with the sentence, behind it the reason."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or ["?"])[0]
-        raise Refused(f"--checkpoint {checkpoint} is no HunyuanVideo: {reason}") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise Refused(f"{sentence} ({reason}).") from error
 
 
-def load_pipeline(checkpoint, without):
+def load_pipeline(checkpoint, without, dtype=None, device=DEVICE):
     """diffusers' pipeline of the checkpoint; the parts named in `without` stay unread."""
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()  # its bars would cut through ours
-    how = {"dtype": torch.bfloat16 if DEVICE == "cuda" else torch.float32, "use_safetensors": True}
+    dtype = dtype or (torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    how = {"dtype": dtype, "use_safetensors": True} | dict.fromkeys(without)
     load = diffusers.DiffusionPipeline.from_pretrained  # text-to-video's, or image-to-video's
-    with reading(checkpoint):
-        pipe = load(checkpoint, **how, **dict.fromkeys(without)).to(DEVICE)
+    with reading(f"--checkpoint {checkpoint} is no HunyuanVideo"):
+        pipe = load(checkpoint, **how).to(device)
     if pipe.vae:
         pipe.vae.enable_tiling()
     return pipe
@@ -975,14 +974,11 @@ def write_safetensors(path, tensors, info, **metadata):
 
 def read_safetensors(path):
     """Back: (tensors, info). A file that is missing, damaged or not ours is refused."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, "pt") as file:
-            info = json.loads((file.metadata() or {})["w2svd"])
-            return {name: file.get_tensor(name) for name in file.keys()}, info
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise Refused(f"{path} is damaged, or not of w2svd ({error}); delete it.") from error
+    with reading(f"Delete {path}, damaged or not of w2svd"), safe_open(path, "pt") as file:
+        info = json.loads((file.metadata() or {})["w2svd"])
+        return {name: file.get_tensor(name) for name in file.keys()}, info
 
 
 READING = 3  # raised whenever reading or encoding changes: latents made before are made again
@@ -1023,19 +1019,16 @@ def find_clips(data):
 
     A film is named by a list, or has its caption in a .txt beside it, which is returned as a Path.
     """
-    if data.is_file() and data.suffix == ".txt":
-        return [(None, line) for line in read_text(data).split("\n") if line.strip()], {}
-    if not data.is_dir():
-        raise Refused(f"{data} is no folder of clips: {LAYOUTS}; nor a .txt of captions.")
+    if Path(data).suffix == ".txt" and Path(data).is_file():
+        return [(None, line) for line in read_text(Path(data)).split("\n") if line.strip()], {}
+    if not data or not Path(data).is_dir():
+        raise Refused(f"--data {data} is no folder of clips, {LAYOUTS}; nor a .txt: {EXAMPLE}")
     data, files, seen, clips, left_out = Path(os.path.abspath(data)), [], set(), [], {}
     for folder, inner, names in os.walk(data, followlinks=True):
         seen.add(os.path.realpath(folder))
-        skipped = {n for n in inner if os.path.realpath(os.path.join(folder, n)) in seen}
-        skipped |= {n for n in inner + names if n.startswith(".")}
-        for name in skipped - {".w2svd"}:
-            left_out[os.path.relpath(Path(folder, name), data)] = "hidden, or a folder read before"
-        inner[:] = sorted(set(inner) - skipped)
-        files += [Path(folder, name) for name in sorted(set(names) - skipped)]
+        shut = {n for n in inner if n[0] == "." or os.path.realpath(Path(folder, n)) in seen}
+        inner[:] = sorted(set(inner) - shut)
+        files += [Path(folder, name) for name in sorted({*names, *shut} - {".w2svd"})]
     lists = [file for file in files if file.name in LISTS]
     for file in lists:
         for line, row in read_list(file):
@@ -1047,33 +1040,32 @@ def find_clips(data):
                 name = f"{file.relative_to(data)}, line {line}"
                 left_out[name] = "no file_name with one text (in quotes)"
     named = {film for film, _ in clips}
-    films = [file for file in files if file.suffix.lower() in FILMS and file not in named]
-    clips += [(film, film.with_suffix(".txt")) for film in films]
+    films = [f for f in files if f.suffix.lower() in FILMS and f.name[0] != "."]
+    clips += [(film, film.with_suffix(".txt")) for film in films if film not in named]
     used = {path for film, _ in clips for path in (film, film.with_suffix(".txt"))}
     used |= {*lists, *(f.with_name("prompt.txt") for f in lists if f.name == "videos.txt")}
-    for file in files:
-        if file not in used:
-            left_out[str(file.relative_to(data))] = "no clip, nor a caption of one"
-    return clips, left_out
+    rest = [os.path.relpath(file, data) for file in files if file not in used]
+    return clips, left_out | dict.fromkeys(rest, "no clip, nor a caption; hidden; or read before")
 
 
 def ffmpeg(path, *flags, first=()):
-    """Run ffmpeg on a film: its exit status, its output, what it said."""
+    """Run ffmpeg on a film: its output, and what it said; ValueError where it fails."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     # the whole path, or a name like 'concat:a' would be read as a protocol
     command = [get_ffmpeg_exe(), *FFMPEG, *first, "-i", path.resolve(), *flags]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
-    return done.returncode, done.stdout, done.stderr.decode(errors="replace")
+    said = done.stderr.decode(errors="replace")
+    if done.returncode:
+        raise ValueError(f"damaged, or no film: {(said.strip() or 'stopped').splitlines()[-1]}")
+    return done.stdout, said
 
 
 def look(path):
     """What ffmpeg says of a film's first frame, upright: sides, width / height, fps, colours."""
-    said = ffmpeg(path, *"-map 0:V:0 -frames:v 1 -vf showinfo -f null -".split())[2]
+    _, said = ffmpeg(path, *"-map 0:V:0 -frames:v 1 -vf showinfo -f null -".split())
     found = re.findall(r"(\w+): *([^\s,]+)", said.partition("config in ")[2])
     facts = dict(reversed(found))  # of each name the first
-    if "sar" not in facts:
-        raise ValueError((said.strip().splitlines() or ["ffmpeg finds no film in it"])[-1])
     (w, h), (wide, high) = map(int, facts["s"].split("x")), map(int, facts["sar"].split("/"))
     aspect = w / h * (wide / high if wide else 1)  # 0 is unknown
     header = said.partition("\n  Duration: ")[2]  # behind the film's name
@@ -1106,9 +1098,7 @@ def read_clip(path, config):
     # NOTE silent: into rgb24 at once, ffmpeg would not interpolate colours
     chain += ",format=gbrap,premultiply=inplace=1"
     flags = f"-v error -xerror -map 0:V:0 -frames:v {n} -f rawvideo -pix_fmt rgb24".split()
-    status, raw, said = ffmpeg(path, *flags, "-vf", chain, "-", first=film.vpx)
-    if status:
-        raise ValueError(f"damaged: {(said.strip().splitlines() or [f'status {status}'])[0]}")
+    raw, _ = ffmpeg(path, *flags, "-vf", chain, "-", first=film.vpx)
     if len(raw) < 3 * h * w * n:
         raise ValueError(f"too short: {len(raw) // (3 * h * w)} of {n} frames, {config.fps:g} fps")
     frames = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(n, h, w, 3)
@@ -1138,42 +1128,35 @@ def latents_file(config, path, caption):
     return folder / f"{path.stem[:40] if path else 'caption'}-{digest}.safetensors"
 
 
-def one_line(caption):
-    """A caption, or the file that has it, as one line; ValueError where it is not UTF-8."""
-    text = read_text(caption) if isinstance(caption, Path) else caption
-    if text != text.encode(errors="replace").decode():
-        raise ValueError("its caption is not UTF-8")
-    return " ".join(line.strip() for line in text.strip().split("\n"))
-
-
 def encode_missing(config, clips, form):
-    """Each clip's file or None; [(name, look() at it, tokens)] of those made; {name: why not}."""
+    """{clip: its file}; [(name, look() at it, tokens)] of those made now; {name: why not}."""
     from diffusers.training_utils import free_memory
     from tqdm import tqdm
 
-    files, made, left_out, pipe = [], [], {}, None
+    files, made, left_out, pipe = {}, [], {}, None
     for path, caption in tqdm(clips, desc="encode", unit="clip"):
-        name = os.path.relpath(path, config.data) if path else repr(caption)
+        name, tensors = os.path.relpath(path, config.data) if path else repr(caption), None
         try:
-            caption = one_line(caption)  # here: a bad one leaves out its clip alone
-            file = latents_file(config, path, caption)
-            if file.exists():
-                files.append(file)
-                continue
-            video = read_clip(path, config) if path else None
-            pipe = pipe or load_pipeline(config.checkpoint, ("transformer",))
-            tensors = encode_clip(pipe, video, caption, form)
+            text = read_text(caption) if isinstance(caption, Path) else caption
+            if text != text.encode(errors="replace").decode():
+                raise ValueError("its caption is not UTF-8")
+            text = " ".join(line.strip() for line in text.strip().split("\n"))
+            file = latents_file(config, path, text)
+            if not file.exists():
+                video = read_clip(path, config) if path else None
+                pipe = pipe or load_pipeline(config.checkpoint, ("transformer",))
+                tensors = encode_clip(pipe, video, text, form)
         except (Refused, ImportError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # each clip is an island: the others go on
             left_out[name] = (str(error).strip().splitlines() or [repr(error)])[-1]
-            files.append(None)
             continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(file, tensors, {"source": name, "caption": caption})
-        files.append(file)
-        tokens = 0 if form else len(tensors["prompt_embeds"])  # with form the picture's too
-        made.append((name, path and look(path), tokens))
+        files[path, caption] = file
+        if tensors:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(file, tensors, {"source": name, "caption": text})
+            tokens = 0 if form else len(tensors["prompt_embeds"])  # with form the picture's too
+            made.append((name, path and look(path), tokens))
     del pipe
     free_memory()
     return files, made, left_out
@@ -1181,40 +1164,33 @@ def encode_missing(config, clips, form):
 
 def encoded_clips(config, form=None):
     """The files of all clips that can be used, encoded where they are missing; says what is not."""
-    if not config.data:
-        raise Refused(f"Name a folder of your clips, {LAYOUTS}: {EXAMPLE}")
-    clips, left_out = find_clips(Path(config.data))
-    files, made, unusable = zip(*of_all_ranks(encode_missing(config, clips[RANK::RANKS], form)))
+    clips, left_out = find_clips(config.data)
+    c, found, made = config, {}, []
+    for files, new, unusable in of_all_ranks(encode_missing(c, clips[RANK::RANKS], form)):
+        found, made, left_out = found | files, made + new, left_out | unusable
     # in the folder's order; one that is listed twice is one clip
-    files = list(dict.fromkeys(x for turn in itertools.zip_longest(*files) for x in turn if x))
-    made = sum(made, [])
-    left_out |= {name: reason for share in unusable for name, reason in share.items()}
-    print(f"{config.data}: {len(files)} clips, {len(made)} encoded now")
-    report(config, made, left_out)
-    if not files:
-        raise Refused(f"Nothing in {config.data} can be used. A folder needs {LAYOUTS}.", status=1)
-    return files
-
-
-def report(config, made, left_out):
-    """Print what encoding cut off, repeated, left out. made: [(name, look() at it, tokens)]."""
-    c, films = config, [(name, film) for name, film, _ in made if film]
+    files = list(dict.fromkeys(found[clip] for clip in clips if clip in found))
+    print(f"{c.data}: {len(files)} clips, {len(made)} encoded now")
+    films = {name: film for name, film, _ in made if film}
     if films:
-        seconds, used = sum(film.seconds for _, film in films), len(films) * c.frames / c.fps
-        ratios = [film.aspect * c.height / c.width for _, film in films]
+        seconds, used = sum(film.seconds for film in films.values()), len(films) * c.frames / c.fps
+        ratios = sorted(film.aspect * c.height / c.width for film in films.values())
         kept = sum(min(x, 1 / x) for x in ratios) / len(films)
         print(f"  of {seconds:.1f} s the first {used:.1f}, {kept:.0%} of the picture")
-        scale = math.sqrt(sorted(ratios)[len(films) // 2])  # the same area in the films' own shape
+        scale = math.sqrt(ratios[len(films) // 2])  # the same area in the films' own shape
         height, width = 16 * round(c.height / scale / 16), 16 * round(c.width * scale / 16)
         if kept < 0.8 and (height, width) != (c.height, c.width):
             print(f"  more of it with --height {height} --width {width}")
-    for name, film in films:
+    for name, film in films.items():
         if film.fps < 0.9 * c.fps:
             print(f"  {name}: frames are repeated, {film.fps:g} fps become {c.fps:g}")
     if cut := sum(tokens >= 256 for *_, tokens in made):
         print(f"  the text encoder reads 256 tokens: {cut} captions are longer, their ends unread")
     for name, reason in left_out.items():
         print(f"  left out, {name}: {reason}")
+    if not files:
+        raise Refused(f"Nothing in {c.data} can be used. A folder needs {LAYOUTS}.", status=1)
+    return files
 
 
 def sampling(config):
@@ -1223,15 +1199,14 @@ def sampling(config):
     return (28, 7.0, True) if flow else (config.steps, config.shift, False)
 
 
-# A task is a model and its data. It has .backbone (see Roles), whose weights come with .load();
-# .device; .shape of a sample; .clips, their files; .batches(rng, taken), endless {'x0': (B, ...),
-# 'cond', 'name'} from the clip of that number on; .prepare() for what must follow the adapters;
-# .costs(...) for the plan; .on_log(step, generator) for pictures on the way; .finish(run) ->
-# (result, table); .sample(...), behind the command of that name.
-
-
 class HunyuanTask:
-    """HunyuanVideo and a folder of clips, as a task."""
+    """HunyuanVideo and a folder of clips. Such a task, a model and its data, has
+
+    .backbone (see Roles), whose weights come with .load(); .device; .shape of a sample; .clips, the
+    files; .batches(rng, taken), endless {'x0': (B, ...), 'cond', 'name'} from the clip of that
+    number on; .prepare() for what must follow the adapters; .costs(...) for the plan; .on_log(step,
+    generator) for pictures on the way; .finish(run) -> (result, table); .sample(...), a command.
+    """
 
     device = DEVICE
 
@@ -1239,27 +1214,26 @@ class HunyuanTask:
         import diffusers
 
         diffusers.utils.logging.set_verbosity_error()
-        Model = diffusers.HunyuanVideoTransformer3DModel
-        self.config, self.Model, found = config, Model, {}  # the released model: all defaults
-        if config.checkpoint != HUNYUAN:
-            with reading(config.checkpoint):
+        Model, self.config, found = diffusers.HunyuanVideoTransformer3DModel, config, {}
+        other = f"--checkpoint {config.checkpoint} is no HunyuanVideo known here"
+        with reading(other), torch.device("meta"):  # shapes and no numbers, for the plan
+            if config.checkpoint != HUNYUAN:  # the released one: all defaults
                 found = Model.load_config(config.checkpoint, subfolder="transformer")
-        channels, self.form = found.get("out_channels", 16), found.get("image_condition_type")
+            self.wrap(Model.from_config(found).bfloat16())
+        m, self.form = self.backbone.module.config, self.backbone.form
+        channels, kind = m.out_channels, found.get("_class_name", Model.__name__)
         reads = 2 * channels + 1 if self.form == "latent_concat" else channels
-        odd = found.get("in_channels", 16) != reads or found.get("patch_size_t", 1) != 1
-        if odd or found.get("_class_name", Model.__name__) != Model.__name__:
-            raise Refused(f"--checkpoint {config.checkpoint} is no HunyuanVideo known here.")
+        if (kind, m.in_channels, m.patch_size_t) != (Model.__name__, reads, 1):
+            raise Refused(f"{other}.")
         if self.form and ".txt" in (config.data[-4:], config.sample_prompts[-4:]):
             raise Refused("--data, --sample-prompts: a .txt has no first frames; name a folder.")
-        with torch.device("meta"):  # shapes and no numbers, for the plan
-            self.wrap(Model.from_config(found).bfloat16(), torch.bfloat16)
         # the VAE makes one of 4 frames, of 8 x 8 pixels; token_replace samples all but the first
         self.whole = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
         self.shape = (channels, self.whole[1] - (self.form == "token_replace"), *self.whole[2:])
 
-    def wrap(self, module, dtype):
+    def wrap(self, module):
         c = self.config
-        self.backbone = HunyuanVideo(module, dtype, c.embedded_guidance, c.lora_targets)
+        self.backbone = HunyuanVideo(module, module.dtype, c.embedded_guidance, c.lora_targets)
 
     def load(self, split=False, keep=0, offload=False):
         """Encode what is missing, then read the weights; onto the GPU, unless they get split.
@@ -1278,18 +1252,12 @@ class HunyuanTask:
         self.load_weights(split)
         self.backbone.keep, self.backbone.offload = keep, offload
 
-    def read_weights(self, dtype):
-        """The checkpoint's transformer, on the CPU."""
-        how = {"subfolder": "transformer", "dtype": dtype, "use_safetensors": True}
-        with reading(self.config.checkpoint):
-            return self.Model.from_pretrained(self.config.checkpoint, **how)
-
     def load_weights(self, split=False):
-        dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
         # whole copies would not fit beside it before they are split, which moves them there
         full = "full" in (self.config.generator, self.config.fake)
         device = "cpu" if full and split else DEVICE
-        self.wrap(self.read_weights(dtype).to(device, dtype).requires_grad_(False), dtype)
+        pipe = load_pipeline(self.config.checkpoint, (*TEXT, "vae"), device=device)
+        self.wrap(pipe.transformer.requires_grad_(False))
 
     def prepare(self):
         """What must follow the adapters: the base's weights in 8 bits, compilation."""
@@ -1448,10 +1416,8 @@ class HunyuanTask:
         from diffusers.image_processor import VaeImageProcessor
         from diffusers.utils import load_image
 
-        try:
+        with reading(f"--image {path} is no picture"):
             picture = load_image(str(path))
-        except (OSError, ValueError) as error:
-            raise Refused(f"--image {path} is no picture ({error}).") from error
         size = self.config.height, self.config.width
         return VaeImageProcessor().preprocess(picture, *size, resize_mode="crop")[:, :, None]
 
@@ -1465,23 +1431,18 @@ class HunyuanTask:
         return roles.generator
 
     def sample(self, tensors, info, out, seed, prompt=None, image=None, steps=0, **avoid):
-        """A video of the prompt; image-to-video's begins with the image.
-
-        avoid: negative_prompt and cfg, the weight that leads away from it at twice the evaluations.
-        """
+        """A video of the prompt, of the image on; `avoid`: negative_prompt, and cfg, its weight."""
         from diffusers.training_utils import free_memory
 
-        if prompt is None or (image is None) != (self.form is None):
-            needs = "a --prompt and an --image" if self.form else "a --prompt and no --image"
-            raise Refused(f"{self.config.checkpoint} needs {needs}.")
-        if out.suffix != ".mp4":
-            raise Refused(f"--out {out} must be an .mp4.")
+        if prompt is None or (image is None) != (self.form is None) or out.suffix != ".mp4":
+            image = "an --image" if self.form else "no --image"
+            raise Refused(f"This checkpoint needs a --prompt, {image}, and an .mp4 as --out.")
         first = self.first_frame(image) if image else None
         pipe = load_pipeline(self.config.checkpoint, ("transformer", *["vae"] * (image is None)))
         cond = encode_text(pipe, prompt, first, self.form)
         if avoid:
             black = None if first is None else 0 * first - 1
-            avoided = encode_text(pipe, avoid["negative_prompt"], black, self.form)
+            avoided = encode_text(pipe, avoid.get("negative_prompt", ""), black, self.form)
             avoided["image"] = cond.get("image")  # shown all the same
         del pipe
         free_memory()  # before the transformer comes
@@ -1489,7 +1450,7 @@ class HunyuanTask:
         sigmas = few_step_sigmas(steps, info["shift"]) if steps else torch.tensor(info["sigmas"])
         student = self.student(tensors, info)
 
-        def away(x_t, sigma, cond):
+        def away(x_t, sigma, cond):  # at twice the evaluations
             v, v_avoided = student(x_t, sigma, cond), student(x_t, sigma, avoided)
             return guided(v, v_avoided, avoid.get("cfg", 2.0))
 
@@ -1723,10 +1684,8 @@ def show(items, indent=""):
 
 def read_run(folder):
     """The Config that a run folder was made with; a folder that is not one is refused."""
-    try:
+    with reading(f"{folder} is not a run folder of this version"):
         return Config(**json.loads((Path(folder) / "config.json").read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{folder} is not a run folder of this version ({error}).") from error
 
 
 def save_generator(path, config, state, base_sum):
@@ -2001,12 +1960,11 @@ def train(  # noqa: C901
 # ---- 10. Sample, export, command line ------------------------------------------------------------
 def read_generator(run, at=None):
     """The tensors and the header of a run's generator: the newest, or that of iteration `at`."""
-    saved = sorted(Path(run).glob("generator-*.safetensors"))
-    path = saved[-1] if saved else Path(run) / "generator.safetensors"
-    if at is not None:
-        path = Path(run) / f"generator-{at:06}.safetensors"
+    saved = {int(p.stem[-6:]): p for p in sorted(Path(run).glob("generator-*.safetensors"))}
+    newest = [Path(run) / "generator.safetensors", *saved.values()][-1]
+    path = newest if at is None else newest.with_name(f"generator-{at:06}.safetensors")
     if not path.exists():
-        steps = ", ".join(str(int(p.stem[-6:])) for p in saved) or "none"
+        steps = ", ".join(map(str, saved)) or "none"
         raise Refused(f"There is no {path}; saved iterations, for --at: {steps}.")
     return read_safetensors(path)
 
@@ -2014,14 +1972,11 @@ def read_generator(run, at=None):
 def sample(run, out, seed, at=None, **given):
     """Draw samples of a run's generator, with the grid of its header, into `out`."""
     config, out = read_run(run), Path(out)
-    fits = {"toy": ["n"], "hunyuan": ["prompt", "image", "negative_prompt", "cfg", "steps", *SIZES]}
     for name, x in given.items():
-        if name not in fits[config.model]:
+        if (name == "n") != (config.model == "toy"):
             raise Refused(f"{flag(name)} does not fit {run}, a run of --model {config.model}.")
         if x != getattr(config, name, x):
             print(f"{flag(name)} {x}: {run} was trained with {getattr(config, name)}")
-    if "cfg" in given and "negative_prompt" not in given:
-        raise Refused("--cfg weighs a --negative-prompt, which is missing.")
     config = dataclasses.replace(config, **{n: given.pop(n) for n in SIZES if n in given})
     asked = {"seed": seed, "steps": given.get("steps", config.steps), "gt_weight": 0.0}
     check(dataclasses.replace(config, **asked))  # a --gt-weight would refuse --steps 1
@@ -2047,16 +2002,19 @@ switches the first one off, until `pipe.set_adapters(["w2svd", "the other's name
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
     from diffusers.utils import export_to_video, load_image
     pipe = DiffusionPipeline.from_pretrained("{checkpoint}", dtype=torch.bfloat16)
-    LOAD
+    {load}
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("this folder/scheduler")
     pipe.to("cuda").vae.enable_tiling()
     torch.manual_seed(0)  # the renoising draws from torch's global generator
-    video = pipe(prompt="a woman talks", num_inference_steps={steps}, height={height},
-                 width={width}, num_frames={frames}, guidance_scale={embedded_guidance},
-                 generator=torch.Generator().manual_seed(0), FACE).frames[0]
+    size = dict(height={height}, width={width})
+    video = pipe(prompt="a woman talks", num_inference_steps={steps}, num_frames={frames}, **size,
+                 {image}guidance_scale={embedded_guidance},
+                 generator=torch.Generator().manual_seed(0)).frames[0]
     export_to_video(video, "talk.mp4", fps={fps:g})
 """
-FACE = 'image=pipe.video_processor.resize(load_image("a.png"), {height}, {width}, "crop")'
+LORA = 'pipe.load_lora_weights("this folder", "w2svd")'
+MERGED = 'pipe.transformer = pipe.transformer.from_pretrained("this folder", dtype=torch.bfloat16)'
+IMAGE = 'image=pipe.video_processor.resize(load_image("a.png"), **size, resize_mode="crop"), '
 COMFYUI = """For ComfyUI, kijai's wrapper, and musubi-tuner after its `convert_lora.py --target
 default`; not for diffusers, which refuses it. Image-to-video was not tried there.
 
@@ -2065,13 +2023,6 @@ BasicScheduler (simple, {steps} steps), or ManualSigmas {sigmas}; KSamplerSelect
 {embedded_guidance:g}; BasicGuider; SamplerCustomAdvanced. What spoils the video without a word: a
 BasicScheduler on the loader itself, FluxGuidance's 3.5, the sampler euler, KSampler's cfg of 8.
 """
-LORA = 'pipe.load_lora_weights("this folder", "w2svd")'
-MERGED = 'pipe.transformer = pipe.transformer.from_pretrained("this folder", dtype=torch.bfloat16)'
-USE = {
-    "diffusers": DIFFUSERS.replace("LOAD", LORA),
-    "comfyui": COMFYUI,
-    "merged": DIFFUSERS.replace("LOAD", MERGED),
-}
 # HunyuanVideo's own layers, as ComfyUI names them, out of diffusers' parts
 DOUBLE = {
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -2087,10 +2038,7 @@ SINGLE = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linea
 
 
 def to_comfyui(tensors, mlp):
-    """The adapter under the original names. Fused layers: A stacked, B block-diagonal, exact.
-
-    mlp: rows of proj_mlp, which stay 0 in linear1 where the adapter leaves that part alone.
-    """
+    """The adapter under the original names. Fused layers: A stacked, B block-diagonal, exact."""
     converted = {}
     for kind, i in sorted({tuple(name.split(".")[1:3]) for name in tensors}):
         theirs = "single_blocks" if kind.startswith("single") else "double_blocks"
@@ -2101,7 +2049,7 @@ def to_comfyui(tensors, mlp):
                 continue
             A, B = ([tensors[f"{name}.lora_{x}.weight"] for name in names] for x in "AB")
             if len(names) < len(parts):
-                B.append(B[0].new_zeros(mlp, 0))
+                B.append(B[0].new_zeros(mlp, 0))  # proj_mlp's rows, where it has no adapter
             layer, A = f"diffusion_model.{theirs}.{i}.{layer}", torch.cat(A)
             converted[f"{layer}.lora_A.weight"] = A
             converted[f"{layer}.lora_B.weight"] = torch.block_diag(*B)
@@ -2139,10 +2087,10 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     task, dtype = load_task(config), getattr(torch, dtype)
     out.mkdir(parents=True, exist_ok=True)
     if format == "merged":
-        module = task.read_weights(torch.float32)
-        lost = merge(module, tensors)
+        pipe = load_pipeline(config.checkpoint, (*TEXT, "vae"), torch.float32, "cpu")
+        lost = merge(pipe.transformer, tensors)
         print(f"bfloat16 would add an error of {lost:.1%} of what was learnt; float32 adds none")
-        module.to(dtype).save_pretrained(out)
+        pipe.transformer.to(dtype).save_pretrained(out)
     else:
         tensors = {n: x.to(dtype) for n, x in tensors.items()}
     if format == "comfyui":
@@ -2158,9 +2106,10 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
 
         scheduler = Scheduler(shift=info["shift"], stochastic_sampling=not info["euler"])
         scheduler.save_pretrained(out / "scheduler")
-    card = (CARD + USE[format]).replace(", FACE", f", {FACE}" if task.form else "")
-    card = card.format(**dataclasses.asdict(config) | info | {"checkpoint": config.checkpoint})
-    (out / "README.md").write_text(card, encoding="utf-8")
+    said = {"load": MERGED if format == "merged" else LORA, "image": IMAGE if task.form else ""}
+    said |= dataclasses.asdict(config) | info | {"checkpoint": config.checkpoint}
+    card = CARD + (COMFYUI if format == "comfyui" else DIFFUSERS)
+    (out / "README.md").write_text(card.format(**said), encoding="utf-8")
     print(f"wrote {out}, for {format}")
 
 
@@ -2171,18 +2120,18 @@ class Parser(argparse.ArgumentParser):
 
 def add_settings(command, names):
     """A flag for each line of Config that is named, under its heading."""
-    types, group = typing.get_type_hints(Config), None
     forms = {t: {"type": t, "metavar": t.__name__[0].upper()} for t in (int, float, str)}
     forms[bool] = {"action": argparse.BooleanOptionalAction}
     for field in dataclasses.fields(Config):
+        name, default = field.name, field.default
         if field.metadata["group"]:
             group = command.add_argument_group(field.metadata["group"])
-        how = forms.get(types[field.name]) or {"choices": typing.get_args(types[field.name])}
-        values = [f"{name}: {p[field.name]}" for name, p in PRESETS.items() if field.name in p]
-        values = [str(field.default)] * (field.default != "") + values
+        values = [f"{preset}: {p[name]}" for preset, p in PRESETS.items() if name in p]
+        values = [str(default)] * (default != "") + values
         text = field.metadata["text"] + (f" [{'; '.join(values)}]" if values else "")
-        if field.name in names:
-            group.add_argument(flag(field.name), help=text.replace("%", "%%"), **how)
+        if name in names:
+            how = forms.get(field.type) or {"choices": get_args(field.type)}
+            group.add_argument(flag(name), help=text.replace("%", "%%"), **how)
 
 
 def parse(argv):
@@ -2196,13 +2145,13 @@ def parse(argv):
     trains.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     trains.add_argument("--gpu-memory", type=float, metavar="F", help="GiB to plan for [the GPU's]")
     trains.add_argument("--gpus", type=int, metavar="I", help="how many to plan for [torchrun's]")
-    shards = {"choices": ("base", "none"), "help": "split the backbone over GPUs, or not [base]"}
-    trains.add_argument("--shard", **shards)
-    offload = "keep the blocks' inputs in the host's memory: 720x1280x129 on 80 GB"
+    trains.add_argument("--shard", choices=("base", "none"), help="what the GPUs split [base]")
+    offload = "keep blocks' inputs in the host's memory: 720x1280x129 on 80 GB"
     trains.add_argument("--offload", action="store_true", help=offload)
     add_settings(trains, [field.name for field in dataclasses.fields(Config)])
     encodes = commands.add_parser("encode", help="clips into latents and text, once", **how)
-    add_settings(encodes, "model data checkpoint height width frames fps cache".split())
+    encodes.add_argument("--model", choices=("hunyuan",), default="hunyuan", help="its clips")
+    add_settings(encodes, "data checkpoint height width frames fps cache".split())
     samples = commands.add_parser("sample", help="sample a run", **how)
     exports = commands.add_parser("export", help="a HunyuanVideo run for other programs", **how)
     for one in (samples, exports):
@@ -2215,11 +2164,12 @@ def parse(argv):
     samples.add_argument("--prompt", help="hunyuan: what to show")
     samples.add_argument("--image", help="hunyuan, image-to-video: the first frame")
     samples.add_argument("--negative-prompt", help="hunyuan: what to avoid, at twice the time")
-    samples.add_argument("--cfg", type=float, help="hunyuan: weight of a negative prompt [2]")
+    samples.add_argument("--cfg", type=float, help="hunyuan: weight of the negative prompt [2]")
     for name in ("height", "width", "frames", "steps"):
         samples.add_argument(f"--{name}", type=int, help="hunyuan: [as trained]")
     exports.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32]")
-    exports.add_argument("--format", required=True, choices=tuple(USE), help="merged: all weights")
+    formats = ("diffusers", "comfyui", "merged")
+    exports.add_argument("--format", required=True, choices=formats, help="merged: all weights")
     given, unknown = top.parse_known_args(argv)
     if unknown:
         raise Refused(f"There is no {unknown[0]}; see w2svd.py {given.command} --help.")
@@ -2285,18 +2235,14 @@ def main(argv=None):
         if command in ("sample", "export"):
             (sample if command == "sample" else export)(**given)
             return 0
-        if command == "encode":
-            given = {"model": "hunyuan"} | given
         join_ranks()
         config = (resumed if how.get("resume") else resolve)(given) if RANK == 0 else None
         config = of_all_ranks(config)[0]  # the first, for which alone a new folder is free
         check(config)
         if command == "train":
             train(config, **how)
-        elif config.model == "hunyuan":
-            encoded_clips(config, load_task(config).form)
         else:
-            raise Refused("encode is for --model hunyuan: the toy draws its samples.")
+            encoded_clips(config, load_task(config).form)
         return 0
     except Refused as error:
         reason, status = error, error.status

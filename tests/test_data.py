@@ -202,10 +202,12 @@ def test_subfolders_and_links_are_followed_and_a_hub_s_cache_too(encode, clips, 
     (folder / ".thumbs").mkdir()
     for name in "12":
         (folder / ".thumbs" / name).write_text("listed with its folder")
+    (folder / ".e.mp4").write_bytes((films / "good.mp4").read_bytes())
+    (folder / ".e.txt").write_text("hidden")
     said, n = encode()
     assert n == 4 and "4 clips" in said
     left_out = {line.partition("left out, ")[2].split(":")[0] for line in said.splitlines()} - {""}
-    assert left_out == {"round", ".thumbs"}
+    assert left_out == {"round", ".thumbs", ".e.mp4", ".e.txt"}
     sources = {w2svd.read_safetensors(f)[1]["source"] for f in Path("clips/.w2svd").iterdir()}
     assert sources == {"a.mp4", "scene/2/b.MP4", "snapshots/c.mp4", "linked/d.mp4"}
 
@@ -450,10 +452,13 @@ def test_a_second_encode_encodes_nothing_and_loads_no_encoder(encode, clips, mon
     assert encode()[1] == 2
     before = cached()
 
-    def fail(*args):
-        raise AssertionError("the encoders were loaded")
+    load = w2svd.load_pipeline
 
-    monkeypatch.setattr(w2svd, "load_pipeline", fail)
+    def without_encoders(checkpoint, without, **how):
+        assert {*w2svd.TEXT, "vae"} <= {*without}, "the encoders were loaded"
+        return load(checkpoint, without, **how)
+
+    monkeypatch.setattr(w2svd, "load_pipeline", without_encoders)
     assert encode()[1] == 0 and cached() == before
     monkeypatch.setattr(w2svd.HunyuanTask, "on_log", lambda *args: None)  # it loads the VAE
     encode(*SMALL, "--out", "r", command="train")

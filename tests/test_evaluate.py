@@ -269,24 +269,20 @@ def test_another_iteration_changes_the_student_alone(place, evaluated, tmp_path)
 def test_one_model_is_in_memory_at_a_time(place, tmp_path, monkeypatch):
     shutil.copytree(place / "clips", tmp_path / "clips", ignore=lambda *_: [".w2svd"])
     seen, transformers, load = [], [], w2svd.load_pipeline
-    read = w2svd.HunyuanTask.read_weights
 
-    def weights(task, dtype):
-        module = read(task, dtype)
-        transformers.append(weakref.ref(module))
-        seen.append("transformer")
-        return module
-
-    def pipeline(checkpoint, without):
+    def pipeline(checkpoint, without, **how):
         assert not [t for t in transformers if t() is not None]
         seen.append(without)
-        return load(checkpoint, without)
+        pipe = load(checkpoint, without, **how)
+        if pipe.transformer:
+            transformers.append(weakref.ref(pipe.transformer))
+        return pipe
 
-    monkeypatch.setattr(w2svd.HunyuanTask, "read_weights", weights)
     monkeypatch.setattr(w2svd, "load_pipeline", pipeline)
     given = ["--run", place / "run", "--data", tmp_path / "clips", "--out", tmp_path / "out"]
     assert evaluate.main([*map(str, given), "--n", "4"]) == 0
-    assert seen == [("transformer",), "transformer", (*w2svd.TEXT, "transformer")]
+    model, vae = (*w2svd.TEXT, "vae"), (*w2svd.TEXT, "transformer")
+    assert seen == [("transformer",), model, vae]
 
 
 def test_a_larger_n_than_there_are_clips_takes_all_and_says_so(place, tmp_path, capsys):

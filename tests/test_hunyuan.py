@@ -793,6 +793,16 @@ def test_a_negative_prompt_is_the_stock_pipeline_s_true_guidance(
     assert (latents[1] - latents[0]).abs().max() > 1e-3
 
 
+def test_a_weight_alone_leads_away_from_the_empty_prompt(trained, latents, monkeypatch):
+    template = {"template": "red {}", "crop_start": 0}
+    monkeypatch.setattr(HunyuanVideo, "prompt_template", template)
+    given = ["sample", "--run", trained, "--prompt", "a dog", "--out", "a.mp4"]
+    for flags in ([], ["--cfg", 3], ["--negative-prompt", "", "--cfg", 3]):
+        run(*given, *flags)
+    assert torch.equal(latents[1], latents[2])
+    assert (latents[1] - latents[0]).abs().max() > 1e-3
+
+
 def test_an_empty_prompt_is_a_prompt(trained, monkeypatch):
     template = {"template": "red {}", "crop_start": 0}
     monkeypatch.setattr(HunyuanVideo, "prompt_template", template)
