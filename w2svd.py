@@ -662,7 +662,7 @@ class State:
     def __init__(self, config, roles, device):
         self.config, self.roles, self.device = config, roles, device
         self.iteration, self.taken = 0, 0  # updates of the generator; clips read so far
-        self.ranks = 1  # processes that train together; more in section 9
+        self.rank, self.ranks = 0, 1  # of those that read clips of their own; section 9 has more
         self.reads = []  # (clip, sigma) of the update at work, for an error to name
         # author-code: betas. No momentum, as the gradients' target moves
         adam = functools.partial(torch.optim.AdamW, betas=(0.0, 0.999), fused=True)
@@ -796,6 +796,7 @@ def distil(config, roles, state, data):
 class HunyuanVideo:
     """diffusers' HunyuanVideoTransformer3DModel behind the contract of Roles."""
 
+    gathered = staticmethod(lambda x: x)  # the tokens of all processes that share a video's
     prompt_template = None  # the pipeline's own; or {"template": "...{}...", "crop_start": tokens}
     # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
     ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
@@ -823,6 +824,38 @@ class HunyuanVideo:
     def checkpoint_with(self, function):
         self.module.enable_gradient_checkpointing(function)
 
+    def share_tokens(self, group):
+        """Ulysses: each of n processes has a share of the tokens, in attention one of the heads."""
+        from diffusers.models.attention_dispatch import SeqAllToAllDim
+        from diffusers.models.transformers import transformer_hunyuan_video as theirs
+
+        n, rank, module = group.size(), group.rank(), self.module
+        exchange = functools.partial(SeqAllToAllDim.apply, group)
+
+        def attention(query, key, value, parallel_config, **_):
+            x = torch.cat([query.to(value.dtype), key.to(value.dtype), value])  # (3 B, t, heads, D)
+            video, text = x.tensor_split(parallel_config, dim=1)  # text is whole, of any length
+            x = torch.cat([exchange(video, 2, 1), text.chunk(n, dim=2)[rank]], dim=1)
+            x = torch.nn.functional.scaled_dot_product_attention(*x.transpose(1, 2).chunk(3))
+            video, text = x.transpose(1, 2).tensor_split(parallel_config, dim=1)  # heads / n
+            return torch.cat([exchange(video, 1, 2), exchange(text.repeat(1, n, 1, 1), 1, 2)], 1)
+
+        def before_block(block, args):
+            block.attn.processor._parallel_config = [-args[1].shape[1]]  # where its text begins
+            # NOTE silent: a given frame's tokens, modulated in another way, are the first of all
+            return *args[:6], min(max(0, args[6] - rank * args[0].shape[1]), args[0].shape[1])
+
+        theirs.dispatch_attention_fn = attention
+        for block in self.blocks:
+            block.register_forward_pre_hook(before_block)
+        # NOTE silent: each process has the whole loss, and backwards an exchange adds up all n. So
+        # the mean over all processes is right here too: tokens of a group are added up, clips
+        # averaged. With a backward to the own share alone, as of a slice, it would be 1 / n of that
+        module.rope.register_forward_hook(lambda *a: [x.chunk(n)[rank] for x in a[2]])
+        module.x_embedder.register_forward_hook(lambda *a: exchange(a[2][:, :, None], 1, 2).mean(2))
+        self.gathered = lambda x: exchange(x[:, :, None].expand(-1, -1, n, -1), 2, 1)[:, :, 0]
+        module.proj_out.register_forward_hook(lambda *a: self.gathered(a[2]))
+
     def features(self, x_t, sigma, cond):
         """The sample's tokens after the last double-stream block, (B, tokens, width)."""
         seen, later = [], self.module.single_transformer_blocks
@@ -834,7 +867,7 @@ class HunyuanVideo:
             self.module.single_transformer_blocks = later
             watch.remove()
         frames = x_t.shape[2] + (self.form == "token_replace")  # the first, which was given
-        return seen[0][:, -(seen[0].shape[1] // frames * x_t.shape[2]) :]
+        return self.gathered(seen[0]).unflatten(1, (frames, -1))[:, -x_t.shape[2] :].flatten(1, 2)
 
     def with_image(self, x_t, cond):
         """What the transformer reads: x_t with the first frame's latents, cond['image'], beside it.
@@ -1241,6 +1274,8 @@ class HunyuanTask:
         # the VAE makes one of 4 frames, of 8 x 8 pixels; token_replace samples all but the first
         self.whole = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
         self.shape = (channels, self.whole[1] - (self.form == "token_replace"), *self.whole[2:])
+        self.tokens = math.prod(self.whole[1:]) // found.get("patch_size", 2) ** 2
+        self.shared = {"tokens (width)": self.tokens, "heads": found.get("num_attention_heads", 24)}
 
     def wrap(self, module, dtype):
         c = self.config
@@ -1289,9 +1324,9 @@ class HunyuanTask:
         x0 = x0[:, :, -self.shape[1] :]
         return {"x0": x0, "cond": cond, "name": clip.name, "caption": info["caption"]}
 
-    def batches(self, rng, taken=0):
+    def batches(self, rng, taken=0, rank=0, ranks=1):
         """Each clip once an epoch, in an order made of seed and epoch, not of rng; endless."""
-        for count in itertools.count(taken + RANK, RANKS):
+        for count in itertools.count(taken + rank, ranks):
             epoch, place = divmod(count, len(self.clips))
             order = torch.Generator().manual_seed((1_000_003 * self.config.seed + epoch) % 2**63)
             permutation = torch.randperm(len(self.clips), generator=order)
@@ -1317,21 +1352,21 @@ class HunyuanTask:
             "CUDA, fragments": 1.6,  # with expandable segments
         }
 
-    def costs(self, forwards, backwards, generator, fake, gpus=1):
+    def costs(self, forwards, backwards, generator, fake, gpus=1, context=1):
         """Memory, time and disk by formulas: simulated or published figures, nothing measured."""
         c, m, GiB = self.config, self.backbone.module.config, 2**30
         n, width = len(self.backbone.blocks), self.backbone.width
-        tokens = math.prod(self.whole[1:]) // m.patch_size**2 // m.patch_size_t
-        tokens += 256 + {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
+        text = 256 + {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
+        tokens = self.tokens + text
         base = [p for p in self.backbone.module.parameters() if not p.requires_grad]
         host = sum(p.nbytes for p in base) / GiB  # before memory() casts them to 8 bits
-        memory = self.memory(generator, fake, gpus, tokens)
+        memory = self.memory(generator, fake, gpus, self.tokens / context + text)
         # PFLOP of a forward. A backward takes as much in frozen linear layers, and 2.5 times as
         # much in attention, whose kernel recomputes a product; checkpointing one more forward
         linear = 2 * tokens * n * (4 + 2 * m.mlp_ratio) * width**2 / 1e15
         attention = 4 * tokens**2 * width * n / 1e15
-        linear *= c.accumulate * (forwards + backwards * (2 + c.checkpointing))
-        attention *= c.accumulate * (forwards + backwards * (3.5 + c.checkpointing))
+        linear *= c.accumulate * (forwards + backwards * (2 + c.checkpointing)) / context
+        attention *= c.accumulate * (forwards + backwards * (3.5 + c.checkpointing)) / context
         # on an H100 in TFLOP/s, published: 650 in large products, 350 in FlashAttention-2
         seconds = linear * 1e3 / 650 + attention * 1e3 / 350
         saves = 2 if c.generator == "full" else c.iterations // c.save_every
@@ -1498,15 +1533,15 @@ def whole(x):
 
 
 class StateOfRanks(State):
-    """The State of one of several processes: batches and noise of its own, gradients of all."""
+    """The State of one of several processes; `context` in a row share clips and noise."""
 
-    def __init__(self, config, roles, device):
+    def __init__(self, config, roles, device, context=1):
         super().__init__(config, roles, device)
-        self.ranks = RANKS
+        self.rank, self.ranks = RANK // context, RANKS // context
         for name, rng in self.rngs.items():
             # one exit for all, as it decides how often the split backbone is gathered
             if name != "exit" or config.generator_input == "paired":
-                rng.manual_seed(rng.initial_seed() + 2**20 * RANK)
+                rng.manual_seed(rng.initial_seed() + 2**20 * self.rank)
 
     def update(self, role, lr):
         for parameter in self.roles.parameters(role):
@@ -1641,8 +1676,11 @@ def commit():
     return subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD")
 
 
-def plan(config, task, gpus=1):
+def plan(config, task, gpus=1, split=True, context=1):
     """What a run takes: its costs first, then the numbers that follow from the config."""
+    for name, count in {"GPUs": gpus, **task.shared}.items():
+        if context < 1 or count % context:
+            raise Refused(f"--context-parallel {context} must divide the {count} {name}.")
     backbone = sum(p.numel() for p in task.backbone.module.parameters())
     with torch.device("meta"):  # nothing is loaded yet; load() brings one without these adapters
         roles = Roles(task.backbone, config.lora_rank, 0.0, 1.0, config.generator, config.fake)
@@ -1660,7 +1698,7 @@ def plan(config, task, gpus=1):
         backwards, trained[1] = 1, 0
     names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
-    return task.costs(forwards, backwards, *trained, gpus) | {
+    return task.costs(forwards, backwards, *trained, gpus if split else 1, context) | {
         "backbone_parameters": backbone,
         "generator_parameters": trained[0],
         "fake_parameters": trained[1],
@@ -1712,9 +1750,8 @@ def base_sum(roles):
 def pack(state):
     """All of a State as one flat {name: tensor}, for a checkpoint."""
     flat = {f"average/{name}": x for name, x in state.average.items()}
-    streams = of_all_ranks({name: rng.get_state() for name, rng in state.rngs.items()})
-    for rank, rngs in enumerate(streams):
-        flat |= {f"rng/{rank}/{name}": x for name, x in rngs.items()}
+    streams = {f"rng/{state.rank}/{name}": rng.get_state() for name, rng in state.rngs.items()}
+    flat |= {name: x for one in of_all_ranks(streams) for name, x in one.items()}
     for role, optimizer in state.optimizers.items():
         for name, parameter in state.roles.state(role).items():
             flat[f"{role}/{name}"] = parameter
@@ -1731,7 +1768,7 @@ def unpack(state, flat, iteration, taken):
         x.copy_(split_as(flat[f"average/{name}"], x))
     for name, rng in state.rngs.items():
         shared = name == "exit" and state.config.generator_input == "rollout"
-        seen = flat.get(f"rng/{0 if shared else RANK}/{name}")
+        seen = flat.get(f"rng/{0 if shared else state.rank}/{name}")
         if seen is None:  # there were fewer processes
             seen = rng.manual_seed(rng.initial_seed() + 1009 * iteration).get_state()
         rng.set_state(seen)
@@ -1769,6 +1806,8 @@ def restore(folder, state, base_sum, clips):
         # close, not equal: another kind of GPU adds up in another order
         if not math.isclose(info["base_sum"], base_sum, rel_tol=1e-9):
             raise Refused(f"{path} was made from another backbone; see --checkpoint or --cache.")
+        if info["iteration"] > state.config.iterations:
+            raise Refused(f"{path} was saved later: --iterations cannot be less.")
         unpack(state, tensors, info["iteration"], info["taken"])
         print(f"{path.name}: it goes on from iteration {state.iteration}")
         gone, new = set(info["clips"]) - set(clips), set(clips) - set(info["clips"])
@@ -1835,7 +1874,7 @@ def attention():
     return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
 
 
-def trained_roles(config, task, split):
+def trained_roles(config, task, split, context=1):
     """The roles of a run, ready for optimizers."""
     torch.manual_seed(config.seed)
     alphas = config.alpha_weak, config.alpha_strong
@@ -1845,6 +1884,10 @@ def trained_roles(config, task, split):
     if config.checkpointing:
         roles.use_checkpointing()
     task.prepare()
+    if context > 1:
+        group, _ = torch.distributed.new_subgroups(context)
+        for backbone in (roles.backbone, *roles.copies.values()):
+            backbone.share_tokens(group)
     if split:
         split_over_ranks(roles)
     return roles
@@ -1863,7 +1906,9 @@ def open_log(folder, config, before):
     return log
 
 
-def train(config, resume=False, dry_run=False, gpu_memory=0.0, gpus=RANKS, shard="base"):  # noqa: C901
+def train(  # noqa: C901
+    config, resume=False, dry_run=False, gpu_memory=0, gpus=RANKS, shard="base", context_parallel=1
+):
     """Distil: the whole run, from the backbone to result.json. Returns the run's folder."""
     from tqdm import tqdm
 
@@ -1872,7 +1917,7 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, gpus=RANKS, shard
     can_split = shard == "base" and config.model == "hunyuan" and not config.fp8_base
     split = can_split and RANKS > 1
     task = load_task(config)
-    numbers = plan(config, task, max(1, gpus) if can_split else 1)
+    numbers = plan(config, task, max(1, gpus), can_split, context_parallel)
     show({"plan": numbers, "config": dataclasses.asdict(config)})
     check_memory(config, numbers, gpu_memory)
     if dry_run:
@@ -1881,19 +1926,17 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, gpus=RANKS, shard
     folder.mkdir(parents=True, exist_ok=True)
     for half in (*folder.rglob(".tmp*"), *folder.rglob(".part-*")) if RANK == 0 else ():
         half.unlink()  # of a save that was killed
-    roles = trained_roles(config, task, split)
-    state, base = StateOfRanks(config, roles, task.device), base_sum(roles)
+    roles = trained_roles(config, task, split, context_parallel)
+    state, base = StateOfRanks(config, roles, task.device, context_parallel), base_sum(roles)
     clips = [clip.name for clip in task.clips]
     before = restore(folder, state, base, clips) if resume else {}
     check_ranks(config, state)
-    if state.iteration > config.iterations:
-        raise Refused(f"{folder} has {state.iteration} iterations; --iterations cannot be less.")
     if RANK == 0:
         write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
     log = open_log(folder, config, before)
 
     def picture():
-        if RANK == 0 or split:  # all take part in a forward of what is split
+        if RANK == 0 or split or context_parallel > 1:  # all take part in a forward that is split
             with state.averaged() as generator:
                 task.on_log(state.iteration, generator)
 
@@ -1901,7 +1944,8 @@ def train(config, resume=False, dry_run=False, gpu_memory=0.0, gpus=RANKS, shard
         return state.iteration == config.iterations or state.iteration % every == 0
 
     picture()  # of the beginning; after a resume the checkpoint's, which may be missing
-    data, tick = task.batches(state.rngs["data"], state.taken), time.perf_counter()
+    data = task.batches(state.rngs["data"], state.taken, state.rank, state.ranks)
+    tick = time.perf_counter()
     bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
     with log, bar, attention(), signals() as stop:
         loop = distil if config.objective == "w2svd" else without_fake
@@ -2139,6 +2183,7 @@ def parse(argv):
     trains.add_argument("--gpus", type=int, metavar="I", help="how many to plan for [torchrun's]")
     shards = {"choices": ("base", "none"), "help": "split the backbone over GPUs, or not [base]"}
     trains.add_argument("--shard", **shards)
+    trains.add_argument("--context-parallel", type=int, metavar="I", help="GPUs for one video [1]")
     add_settings(trains, [field.name for field in dataclasses.fields(Config)])
     encodes = commands.add_parser("encode", help="clips into latents and text, once", **how)
     add_settings(encodes, "model data checkpoint height width frames fps cache".split())
@@ -2219,7 +2264,7 @@ def main(argv=None):
     try:
         given = parse(argv)
         command = given.pop("command")
-        how = ("resume", "dry_run", "gpu_memory", "gpus", "shard")
+        how = ("resume", "dry_run", "gpu_memory", "gpus", "shard", "context_parallel")
         how = {name: given.pop(name) for name in how if name in given}
         if command in ("sample", "export"):
             (sample if command == "sample" else export)(**given)

@@ -250,6 +250,7 @@ class Task:
     """
 
     device, clips = "cpu", ()  # its samples are drawn, not read
+    shared = {"toy": 1}  # what several processes could compute together
 
     def __init__(self, config, recipe, mixture, learnt=None):
         self.config, self.recipe, self.mixture = config, recipe, mixture
@@ -273,7 +274,7 @@ class Task:
     def prepare(self):
         """Nothing has to follow the adapters."""
 
-    def batches(self, rng, taken=0):
+    def batches(self, rng, *_):
         while True:
             cond = conditions(self.data, self.recipe, self.config.batch, rng)
             yield {"x0": self.data.sample(self.config.batch, rng, cond), "cond": cond}
