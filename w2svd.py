@@ -1332,7 +1332,7 @@ class HunyuanTask:
             permutation = torch.randperm(len(self.clips), generator=order)
             yield self.read(self.clips[permutation[place]])
 
-    def memory(self, generator, fake, gpus, tokens):
+    def memory(self, generator, fake, gpus, tokens, context):
         """GiB on each GPU, by line, for so many trained parameters; --fp8-base casts the module."""
         c, n, width, GiB = self.config, len(self.backbone.blocks), self.backbone.width, 2**30
         if c.fp8_base:
@@ -1341,14 +1341,14 @@ class HunyuanTask:
         whole, one = sum(p.nbytes for p in base) / GiB, 2 * tokens * width / GiB
         generator /= gpus if c.generator == "full" else 1  # adapters stay whole on each GPU
         fake /= gpus if c.fake == "full" else 1
+        kept = (37.2 + 4 * (context > 1)) * one  # GiB that a block's backward keeps
         return {
-            # one is a block's bf16 tensor, of which its backward keeps 37.2
             "backbone, frozen": whole / gpus + 3 * whole / n * (gpus > 1),  # blocks being gathered
             "generator and fake, float32": 4 * (generator + fake) / GiB,
             "Adam, average": (8 * (generator + fake) + 4 * generator) / GiB,
             "gradients": 4 * max(generator, fake) / GiB,
             "inputs of the blocks": n * one * (1 + (c.gan_weight > 0) / 3) * c.checkpointing,
-            "a block, recomputed": 37.2 * one if c.checkpointing else n * 37.2 * one,
+            "a block, recomputed": kept if c.checkpointing else n * kept,
             "CUDA, fragments": 1.6,  # with expandable segments
         }
 
@@ -1360,7 +1360,7 @@ class HunyuanTask:
         tokens = self.tokens + text
         base = [p for p in self.backbone.module.parameters() if not p.requires_grad]
         host = sum(p.nbytes for p in base) / GiB  # before memory() casts them to 8 bits
-        memory = self.memory(generator, fake, gpus, self.tokens / context + text)
+        memory = self.memory(generator, fake, gpus, self.tokens / context + text, context)
         # PFLOP of a forward. A backward takes as much in frozen linear layers, and 2.5 times as
         # much in attention, whose kernel recomputes a product; checkpointing one more forward
         linear = 2 * tokens * n * (4 + 2 * m.mlp_ratio) * width**2 / 1e15
