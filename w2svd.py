@@ -830,7 +830,7 @@ class HunyuanVideo:
         from diffusers.models.transformers import transformer_hunyuan_video as theirs
 
         n, rank, module = group.size(), group.rank(), self.module
-        exchange = functools.partial(SeqAllToAllDim.apply, group)
+        exchange = functools.partial(SeqAllToAllDim.apply, group)  # (x, 2, 1): tokens for heads
 
         def attention(query, key, value, parallel_config, **_):
             x = torch.cat([query.to(value.dtype), key.to(value.dtype), value])  # (3 B, t, heads, D)
@@ -1242,10 +1242,10 @@ def sampling(config):
 
 
 # A task is a model and its data. It has .backbone (see Roles), whose weights come with .load();
-# .device; .shape of a sample; .clips, their files; .batches(rng, taken), endless {'x0': (B, ...),
+# .device; .shape of a sample; .clips, their files; .batches(rng, ...), endless {'x0': (B, ...),
 # 'cond', 'name'} from the clip of that number on; .prepare() for what must follow the adapters;
 # .costs(...) for the plan; .on_log(step, generator) for pictures on the way; .finish(run) ->
-# (result, table); .sample(...), behind the command of that name.
+# (result, table); .sample(...), a command; .shared, counts that --context-parallel must divide.
 
 
 class HunyuanTask:
