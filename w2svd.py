@@ -199,6 +199,29 @@ class Config:
     sample_prompts: str = setting("", "a .txt, of which 4 are filmed at each save / ours")
 
 
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The GPUs of a run, which does not remember them: with --resume they are given again."""
+
+    gpus: int = setting(RANKS, "how many to plan for; torchrun starts them / ours", "the machine")
+    gpu_memory: float = setting(0.0, "GiB of each, to plan for; 0: as it is here / ours")
+    shard: Literal["base", "none"] = setting("base", "what they split / ours")
+    context_parallel: int = setting(1, "how many share a video / peer: Ulysses")
+    offload: bool = setting(False, "blocks' inputs go to the host: 720x1280x129 on 80 GB / ours")
+
+    def room(self):
+        """GiB of a GPU; 0 where none is known."""
+        here = torch.cuda.mem_get_info()[1] / 2**30 if DEVICE == "cuda" else 0.0
+        return self.gpu_memory or here
+
+    def parts(self, config):
+        """Over how many GPUs the backbone is split."""
+        # 8 bits come by casting, which takes weights out of FSDP2's hands
+        can = self.shard == "base" and config.model == "hunyuan" and not config.fp8_base
+        return self.gpus if can else 1
+
+
+MACHINE = Machine()
 # ring: expect a KL of .09; a minute on 2 CPU cores. Trials, and why shift .5: toy/README.md
 TOY = dict(data="ring", generator_input="rollout", fake_samples="final", lora_rank=16, ema=0.98)
 TOY |= dict(generator_lr=1e-3, fake_lr=2e-3, lr_schedule="linear", fake_weight_decay=0.1)
@@ -219,7 +242,7 @@ PRESETS = {
     "hunyuan captions": dict(generator_input="rollout", fake_samples="final"),
 }
 MAY_BE_0 = "alpha_weak ema gt_weight guidance embedded_guidance sigma_low fake_warmup seed"
-MAY_BE_0 += " fake_weight_decay gan_weight gan_r1"
+MAY_BE_0 += " fake_weight_decay gan_weight gan_r1 gpu_memory"
 # what --resume may change: it touches no bits, or is said in metrics.jsonl
 RESUMABLE = "out data checkpoint cache iterations log_every save_every checkpointing compile"
 RESUMABLE += " generator_lr fake_lr sample_prompts"
@@ -231,9 +254,9 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
-def check(c: Config):
+def check(c: Config, machine=MACHINE):
     """Refuse settings that contradict each other, with the reason."""
-    for name, value in dataclasses.asdict(c).items():
+    for name, value in {**vars(c), **vars(machine)}.items():
         fits = type(value) not in (int, float) or 0 < value < 2**53  # False for nan
         if not fits and not (value == 0 and name in MAY_BE_0.split()):
             raise Refused(f"{flag(name)} cannot be {value}.")
@@ -659,7 +682,7 @@ class State:
     def __init__(self, config, roles, device):
         self.config, self.roles, self.device = config, roles, device
         self.iteration, self.taken = 0, 0  # updates of the generator; clips read so far
-        self.ranks = 1  # processes that train together; more in section 9
+        self.rank, self.ranks = 0, 1  # of those that read clips of their own; section 9 has more
         self.reads = []  # (clip, sigma) of the update at work, for an error to name
         # author-code: betas. No momentum, as the gradients' target moves
         adam = functools.partial(torch.optim.AdamW, betas=(0.0, 0.999), fused=True)
@@ -792,6 +815,7 @@ def distil(config, roles, state, data):
 class HunyuanVideo:
     """diffusers' HunyuanVideoTransformer3DModel behind the contract of Roles."""
 
+    gathered = staticmethod(lambda x: x)  # the tokens of all processes that share a video's
     prompt_template = None  # the pipeline's own; or {"template": "...{}...", "crop_start": tokens}
     # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
     ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
@@ -834,6 +858,38 @@ class HunyuanVideo:
 
         self.module.enable_gradient_checkpointing(run)
 
+    def share_tokens(self, group):
+        """Ulysses: each of n processes has a share of the tokens, in attention one of the heads."""
+        from diffusers.models.attention_dispatch import SeqAllToAllDim
+        from diffusers.models.transformers import transformer_hunyuan_video as theirs
+
+        n, rank, module = group.size(), group.rank(), self.module
+        exchange = functools.partial(SeqAllToAllDim.apply, group)  # (x, 2, 1): tokens for heads
+
+        def attention(query, key, value, parallel_config, **_):
+            x = torch.cat([query.to(value.dtype), key.to(value.dtype), value])  # (3 B, t, heads, D)
+            video, text = x.tensor_split(parallel_config, dim=1)  # text is whole, of any length
+            x = torch.cat([exchange(video, 2, 1), text.chunk(n, dim=2)[rank]], dim=1)
+            x = torch.nn.functional.scaled_dot_product_attention(*x.transpose(1, 2).chunk(3))
+            video, text = x.transpose(1, 2).tensor_split(parallel_config, dim=1)  # heads / n
+            return torch.cat([exchange(video, 1, 2), exchange(text.repeat(1, n, 1, 1), 1, 2)], 1)
+
+        def before_block(block, args):
+            block.attn.processor._parallel_config = [-args[1].shape[1]]  # where its text begins
+            # NOTE silent: a given frame's tokens, modulated in another way, are the first of all
+            return *args[:6], min(max(0, args[6] - rank * args[0].shape[1]), args[0].shape[1])
+
+        theirs.dispatch_attention_fn = attention
+        for block in self.blocks:
+            block.register_forward_pre_hook(before_block)
+        # NOTE silent: each process has the whole loss, and backwards an exchange adds up all n. So
+        # the mean over all processes is right here too: tokens of a group are added up, clips
+        # averaged. With a backward to the own share alone, as of a slice, it would be 1 / n of that
+        module.rope.register_forward_hook(lambda *a: [x.chunk(n)[rank] for x in a[2]])
+        module.x_embedder.register_forward_hook(lambda *a: exchange(a[2][:, :, None], 1, 2).mean(2))
+        self.gathered = lambda x: exchange(x[:, :, None].expand(-1, -1, n, -1), 2, 1)[:, :, 0]
+        module.proj_out.register_forward_hook(lambda *a: self.gathered(a[2]))
+
     def features(self, x_t, sigma, cond):
         """The sample's tokens after the last double-stream block, (B, tokens, width)."""
         seen, later = [], self.module.single_transformer_blocks
@@ -845,7 +901,7 @@ class HunyuanVideo:
             self.module.single_transformer_blocks = later
             watch.remove()
         frames = x_t.shape[2] + (self.form == "token_replace")  # the first, which was given
-        return seen[0][:, -(seen[0].shape[1] // frames * x_t.shape[2]) :]
+        return self.gathered(seen[0]).unflatten(1, (frames, -1))[:, -x_t.shape[2] :].flatten(1, 2)
 
     def with_image(self, x_t, cond):
         """What the transformer reads: x_t with the first frame's latents, cond['image'], beside it.
@@ -1230,6 +1286,8 @@ class HunyuanTask:
         # the VAE makes one of 4 frames, of 8 x 8 pixels; token_replace samples all but the first
         self.whole = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
         self.shape = (channels, self.whole[1] - (self.form == "token_replace"), *self.whole[2:])
+        self.tokens = math.prod(self.whole[1:]) // found.get("patch_size", 2) ** 2
+        self.shared = {"tokens (width)": self.tokens, "heads": found.get("num_attention_heads", 24)}
 
     def wrap(self, module):
         c = self.config
@@ -1276,21 +1334,21 @@ class HunyuanTask:
         x0 = x0[:, :, -self.shape[1] :]
         return {"x0": x0, "cond": cond, "name": clip.name, "caption": info["caption"]}
 
-    def batches(self, rng, taken=0):
+    def batches(self, rng, taken=0, rank=0, ranks=1):
         """Each clip once an epoch, in an order made of seed and epoch, not of rng; endless."""
-        for count in itertools.count(taken + RANK, RANKS):
+        for count in itertools.count(taken + rank, ranks):
             epoch, place = divmod(count, len(self.clips))
             order = torch.Generator().manual_seed((1_000_003 * self.config.seed + epoch) % 2**63)
             permutation = torch.randperm(len(self.clips), generator=order)
             yield self.read(self.clips[permutation[place]])
 
-    def memory(self, generator, fake, tokens, gpus, room, offload):
+    def memory(self, generator, fake, tokens, machine):
         """GiB on each GPU by line, how many blocks keep attention's results, GiB in the host.
 
-        generator, fake: trained parameters; room: GiB of a GPU, 0 if unknown, which is filled.
+        generator, fake: trained parameters; tokens: of a GPU.
         """
         c, module, GiB = self.config, self.backbone.module, 2**30
-        n, width = len(self.backbone.blocks), self.backbone.width
+        n, width, gpus = len(self.backbone.blocks), self.backbone.width, machine.parts(c)
 
         def frozen():
             return sum(p.nbytes for p in module.parameters() if not p.requires_grad) / GiB
@@ -1298,34 +1356,36 @@ class HunyuanTask:
         loading = frozen()
         if c.fp8_base:  # the plan's model has no other use
             module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
-        whole, one = frozen(), 2 * tokens * width / GiB
+        whole, one = frozen(), 2 * tokens * width / GiB  # one: a block's bf16 tensor
+        kept = (37.2 + 4 * (machine.context_parallel > 1)) * one  # what a block's backward keeps
+        inputs = 2 if machine.offload else n * (1 + (c.gan_weight > 0) / 3)
         generator /= gpus if c.generator == "full" else 1  # adapters stay whole on each GPU
         fake /= gpus if c.fake == "full" else 1
-        inputs = 2 if offload else n * (1 + (c.gan_weight > 0) / 3)
         lines = {
-            # one is a block's bf16 tensor, of which its backward keeps 37.2
             "backbone, frozen": whole / gpus + 3 * whole / n * (gpus > 1),  # blocks being gathered
             "generator and fake, float32": 4 * (generator + fake) / GiB,
             "Adam, average": (8 * (generator + fake) + 4 * generator) / GiB,
             "gradients": 4 * max(generator, fake) / GiB,
             "inputs of the blocks": inputs * one * c.checkpointing,
-            "a block, recomputed": 37.2 * one * (1 if c.checkpointing else n),
+            "a block, recomputed": kept * (1 if c.checkpointing else n),
             "CUDA, fragments": 1.6,  # with expandable segments
         }
         result = one + 4 * tokens * module.config.num_attention_heads / GiB  # and float32 sums
-        keep = int((room - sum(lines.values())) / result)
+        keep = int((machine.room() - sum(lines.values())) / result)
         keep = max(0, min(n, keep)) if c.checkpointing and not c.compile else 0
         lines["attention's results"] = keep * result
-        pinned = offload * n * 2 ** math.ceil(math.log2(one))  # in blocks of 2, 4, 8, ... bytes
+        pinned = (
+            machine.offload * n * 2 ** math.ceil(math.log2(one))
+        )  # in blocks of 2, 4, 8, ... bytes
         return lines, keep, max(loading, pinned)
 
-    def costs(self, forwards, backwards, generator, fake, gpus=1, room=0.0, offload=False):
+    def costs(self, forwards, backwards, generator, fake, machine=MACHINE):
         """Memory, time and disk by formulas: simulated or published figures, nothing measured."""
         c, m = self.config, self.backbone.module.config
         n, width = len(self.backbone.blocks), self.backbone.width
-        tokens = math.prod(self.whole[1:]) // m.patch_size**2 // m.patch_size_t
-        tokens += 256 + {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
-        memory, keep, host = self.memory(generator, fake, tokens, gpus, room, offload)
+        text = 256 + {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
+        tokens, context = self.tokens + text, machine.context_parallel
+        memory, keep, host = self.memory(generator, fake, self.tokens / context + text, machine)
         # PFLOP of a forward. A backward takes as much in frozen linear layers, and 2.5 times as
         # much in attention, whose kernel recomputes a product; checkpointing one more forward
         linear = 2 * tokens * n * (4 + 2 * m.mlp_ratio) * width**2 / 1e15
@@ -1334,7 +1394,7 @@ class HunyuanTask:
         linear *= c.accumulate * (forwards + backwards * (2 + again))
         attention *= c.accumulate * (forwards + backwards * (3.5 + again * (1 - keep / n)))
         # on an H100 in TFLOP/s, published: 650 in large products, 550 in cuDNN's attention
-        seconds = linear * 1e3 / 650 + attention * 1e3 / 550
+        seconds = (linear / 650 + attention / 550) * 1e3 / context
         saves = 2 if c.generator == "full" else c.iterations // c.save_every
         # two checkpoints and the one being written; the generators
         saved = 3 * (4 * generator + 3 * fake) + (saves + 1) * generator
@@ -1344,7 +1404,7 @@ class HunyuanTask:
             "blocks that keep attention's results": keep,
             "hours on H100": seconds * c.iterations / 3600,
             "seconds an iteration": seconds,
-            "PFLOP an iteration": linear + attention,
+            "PFLOP an iteration": (linear + attention) / context,
             "as many forwards": (linear + attention) / forward,
             "disk for the run, GiB": 4 * saved / 2**30,
             "download, once, GB": 42 if c.checkpoint == HUNYUAN else 0,
@@ -1494,15 +1554,15 @@ def whole(x):
 
 
 class StateOfRanks(State):
-    """The State of one of several processes: batches and noise of its own, gradients of all."""
+    """The State of one of several processes; `context` in a row share clips and noise."""
 
-    def __init__(self, config, roles, device):
+    def __init__(self, config, roles, device, context=1):
         super().__init__(config, roles, device)
-        self.ranks = RANKS
+        self.rank, self.ranks = RANK // context, RANKS // context
         for name, rng in self.rngs.items():
             # one exit for all, as it decides how often the split backbone is gathered
             if name != "exit" or config.generator_input == "paired":
-                rng.manual_seed(rng.initial_seed() + 2**20 * RANK)
+                rng.manual_seed(rng.initial_seed() + 2**20 * self.rank)
 
     def update(self, role, lr):
         for parameter in self.roles.parameters(role):
@@ -1637,11 +1697,12 @@ def commit():
     return subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD")
 
 
-def plan(config, task, **gpu):
-    """What a run takes: its costs first, then the numbers that follow from the config.
-
-    gpu: gpus, how many; room, GiB of each; offload.
-    """
+def plan(config, task, machine=MACHINE):
+    """What a run takes: its costs first, then the numbers that follow from the config."""
+    context = machine.context_parallel
+    for name, count in {"GPUs": machine.gpus, **task.shared}.items():
+        if count % context:
+            raise Refused(f"--context-parallel {context} must divide the {count} {name}.")
     backbone = sum(p.numel() for p in task.backbone.module.parameters())
     with torch.device("meta"):  # nothing is loaded yet; load() brings one without these adapters
         roles = Roles(task.backbone, config.lora_rank, 0.0, 1.0, config.generator, config.fake)
@@ -1659,7 +1720,7 @@ def plan(config, task, **gpu):
         backwards, trained[1] = 1, 0
     names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
-    return task.costs(forwards, backwards, *trained, **gpu) | {
+    return task.costs(forwards, backwards, *trained, machine) | {
         "backbone_parameters": backbone,
         "generator_parameters": trained[0],
         "fake_parameters": trained[1],
@@ -1709,9 +1770,8 @@ def base_sum(roles):
 def pack(state):
     """All of a State as one flat {name: tensor}, for a checkpoint."""
     flat = {f"average/{name}": x for name, x in state.average.items()}
-    streams = of_all_ranks({name: rng.get_state() for name, rng in state.rngs.items()})
-    for rank, rngs in enumerate(streams):
-        flat |= {f"rng/{rank}/{name}": x for name, x in rngs.items()}
+    streams = {f"rng/{state.rank}/{name}": rng.get_state() for name, rng in state.rngs.items()}
+    flat |= {name: x for one in of_all_ranks(streams) for name, x in one.items()}
     for role, optimizer in state.optimizers.items():
         for name, parameter in state.roles.state(role).items():
             flat[f"{role}/{name}"] = parameter
@@ -1728,7 +1788,7 @@ def unpack(state, flat, iteration, taken):
         x.copy_(split_as(flat[f"average/{name}"], x))
     for name, rng in state.rngs.items():
         shared = name == "exit" and state.config.generator_input == "rollout"
-        seen = flat.get(f"rng/{0 if shared else RANK}/{name}")
+        seen = flat.get(f"rng/{0 if shared else state.rank}/{name}")
         if seen is None:  # there were fewer processes
             seen = rng.manual_seed(rng.initial_seed() + 1009 * iteration).get_state()
         rng.set_state(seen)
@@ -1766,6 +1826,8 @@ def restore(folder, state, base_sum, clips):
         # close, not equal: another kind of GPU adds up in another order
         if not math.isclose(info["base_sum"], base_sum, rel_tol=1e-9):
             raise Refused(f"{path} was made from another backbone; see --checkpoint or --cache.")
+        if info["iteration"] > state.config.iterations:
+            raise Refused(f"{path} was saved later: --iterations cannot be less.")
         unpack(state, tensors, info["iteration"], info["taken"])
         print(f"{path.name}: it goes on from iteration {state.iteration}")
         gone, new = set(info["clips"]) - set(clips), set(clips) - set(info["clips"])
@@ -1833,9 +1895,11 @@ def measured(iterations, state, numbers):
         raise Refused(f"Stopped {where}; {cure}, or without that clip.") from error
 
 
-def check_memory(numbers, room):
+def check_machine(machine, numbers, dry_run):
     """Refuse a run that does not fit into the GPU here, or into as many GiB as were named."""
-    need = numbers.get("in all, GiB", 0.0)
+    if machine.gpus != RANKS and not dry_run:
+        raise Refused(f"--gpus {machine.gpus} is a plan's; torchrun starts a process for each.")
+    need, room = numbers.get("in all, GiB", 0.0), machine.room()
     if need > room > 0:
         cure = "fewer --frames, a smaller --height and --width, --offload, --fp8-base"
         raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}; less need {cure}.", status=1)
@@ -1854,7 +1918,7 @@ def attention():
     return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
 
 
-def trained_roles(config, task, split):
+def trained_roles(config, task, split, context=1):
     """The roles of a run, ready for optimizers."""
     torch.manual_seed(config.seed)
     alphas = config.alpha_weak, config.alpha_strong
@@ -1864,6 +1928,10 @@ def trained_roles(config, task, split):
     if config.checkpointing:
         roles.use_checkpointing()
     task.prepare()
+    if context > 1:
+        group, _ = torch.distributed.new_subgroups(context)
+        for backbone in (roles.backbone, *roles.copies.values()):
+            backbone.share_tokens(group)
     if split:
         split_over_ranks(roles)
     return roles
@@ -1882,41 +1950,33 @@ def open_log(folder, config, before):
     return log
 
 
-def train(  # noqa: C901
-    config, resume=False, dry_run=False, gpu_memory=0.0, gpus=RANKS, shard="base", offload=False
-):
+def train(config, machine=MACHINE, resume=False, dry_run=False):  # noqa: C901
     """Distil: the whole run, from the backbone to result.json. Returns the run's folder."""
     from tqdm import tqdm
 
     started, folder = time.perf_counter(), Path(config.out)
-    # 8 bits come by casting, which takes weights out of FSDP2's hands
-    can_split = shard == "base" and config.model == "hunyuan" and not config.fp8_base
-    split = can_split and RANKS > 1
+    context, split = machine.context_parallel, RANKS > 1 and machine.parts(config) > 1
     task = load_task(config)
-    room = gpu_memory or (torch.cuda.mem_get_info()[1] / 2**30 if DEVICE == "cuda" else 0.0)
-    gpus = max(1, gpus) if can_split else 1
-    numbers = plan(config, task, gpus=gpus, room=room, offload=offload)
+    numbers = plan(config, task, machine)
     show({"plan": numbers, "config": dataclasses.asdict(config)})
-    check_memory(numbers, room)
+    check_machine(machine, numbers, dry_run)
     if dry_run:
         return None
-    task.load(split, numbers.get("blocks that keep attention's results"), offload)
+    task.load(split, numbers.get("blocks that keep attention's results"), machine.offload)
     folder.mkdir(parents=True, exist_ok=True)
     for half in (*folder.rglob(".tmp*"), *folder.rglob(".part-*")) if RANK == 0 else ():
         half.unlink()  # of a save that was killed
-    roles = trained_roles(config, task, split)
-    state, base = StateOfRanks(config, roles, task.device), base_sum(roles)
+    roles = trained_roles(config, task, split, context)
+    state, base = StateOfRanks(config, roles, task.device, context), base_sum(roles)
     clips = [clip.name for clip in task.clips]
     before = restore(folder, state, base, clips) if resume else {}
     check_ranks(config, state)
-    if state.iteration > config.iterations:
-        raise Refused(f"{folder} has {state.iteration} iterations; --iterations cannot be less.")
     if RANK == 0:
         write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
     log = open_log(folder, config, before)
 
     def picture():
-        if RANK == 0 or split:  # all take part in a forward of what is split
+        if RANK == 0 or split or context > 1:  # all take part in a forward that is split
             with state.averaged() as generator:
                 task.on_log(state.iteration, generator)
 
@@ -1924,7 +1984,7 @@ def train(  # noqa: C901
         return state.iteration == config.iterations or state.iteration % every == 0
 
     picture()  # of the beginning; after a resume the checkpoint's, which may be missing
-    data = task.batches(state.rngs["data"], state.taken)
+    data = task.batches(state.rngs["data"], state.taken, state.rank, state.ranks)
     bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
     with log, bar, attention(), signals() as stop:
         loop = distil if config.objective == "w2svd" else without_fake
@@ -2118,18 +2178,18 @@ class Parser(argparse.ArgumentParser):
         raise Refused(f"{message}; see {self.prog} --help.")
 
 
-def add_settings(command, names):
-    """A flag for each line of Config that is named, under its heading."""
+def add_settings(command, settings, names=()):
+    """A flag for each line of Config or Machine, or for those named, under its heading."""
     forms = {t: {"type": t, "metavar": t.__name__[0].upper()} for t in (int, float, str)}
     forms[bool] = {"action": argparse.BooleanOptionalAction}
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(settings):
         name, default = field.name, field.default
         if field.metadata["group"]:
             group = command.add_argument_group(field.metadata["group"])
         values = [f"{preset}: {p[name]}" for preset, p in PRESETS.items() if name in p]
         values = [str(default)] * (default != "") + values
         text = field.metadata["text"] + (f" [{'; '.join(values)}]" if values else "")
-        if name in names:
+        if not names or name in names:
             how = forms.get(field.type) or {"choices": get_args(field.type)}
             group.add_argument(flag(name), help=text.replace("%", "%%"), **how)
 
@@ -2143,15 +2203,11 @@ def parse(argv):
     trains = commands.add_parser("train", help="distil a backbone", **how)
     trains.add_argument("--resume", action="store_true", help="go on in --out, with its settings")
     trains.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    trains.add_argument("--gpu-memory", type=float, metavar="F", help="GiB to plan for [the GPU's]")
-    trains.add_argument("--gpus", type=int, metavar="I", help="how many to plan for [torchrun's]")
-    trains.add_argument("--shard", choices=("base", "none"), help="what the GPUs split [base]")
-    offload = "keep blocks' inputs in the host's memory: 720x1280x129 on 80 GB"
-    trains.add_argument("--offload", action="store_true", help=offload)
-    add_settings(trains, [field.name for field in dataclasses.fields(Config)])
+    add_settings(trains, Config)
+    add_settings(trains, Machine)
     encodes = commands.add_parser("encode", help="clips into latents and text, once", **how)
     encodes.add_argument("--model", choices=("hunyuan",), default="hunyuan", help="its clips")
-    add_settings(encodes, "data checkpoint height width frames fps cache".split())
+    add_settings(encodes, Config, "data checkpoint height width frames fps cache".split())
     samples = commands.add_parser("sample", help="sample a run", **how)
     exports = commands.add_parser("export", help="a HunyuanVideo run for other programs", **how)
     for one in (samples, exports):
@@ -2230,24 +2286,27 @@ def main(argv=None):
     try:
         given = parse(argv)
         command = given.pop("command")
-        how = ("resume", "dry_run", "gpu_memory", "gpus", "shard", "offload")
-        how = {name: given.pop(name) for name in how if name in given}
+        how = {name: given.pop(name) for name in ("resume", "dry_run") if name in given}
+        here = {f.name for f in dataclasses.fields(Machine)} & given.keys()
+        machine = Machine(**{name: given.pop(name) for name in here})
         if command in ("sample", "export"):
             (sample if command == "sample" else export)(**given)
             return 0
         join_ranks()
         config = (resumed if how.get("resume") else resolve)(given) if RANK == 0 else None
         config = of_all_ranks(config)[0]  # the first, for which alone a new folder is free
-        check(config)
+        check(config, machine)
         if command == "train":
-            train(config, **how)
+            train(config, machine, **how)
         else:
             encoded_clips(config, load_task(config).form)
         return 0
     except Refused as error:
         reason, status = error, error.status
     except torch.OutOfMemoryError:
-        reason = "out of GPU memory; the plan (train --dry-run) says what needs less."
+        reason = (
+            "out of GPU memory; keep less of attention by a smaller --gpu-memory, or see --dry-run."
+        )
     except ImportError as error:
         reason = f"{error}: pip install -r requirements.txt; the toy needs toy/ beside this file."
     except (OSError, SafetensorError, csv.Error) as error:  # no space left, a folder that went away

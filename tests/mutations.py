@@ -33,14 +33,25 @@ TABLE = r"""
 # test_ranks.py
 gradients stay each process's own @ mean_over_ranks: RANKS > 1 and ==> RANKS > 9 and
 gradients of processes are added up @ mean_over_ranks: x /= RANKS ==> x /= 1
-every process draws the same noise @ StateOfRanks.__init__: 2**20 * RANK ==> 0 * RANK
+every process draws the same noise @ StateOfRanks.__init__: 2**20 * self.rank ==> 0 * RANK
 each process has exits of its own @ StateOfRanks.__init__: name != "exit" or ==> name or
 what copies were is trained, not their parts @ split_over_ranks:
     roles.trained[role] = roles._find(role) ==> roles.trained[role] = roles.trained[role]
 a copy keeps what it gathered under the average @ split_over_ranks:
     module is not roles.backbone.module ==> module is not backbone.module
-processes go on with the first one's noise @ unpack: if shared else RANK ==> if shared else 0
-every process reads the same clips @ HunyuanTask.batches: taken + RANK, RANKS ==> taken, 1
+processes go on with the first one's noise @ unpack: if shared else state.rank ==> if shared else 0
+every process reads the same clips @ HunyuanTask.batches: taken + rank, ranks ==> taken, 1
+processes of one video draw different noise @ StateOfRanks.__init__:
+    2**20 * self.rank ==> 2**20 * RANK
+gradients of a video's shares are averaged @ HunyuanVideo.share_tokens:
+    exchange(x[:, :, None].expand(-1, -1, n, -1), 2, 1)[:, :, 0] ==>
+    importlib.import_module("diffusers.hooks.context_parallel").AllGatherFunction.apply(x, 1, group)
+a sample's gradient is that of a share @ HunyuanVideo.share_tokens:
+    exchange(a[2][:, :, None], 1, 2).mean(2) ==> a[2].chunk(n, 1)[rank]
+the first frame is looked for in every share @ HunyuanVideo.share_tokens:
+    args[6] - rank * ==> args[6] - 0 *
+adapters are split with the base @ split_over_ranks:
+    ignored_params=adapters ==> ignored_params=set()
 # test_flow_matching.py
 the grid is shifted twice @ few_step_sigmas: , shift).float() ==> , shift * shift).float()
 the losses' levels are shifted twice @ sample_sigma: , shift) ==> , shift**2)
@@ -209,7 +220,7 @@ what is transparent shows @ read_clip: premultiply=inplace=1 ==> null
 always clip 0 is read @ HunyuanTask.batches: permutation[place] ==> 0
 every epoch has the same order @ HunyuanTask.batches: + epoch) ==> )
 an epoch begins anew after a resume @ HunyuanTask.batches:
-    count(taken + RANK ==> count(taken - taken % len(self.clips) + RANK
+    count(taken + rank ==> count(taken - taken % len(self.clips) + rank
 # test_hunyuan.py -k fused_layers
 ComfyUI's fused layers are stacked in reverse @ to_comfyui: torch.cat(A) ==> torch.cat(A[::-1])
 """

@@ -61,10 +61,9 @@ def plan_of(flags):
     """The numbers that `train --model hunyuan --dry-run` shows."""
     given = w2svd.parse(["train", "--model", "hunyuan", *flags.split()])
     del given["command"]
-    names = {"gpus": "gpus", "gpu_memory": "room", "offload": "offload"}
-    gpu = {names[flag]: given.pop(flag) for flag in names if flag in given}
+    machine = w2svd.Machine(**{n: given.pop(n) for n in vars(w2svd.MACHINE) if n in given})
     config = w2svd.resolve(given)
-    return w2svd.plan(config, w2svd.load_task(config), **gpu)
+    return w2svd.plan(config, w2svd.load_task(config), machine)
 
 
 def plan_as_printed():

@@ -26,7 +26,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import w2svd
 from toy.tiny_hunyuan import SIZE, TEMPLATE, film, save_tiny
-from w2svd import Config, HunyuanTask, HunyuanVideo, Roles, few_step_sigmas, read_safetensors
+from w2svd import (
+    Config,
+    HunyuanTask,
+    HunyuanVideo,
+    Machine,
+    Roles,
+    few_step_sigmas,
+    read_safetensors,
+)
 
 SHAPE = (4, 3, 4, 6)  # of the latents
 SMALL = ["--lora-rank", 2, "--fake-updates", 2, "--log-every", 2, "--save-every", 2]
@@ -472,7 +480,8 @@ def named(row):
 def test_the_plan_s_memory_is_that_of_a_simulated_iteration(row):
     settings = {name: row[name] for name in ("lora_rank", "fp8_base")}
     config = full_size(row["height"], **settings)
-    numbers = w2svd.plan(config, HunyuanTask(config), room=row["room"], offload=row["offload"])
+    machine = Machine(gpu_memory=row["room"], offload=row["offload"])
+    numbers = w2svd.plan(config, HunyuanTask(config), machine)
     memory = numbers["GPU memory, GiB"]
     assert numbers["blocks that keep attention's results"] == row["keep"]
     assert numbers["in all, GiB"] == pytest.approx(sum(memory.values()))
@@ -485,7 +494,8 @@ def test_the_plan_s_memory_is_that_of_a_simulated_iteration(row):
 )
 def test_an_iteration_s_worth_in_forwards_on_a_card_of_80_gb(size, offload, worth):
     config = full_size(size)
-    numbers = w2svd.plan(config, HunyuanTask(config), room=79, offload=bool(offload))
+    machine = Machine(gpu_memory=79.0, offload=bool(offload))
+    numbers = w2svd.plan(config, HunyuanTask(config), machine)
     assert numbers["generator_parameters"] == numbers["fake_parameters"] == 64 * 4_300_800
     assert numbers["forwards an iteration"] == {"without gradient": 7, "with gradient": 6}
     assert numbers["as many forwards"] == pytest.approx(worth, abs=0.06)
@@ -501,7 +511,7 @@ def test_an_iteration_runs_the_forwards_of_the_plan(tiny, keep, settings):
     tokens = math.prod(task.shape[1:]) + 256
     width = config_of.num_attention_heads * config_of.attention_head_dim
     kept = tokens * (2 * width + 4 * config_of.num_attention_heads) / 2**30
-    numbers = w2svd.plan(config, task, room=without + (keep + 0.5) * kept)
+    numbers = w2svd.plan(config, task, Machine(gpu_memory=without + (keep + 0.5) * kept))
     assert numbers["blocks that keep attention's results"] == keep
 
     roles = roles_of(tiny)

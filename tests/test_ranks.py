@@ -2,9 +2,10 @@
 
 Against: the same updates written again for one process, which takes every rank's batches and noise
 in turn and averages the gradients. On two ranks a sum has one order, so adapters are equal to the
-bit; four ranks, and split copies, add up in another order. One launch for each number of
-processes runs all of its cases. Run: python -m pytest tests/test_ranks.py, 20 seconds; with
--m slow also four processes and the commands under torchrun, a minute.
+bit; four ranks, split copies, and processes that share the tokens of a video add up in another
+order. One launch for each number of processes runs all of its cases. Run: python -m pytest
+tests/test_ranks.py, 45 seconds; with -m slow also four processes and the commands under torchrun,
+three minutes.
 """
 
 import dataclasses
@@ -17,12 +18,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.transformers import transformer_hunyuan_video
 
 import w2svd
-from w2svd import Config, Discriminator, HunyuanVideo, Roles, State, StateOfRanks
+from w2svd import Config, HunyuanVideo, Machine, Roles, State, StateOfRanks
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Config(
@@ -35,51 +38,64 @@ SMALL = Config(
     shift=3.0,
     ema=0.9,
 )
-CASES = {  # name: settings, image-to-video's form, whether the backbone is split
+FULL = {"generator": "full", "fake": "full", "alpha_weak": 0.0, "checkpointing": True}
+FULL |= {"generator_lr": 1e-4, "fake_lr": 1e-4}
+# name: settings, image-to-video's form, is the backbone split, how many compute a video together
+CASES = {
     "paired, ground truth, accumulated": (
         {"gt_weight": 0.3, "accumulate": 2, "checkpointing": True},
         None,
         True,
+        1,
     ),
     "rollout, discriminator": (
         {"generator_input": "rollout", "fake_samples": "final", "gan_weight": 0.1},
         None,
         True,
+        1,
     ),
-    "rollout, not split": ({"generator_input": "rollout", "checkpointing": True}, None, False),
-    "full copies, split": (
-        {"generator": "full", "fake": "full", "alpha_weak": 0.0, "checkpointing": True}
-        | {"generator_lr": 1e-4, "fake_lr": 1e-4},
+    "rollout, not split": ({"generator_input": "rollout", "checkpointing": True}, None, False, 1),
+    "full copies, split": (FULL, None, True, 1),
+    "from a first image": ({"checkpointing": True}, "token_replace", True, 1),
+    "together, accumulated": ({"accumulate": 2, "checkpointing": True}, None, True, 2),
+    "together, discriminator": (
+        {"generator_input": "rollout", "fake_samples": "final", "gan_weight": 0.1},
         None,
-        True,
+        False,
+        2,
     ),
-    "from a first image": ({"checkpointing": True}, "token_replace", True),
+    "together, full copies": (FULL, None, True, 2),
+    "together, from a first image": ({"checkpointing": True}, "token_replace", True, 2),
 }
+
+
+FORMS = (None, "token_replace", "latent_concat")
+ATTENTION = transformer_hunyuan_video.dispatch_attention_fn
 
 
 # ---- what a process does -------------------------------------------------------------------------
 
 
-def new_roles(folder, config, form, split=False):
-    """Roles on a tiny HunyuanVideo, always the same; adapters with random weights."""
+def new_roles(folder, name, alone=False):
+    """A case's Roles on a tiny HunyuanVideo, always the same; adapters with random weights."""
     from diffusers import HunyuanVideoTransformer3DModel
 
+    settings, form, split, context = CASES[name]
+    config = dataclasses.replace(SMALL, **settings)
     module = HunyuanVideoTransformer3DModel.from_pretrained(folder / str(form) / "transformer")
     backbone = HunyuanVideo(module.requires_grad_(False), torch.float32)
+    task = SimpleNamespace(backbone=backbone, prepare=lambda: None)
+    transformer_hunyuan_video.dispatch_attention_fn = (
+        ATTENTION  # as it was before a case of processes together
+    )
+    ranks = {} if alone else {"split": split, "context": context}
+    roles = w2svd.trained_roles(config, task, **{"split": False} | ranks)
     torch.manual_seed(5)
-    alphas = config.alpha_weak, config.alpha_strong
-    roles = Roles(backbone, config.lora_rank, *alphas, config.generator, config.fake)
-    if config.gan_weight:
-        Discriminator(roles)
-    if config.checkpointing:
-        roles.use_checkpointing()
     with torch.no_grad():
         for role in roles.adapters:
             for parameter in roles.parameters(role):
                 parameter.add_(0.05 * torch.randn(parameter.shape))
-    if split:
-        w2svd.split_over_ranks(roles)
-    return roles
+    return config, form, roles
 
 
 def clips(form, first=0, step=1):
@@ -98,37 +114,92 @@ def work(folder, names):
     torch.set_num_threads(1)
     w2svd.join_ranks()
     for name in names:
-        settings, form, split = CASES[name]
-        config = dataclasses.replace(SMALL, **settings)
-        roles = new_roles(folder, config, form, split)
+        config, form, roles = new_roles(folder, name)
         before = w2svd.base_sum(roles)
-        state = StateOfRanks(config, roles, "cpu")
-        for _ in w2svd.distil(config, roles, state, clips(form, w2svd.RANK, w2svd.RANKS)):
+        state = StateOfRanks(config, roles, "cpu", CASES[name][3])
+        training = w2svd.distil(config, roles, state, clips(form, state.rank, state.ranks))
+        for stats in w2svd.as_floats(training, state):
             w2svd.check_ranks(config, state)
-            info = {"taken": state.taken, "iteration": state.iteration, "base": before}
+            info = {"taken": state.taken, "iteration": state.iteration, "losses": stats}
             path = folder / f"{name} {w2svd.RANKS} {state.iteration}.safetensors"
             w2svd.write_by_first(path, w2svd.pack(state), info)
             with state.averaged() as generator, torch.no_grad():  # as for a picture
                 batch = next(clips(form))
                 generator(batch["x0"], torch.ones(1), batch["cond"])
         assert w2svd.base_sum(roles) == before
-        resumed(folder, name, config, form, split, state)
+        resumed(folder, name, state)
     no_two_are_alike_unnoticed(config, state)
+    for form in FORMS:
+        all_see_the_whole(form)
     torch.distributed.barrier()
 
 
-def resumed(folder, name, config, form, split, state):
+def resumed(folder, name, state):
     """The third iteration again, from what was written after the second: the same bits."""
-    roles = new_roles(folder, config, form, split)
-    again = StateOfRanks(config, roles, "cpu")
+    config, form, roles = new_roles(folder, name)
+    again = StateOfRanks(config, roles, "cpu", CASES[name][3])
     torch.distributed.barrier()
     tensors, info = w2svd.read_safetensors(folder / f"{name} {w2svd.RANKS} 2.safetensors")
+    streams = {key.split("/")[1] for key in tensors if key.startswith("rng/")}
+    assert streams == set(map(str, range(state.ranks)))
     w2svd.unpack(again, tensors, info["iteration"], info["taken"])
-    first = again.taken + w2svd.RANK
-    for _ in w2svd.distil(config, roles, again, clips(form, first, w2svd.RANKS)):
+    for _ in w2svd.distil(config, roles, again, clips(form, again.taken + state.rank, state.ranks)):
         pass
     one, two = w2svd.pack(state), w2svd.pack(again)
     assert all(torch.equal(w2svd.whole(one[n]), w2svd.whole(two[n])) for n in one | two)
+
+
+def all_see_the_whole(form):
+    """All processes together against one alone: the same but for the order of float32's sums.
+
+    Errors are up to 2e-7 of the whole, and held to 1e-6. With texts that no number of processes
+    divides, a given frame that is more than one's share, blocks recomputed in backward, and the
+    discriminator's gradient at the sample.
+    """
+    found = [one_backward(form, together) for together in (False, True)]
+    for alone, together in zip(*found):
+        assert (alone - together).norm() <= 1e-6 * alone.norm(), form
+
+
+def one_backward(form, together):
+    """Velocities, features, the gradient at their sample, and of the adapters, of three clips."""
+    transformer_hunyuan_video.dispatch_attention_fn = ATTENTION
+    roles, found, level = four_heads(form), [], torch.tensor([0.4])
+    if together:
+        roles.backbone.share_tokens(torch.distributed.group.WORLD)
+    rng = torch.Generator().manual_seed(7)
+    for batch in itertools.islice(clips(form), 3):  # with 3, 4 and 5 tokens of text
+        x0, cond = batch["x0"], batch["cond"]
+        with roles.use("fake"):
+            v = roles.fake(x0, level, cond)
+            v.backward(torch.randn(v.shape, generator=rng))
+        x_t = x0.clone().requires_grad_()
+        with roles.use(None):
+            tokens = roles.backbone.features(x_t, level, cond)
+            tokens.backward(torch.randn(tokens.shape, generator=rng))
+        found += [v.detach(), tokens.detach(), x_t.grad]
+    gradients = [parameter.grad for parameter in roles.parameters("fake")]
+    gradients = [w2svd.mean_over_ranks(g) if together else g for g in gradients]
+    return [*found, torch.cat([g.flatten() for g in gradients])]
+
+
+def four_heads(form):
+    """Roles on a HunyuanVideo whose heads four processes can share; adapters random."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    channels = 9 if form == "latent_concat" else 4
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 10, "rope_axes_dim": (2, 4, 4)}
+    sizes |= {"num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 1, "patch_size": 1}
+    sizes |= {"in_channels": channels, "out_channels": 4, "image_condition_type": form}
+    sizes |= {"text_embed_dim": 16, "pooled_projection_dim": 8}
+    module = HunyuanVideoTransformer3DModel(guidance_embeds=channels == 4, **sizes)
+    roles = Roles(HunyuanVideo(module.requires_grad_(False), torch.float32), 2, 0.25, 1.0)
+    roles.use_checkpointing()
+    with torch.no_grad():
+        for parameter in roles.parameters("fake"):
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return roles
 
 
 def no_two_are_alike_unnoticed(config, state):
@@ -151,8 +222,9 @@ def no_two_are_alike_unnoticed(config, state):
 class Reference:
     """Algorithm 1 for several ranks, one after the other, on one copy of everything."""
 
-    def __init__(self, folder, config, form, ranks):
-        self.config, self.roles = config, new_roles(folder, config, form)
+    def __init__(self, folder, name, ranks):
+        config, form, self.roles = new_roles(folder, name, alone=True)
+        self.config = config
         self.data = [clips(form, rank, ranks) for rank in range(ranks)]
         self.streams = [State(config, self.roles, "cpu") for _ in range(ranks)]
         for rank, state in enumerate(self.streams):
@@ -167,7 +239,9 @@ class Reference:
             for _ in range(self.config.accumulate):
                 yield state, next(data)
 
-    def step(self, role, lr):
+    def step(self, role, lr, losses=()):
+        if losses:
+            self.losses |= w2svd.mean_of(losses)
         parameters = self.roles.parameters(role)
         for parameter in parameters:
             parameter.grad /= self.config.accumulate * len(self.streams)
@@ -178,19 +252,21 @@ class Reference:
         optimizer.zero_grad()
 
     def iterate(self):
-        c, roles = self.config, self.roles
+        c, roles, self.losses = self.config, self.roles, {}
         for _ in range(c.fake_updates):
+            losses = []
             drawn = [
                 (s, w2svd.generated(c, roles, s, "", b["x0"], b["cond"])) for s, b in self.batches()
             ]
             for state, (_, x_gen, x0, cond) in drawn:
                 sigma, eps = w2svd.losses_noise(c, state, x_gen, "")
-                w2svd.fake_step(roles, x_gen, cond, sigma, eps)
+                losses.append(w2svd.fake_step(roles, x_gen, cond, sigma, eps))
                 if c.gan_weight:
-                    w2svd.discriminator_step(roles, x_gen, x0, cond, sigma, eps)
-            self.step("fake", c.fake_lr)
+                    losses[-1] |= w2svd.discriminator_step(roles, x_gen, x0, cond, sigma, eps)
+            self.step("fake", c.fake_lr, losses)
             if c.gan_weight:
                 self.step("discriminator", c.gan_lr)
+        losses = []
         for state, batch in self.batches():
             x0, cond = batch["x0"], batch["cond"]
             x_in, sigma_in = w2svd.generator_input(c, roles, state, x0, cond)
@@ -198,8 +274,9 @@ class Reference:
             how = {"gan_weight": c.gan_weight}
             if c.gt_weight:
                 how |= {"x0_gt": x0, "gt_weight": c.gt_weight}
-            w2svd.generator_step(roles, x_in, sigma_in, cond, sigma, eps, **how)
-        self.step("generator", c.generator_lr)
+            step = w2svd.generator_step(roles, x_in, sigma_in, cond, sigma, eps, **how)
+            losses.append(step | w2svd.moments("data", x0))
+        self.step("generator", c.generator_lr, losses)
         self.state.update_average()
         self.state.iteration += 1
 
@@ -238,18 +315,21 @@ def compare(folder, ranks, names):
     said = [process.communicate(timeout=300)[0] for process in started]
     assert not any(process.returncode for process in started), "\n".join(said)
     for name in names:
-        settings, form, _ = CASES[name]
-        config = dataclasses.replace(SMALL, **settings)
-        reference = Reference(folder, config, form, ranks)
+        videos = ranks // CASES[name][3]
+        reference = Reference(folder, name, videos)
+        config = reference.config
         for i in range(1, config.iterations + 1):
             reference.iterate()
             path = folder / f"{name} {ranks} {i}.safetensors"
             tensors, info = w2svd.read_safetensors(path)
             assert info["iteration"] == i
             draws = -(-config.fake_updates // config.reuse) + 1
-            assert info["taken"] == i * ranks * config.accumulate * draws
-            exact = ranks == 2 and config.generator == "lora" and config.accumulate == 1
+            assert info["taken"] == i * videos * config.accumulate * draws
+            exact = videos == 2 == ranks and config.generator == "lora" and config.accumulate == 1
             same(tensors, w2svd.pack(reference.state), exact, (name, i))
+            assert reference.losses.keys() <= info["losses"].keys()
+            for loss, x in reference.losses.items():
+                assert info["losses"][loss] == pytest.approx(float(x), rel=1e-4, abs=1e-6), loss
 
 
 def same(one, two, exact, where):
@@ -276,7 +356,8 @@ def test_two_processes_train_as_one_does_on_the_batches_of_both(folder):
 
 @pytest.mark.slow
 def test_four_processes_train_as_one_does_on_the_batches_of_all(folder):
-    compare(folder, 4, ["full copies, split", "paired, ground truth, accumulated"])
+    names = ["full copies, split", "paired, ground truth, accumulated"]
+    compare(folder, 4, names + ["together, accumulated", "together, from a first image"])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -284,15 +365,12 @@ def test_each_clip_is_read_once_an_epoch_by_one_of_the_processes(monkeypatch, ra
     task = object.__new__(w2svd.HunyuanTask)
     task.config, task.clips = SMALL, list(range(6))
     monkeypatch.setattr(task, "read", lambda clip: clip, raising=False)
-    monkeypatch.setattr(w2svd, "RANKS", ranks)
     read = []
     for rank in range(ranks):
-        monkeypatch.setattr(w2svd, "RANK", rank)
-        read.append(list(itertools.islice(task.batches(None), 12 // ranks)))
+        read.append(list(itertools.islice(task.batches(None, 0, rank, ranks), 12 // ranks)))
     together = [clip for at_once in zip(*read) for clip in at_once]
     assert sorted(together[:6]) == sorted(together[6:]) == task.clips
-    monkeypatch.setattr(w2svd, "RANK", 0)
-    assert next(task.batches(None, taken=ranks)) == together[ranks]  # a run that goes on
+    assert next(task.batches(None, ranks, 0, ranks)) == together[ranks]  # a run that goes on
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +424,71 @@ def test_a_run_goes_on_with_other_numbers_of_processes(folder, clips_folder, tmp
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert not list(tmp_path.rglob(".part-*"))
+
+
+@pytest.mark.slow
+def test_processes_that_share_each_video_train_as_one_process_does(folder, clips_folder, tmp_path):
+    """By the command: full copies, their optimizers, films; then four processes go on, of 2 x 2."""
+    flags = [*settings(folder, clips_folder), "--checkpointing", "--iterations", 2]
+    flags += ["--generator", "full", "--fake", "full", "--generator-lr", 1e-4, "--fake-lr", 1e-4]
+    one, two, together = tmp_path / "one", tmp_path / "two", ("--context-parallel", 2)
+    train(1, one, *flags)
+    train(2, two, *flags, *together)
+    tensors = [
+        w2svd.read_safetensors(run / "checkpoint-000002.safetensors")[0] for run in (one, two)
+    ]
+    same(*tensors, False, "two processes, one video")
+    assert len({tuple(sorted(p.name for p in run.glob("samples/*"))) for run in (one, two)}) == 1
+    train(4, two, "--resume", "--iterations", 3, *together)
+    _, info = w2svd.read_safetensors(two / "checkpoint-000003.safetensors")
+    assert info["taken"] == 2 * 3 + 2 * 3  # in an iteration each pair of processes takes 3 clips
+
+
+def test_what_cannot_be_shared_is_refused(folder, capsys):
+    flags = ["train", "--model", "hunyuan", "--data", "x", "--dry-run", "--gpus", "8"]
+    tiny = [*flags, "--checkpoint", str(folder / "None"), "--height", "32", "--width", "48"]
+    for more, reason in (
+        ([*flags, "--context-parallel", "3"], "3 must divide the 8 GPUs."),
+        ([*tiny, "--context-parallel", "4"], "4 must divide the 2 heads."),
+        ([*tiny, "--context-parallel", "2", "--width", "80"], ""),
+        (
+            [
+                *flags,
+                "--height",
+                "720",
+                "--width",
+                "720",
+                "--frames",
+                "33",
+                "--context-parallel",
+                "8",
+            ],
+            "8 must divide the 18225 tokens (width).",
+        ),
+        (
+            ["train", "--model", "toy", "--gpus", "2", "--context-parallel", "2"],
+            "2 must divide the 1 toy.",
+        ),
+    ):
+        assert w2svd.main(more) == (2 if reason else 0)
+        assert capsys.readouterr().err.strip().endswith(reason)
+
+
+def test_the_plan_shares_what_grows_with_tokens():
+    """720 x 1280 x 129 fits into 80 GB from two GPUs on, each of which does half of the work."""
+    size = {"model": "hunyuan", "height": 720, "width": 1280, "frames": 129, "checkpointing": True}
+    config = Config(**size)
+    task = w2svd.HunyuanTask(config)
+    task.backbone.module.requires_grad_(False)
+    machines = [Machine(gpus=n, context_parallel=n) for n in (1, 2, 4, 8)]
+    plans = [task.costs(7, 6, 275e6, 275e6, machine) for machine in machines]
+    memory = [plan["in all, GiB"] for plan in plans]
+    assert memory[0] > 80 > 75 > memory[1] > memory[2] > memory[3]
+    inputs = [plan["GPU memory, GiB"]["inputs of the blocks"] for plan in plans]
+    text = 256 / plans[0]["tokens"]  # whole on each
+    for n, seen, plan in zip((1, 2, 4, 8), inputs, plans):
+        assert seen / inputs[0] == pytest.approx((1 - text) / n + text)
+        assert plan["PFLOP an iteration"] == pytest.approx(plans[0]["PFLOP an iteration"] / n)
 
 
 @pytest.mark.slow

@@ -250,6 +250,7 @@ class Task:
     """
 
     device, clips = "cpu", ()  # its samples are drawn, not read
+    shared = {"toy": 1}  # what several processes could compute together
 
     def __init__(self, config, recipe, mixture, learnt=None):
         self.config, self.recipe, self.mixture = config, recipe, mixture
@@ -267,13 +268,13 @@ class Task:
         module = cached_backbone(self.learnt, self.recipe, self.config)
         self.backbone.module = module.requires_grad_(False)
 
-    def costs(self, *_, **gpu):
+    def costs(self, *_):
         return {}  # too small to plan for
 
     def prepare(self):
         """Nothing has to follow the adapters."""
 
-    def batches(self, rng, taken=0):
+    def batches(self, rng, *_):
         while True:
             cond = conditions(self.data, self.recipe, self.config.batch, rng)
             yield {"x0": self.data.sample(self.config.batch, rng, cond), "cond": cond}
