@@ -116,7 +116,7 @@ Input = Literal["paired", "rollout"]
 Schedule = Literal["constant", "linear", "cosine"]
 Samples = Literal["all", "final"]
 Objective = Literal["w2svd", "finetune", "lcm", "regress"]
-Layers = Literal["all", "attention"]
+Layers = Literal["all", "attention", "single"]
 Condition = Literal["none", "first-frame", "first-frame-concat"]
 
 # Named methods, as rows of settings on top of a preset
@@ -180,7 +180,7 @@ class Config:
     sigma_shift: float = setting(1.0, "raise for more noise, more global shape / author-code")
 
     lora_rank: int = setting(64, "of both adapters; their alpha is the rank / ours", "training")
-    lora_targets: Layers = setting("all", "linear layers of the blocks that get one / ours")
+    lora_targets: Layers = setting("all", "single: of single-stream blocks / ours, author-code")
     generator_lr: float = setting(1e-5, "lower it where samples drift or collapse / ours")
     fake_lr: float = setting(1e-5, "raise it where the relative gap keeps growing / ours")
     lr_schedule: Literal["constant", "linear"] = setting("constant", "linear: to 5 % / ours")
@@ -824,8 +824,9 @@ class HunyuanVideo:
 
     def __init__(self, module, dtype, embedded_guidance=6.0, lora_targets="all"):
         self.module, self.dtype, self.guidance = module, dtype, embedded_guidance
-        layers = f"{self.ATTENTION}|{self.MLP}" if lora_targets == "all" else self.ATTENTION
-        self.lora_targets = rf"(single_)?transformer_blocks\.\d+\.({layers})"
+        layers = self.ATTENTION if lora_targets == "attention" else f"{self.ATTENTION}|{self.MLP}"
+        blocks = "single_" if lora_targets == "single" else "(single_)?"
+        self.lora_targets = rf"{blocks}transformer_blocks\.\d+\.({layers})"
         self.width = module.config.num_attention_heads * module.config.attention_head_dim
         self.form = module.config.image_condition_type  # None, token_replace or latent_concat
         for block in self.blocks:
@@ -1342,6 +1343,12 @@ class HunyuanTask:
             permutation = torch.randperm(len(self.clips), generator=order)
             yield self.read(self.clips[permutation[place]])
 
+    def learning(self):
+        """How many blocks a backward goes through: it ends at the first one with an adapter."""
+        c, module = self.config, self.backbone.module
+        single = c.lora_targets == "single" and "full" not in (c.generator, c.fake)
+        return len(module.single_transformer_blocks if single else self.backbone.blocks)
+
     def memory(self, generator, fake, tokens, machine):
         """GiB on each GPU by line, how many blocks keep attention's results, GiB in the host.
 
@@ -1349,6 +1356,7 @@ class HunyuanTask:
         """
         c, module, GiB = self.config, self.backbone.module, 2**30
         n, width, gpus = len(self.backbone.blocks), self.backbone.width, machine.parts(c)
+        learning = self.learning()
 
         def frozen():
             return sum(p.nbytes for p in module.parameters() if not p.requires_grad) / GiB
@@ -1358,7 +1366,7 @@ class HunyuanTask:
             module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
         whole, one = frozen(), 2 * tokens * width / GiB  # one: a block's bf16 tensor
         kept = (37.2 + 4 * (machine.context_parallel > 1)) * one  # what a block's backward keeps
-        inputs = 2 if machine.offload else n * (1 + (c.gan_weight > 0) / 3)
+        inputs = 2 if machine.offload else learning + n * (c.gan_weight > 0) / 3
         generator /= gpus if c.generator == "full" else 1  # adapters stay whole on each GPU
         fake /= gpus if c.fake == "full" else 1
         lines = {
@@ -1367,17 +1375,15 @@ class HunyuanTask:
             "Adam, average": (8 * (generator + fake) + 4 * generator) / GiB,
             "gradients": 4 * max(generator, fake) / GiB,
             "inputs of the blocks": inputs * one * c.checkpointing,
-            "a block, recomputed": kept * (1 if c.checkpointing else n),
+            "a block, recomputed": kept * (1 if c.checkpointing else learning),
             "CUDA, fragments": 1.6,  # with expandable segments
         }
         result = one + 4 * tokens * module.config.num_attention_heads / GiB  # and float32 sums
         keep = int((machine.room() - sum(lines.values())) / result)
-        keep = max(0, min(n, keep)) if c.checkpointing and not c.compile else 0
+        keep = max(0, min(learning, keep)) if c.checkpointing and not c.compile else 0
         lines["attention's results"] = keep * result
-        pinned = (
-            machine.offload * n * 2 ** math.ceil(math.log2(one))
-        )  # in blocks of 2, 4, 8, ... bytes
-        return lines, keep, max(loading, pinned)
+        pinned = learning * 2 ** math.ceil(math.log2(one))  # in pieces of 2, 4, 8, ... bytes
+        return lines, keep, max(loading, machine.offload * pinned)
 
     def costs(self, forwards, backwards, generator, fake, machine=MACHINE):
         """Memory, time and disk by formulas: simulated or published figures, nothing measured."""
@@ -1390,9 +1396,10 @@ class HunyuanTask:
         # much in attention, whose kernel recomputes a product; checkpointing one more forward
         linear = 2 * tokens * n * (4 + 2 * m.mlp_ratio) * width**2 / 1e15
         attention = 4 * tokens**2 * width * n / 1e15
-        forward, again = linear + attention, c.checkpointing
-        linear *= c.accumulate * (forwards + backwards * (2 + again))
-        attention *= c.accumulate * (forwards + backwards * (3.5 + again * (1 - keep / n)))
+        forward, again, share = linear + attention, c.checkpointing, self.learning() / n
+        linear *= c.accumulate * (forwards + backwards * (1 + share * (1 + again)))
+        again *= share - keep / n
+        attention *= c.accumulate * (forwards + backwards * (1 + 2.5 * share + again))
         # on an H100 in TFLOP/s, published: 650 in large products, 550 in cuDNN's attention
         seconds = (linear / 650 + attention / 550) * 1e3 / context
         saves = 2 if c.generator == "full" else c.iterations // c.save_every

@@ -472,13 +472,14 @@ def test_the_plan_s_flops_are_those_that_torch_counts_in_the_13b_model(size, pfl
 
 
 def named(row):
-    settings = ("fp8" * row["fp8_base"], "offload" * row["offload"], f"{row['room']}")
+    settings = ["fp8" * row["fp8_base"], "offload" * row["offload"], row.get("lora_targets")]
+    settings.append(f"{row['room']}")
     return "-".join(map(str, (row["height"], row["lora_rank"], *filter(None, settings))))
 
 
 @pytest.mark.parametrize("row", SIMULATED["peaks"], ids=named)
 def test_the_plan_s_memory_is_that_of_a_simulated_iteration(row):
-    settings = {name: row[name] for name in ("lora_rank", "fp8_base")}
+    settings = {n: row[n] for n in ("lora_rank", "fp8_base", "lora_targets") if n in row}
     config = full_size(row["height"], **settings)
     machine = Machine(gpu_memory=row["room"], offload=row["offload"])
     numbers = w2svd.plan(config, HunyuanTask(config), machine)
@@ -490,18 +491,29 @@ def test_the_plan_s_memory_is_that_of_a_simulated_iteration(row):
 
 
 @pytest.mark.parametrize(
-    "size, offload, worth", [(480, 0, 26.73), (544, 0, 30.61), (544, 1, 27.36), (720, 1, 30.54)]
+    "size, offload, layers, worth",
+    [
+        (480, 0, "all", 26.73),
+        (544, 0, "all", 30.61),
+        (544, 1, "all", 27.36),
+        (720, 1, "all", 30.54),
+        (544, 0, "single", 22.6),
+    ],
 )
-def test_an_iteration_s_worth_in_forwards_on_a_card_of_80_gb(size, offload, worth):
-    config = full_size(size)
+def test_an_iteration_s_worth_in_forwards_on_a_card_of_80_gb(size, offload, layers, worth):
+    config = full_size(size, lora_targets=layers)
     machine = Machine(gpu_memory=79.0, offload=bool(offload))
     numbers = w2svd.plan(config, HunyuanTask(config), machine)
-    assert numbers["generator_parameters"] == numbers["fake_parameters"] == 64 * 4_300_800
+    per_rank = {"all": 4_300_800, "single": 2_088_960}[layers]
+    assert numbers["generator_parameters"] == numbers["fake_parameters"] == 64 * per_rank
     assert numbers["forwards an iteration"] == {"without gradient": 7, "with gradient": 6}
     assert numbers["as many forwards"] == pytest.approx(worth, abs=0.06)
 
 
-@pytest.mark.parametrize("keep, settings", [(0, {}), (1, {}), (2, {"fake_updates": 3, "reuse": 3})])
+@pytest.mark.parametrize(
+    "keep, settings",
+    [(0, {}), (1, {}), (2, {"fake_updates": 3, "reuse": 3}), (1, {"lora_targets": "single"})],
+)
 def test_an_iteration_runs_the_forwards_of_the_plan(tiny, keep, settings):
     size = dict(zip(("height", "width", "frames"), (32, 48, 9)))
     config = Config(model="hunyuan", checkpoint=str(tiny), checkpointing=True, **size, **settings)
@@ -514,7 +526,9 @@ def test_an_iteration_runs_the_forwards_of_the_plan(tiny, keep, settings):
     numbers = w2svd.plan(config, task, Machine(gpu_memory=without + (keep + 0.5) * kept))
     assert numbers["blocks that keep attention's results"] == keep
 
-    roles = roles_of(tiny)
+    layers = settings.get("lora_targets", "all")
+    wrapped = HunyuanVideo(stock_transformer(tiny), torch.float32, lora_targets=layers)
+    roles = randomise(Roles(wrapped, 2, 0.25, 1.0))
     roles.backbone.keep = keep
     roles.use_checkpointing()
     blocks = roles.backbone.module.transformer_blocks[0], roles.backbone.blocks[-1]
@@ -531,8 +545,9 @@ def test_an_iteration_runs_the_forwards_of_the_plan(tiny, keep, settings):
     linear = 2 * tokens * (4 + 2 * config_of.mlp_ratio) * width**2
     attention = 4 * tokens**2 * width
     forward = attended.forward - len(refined)
-    assert attended.backward == 2 * backwards
-    counted = linear * (len(calls) + 2 * backwards)
+    learning = 1 if layers == "single" else 2
+    assert attended.backward == learning * backwards
+    counted = linear * (len(calls) + learning * backwards)
     counted += attention * (forward + 2.5 * attended.backward)
     worth = counted / (2 * (linear + attention))
     assert numbers["as many forwards"] == pytest.approx(worth, rel=1e-6)

@@ -84,6 +84,7 @@ def new_roles(folder, name, alone=False):
     config = dataclasses.replace(SMALL, **settings)
     module = HunyuanVideoTransformer3DModel.from_pretrained(folder / str(form) / "transformer")
     backbone = HunyuanVideo(module.requires_grad_(False), torch.float32)
+    backbone.keep, backbone.offload = 0 if alone else 1, not alone  # where there is checkpointing
     task = SimpleNamespace(backbone=backbone, prepare=lambda: None)
     transformer_hunyuan_video.dispatch_attention_fn = (
         ATTENTION  # as it was before a case of processes together
@@ -118,7 +119,7 @@ def work(folder, names):
         before = w2svd.base_sum(roles)
         state = StateOfRanks(config, roles, "cpu", CASES[name][3])
         training = w2svd.distil(config, roles, state, clips(form, state.rank, state.ranks))
-        for stats in w2svd.as_floats(training, state):
+        for stats in w2svd.measured(training, state, {}):
             w2svd.check_ranks(config, state)
             info = {"taken": state.taken, "iteration": state.iteration, "losses": stats}
             path = folder / f"{name} {w2svd.RANKS} {state.iteration}.safetensors"
