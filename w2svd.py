@@ -851,7 +851,7 @@ class HunyuanVideo:
         kernels = "flash_attention flash_attention_for_cpu efficient_attention cudnn_attention"
         kernels = [getattr(torch.ops.aten, f"_scaled_dot_product_{k}") for k in kernels.split()]
         attention = [kernel.default for kernel in kernels]
-        late = self.blocks[len(self.blocks) - self.keep :]
+        late = set(self.blocks[len(self.blocks) - self.keep :])
 
         def run(block, *args):
             with torch.autograd.graph.save_on_cpu(True) if self.offload else nullcontext():

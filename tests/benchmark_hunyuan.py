@@ -14,12 +14,12 @@ forward of fake and real); captions of two lengths take turns. An iteration is `
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import w2svd
-from w2svd import HUNYUAN, Config, HunyuanTask, Roles, State, fake_step, generator_step
+from w2svd import HUNYUAN, Config, HunyuanTask, Machine, Roles, State, fake_step, generator_step
 
 SIZES = {
     "480x832x61": (480, 832, 61),
@@ -36,7 +36,10 @@ SIZES = {
     "tiny": (32, 32, 5),
 }
 OPTIONS = {  # settings that differ from the default, and diffusers' name of an attention backend
-    "default": ({}, None),  # torch's own choice
+    "default": ({}, None),  # w2svd's choice: cuDNN's on Hopper; attention kept as --cap allows
+    "attention not kept": ({}, None),
+    "offload": ({}, None),
+    "single": ({"lora_targets": "single"}, None),
     "cudnn": ({}, "_native_cudnn"),
     "flash": ({}, "_native_flash"),
     "efficient": ({}, "_native_efficient"),
@@ -91,17 +94,11 @@ def gpu_memory():
     return {name: round(x, 2) for name, x in peaks.items()} | {"allocator_retries": retries}
 
 
-def planned(config, roles, times):
-    """TFLOP/s of each update by the plan's formula, and its memory for the whole run."""
-    # costs() of fp8 prepares its model for it, so that it gets one of its own
-    plain = HunyuanTask(dataclasses.replace(config, fp8_base=False))
-    trained = [sum(p.numel() for p in roles.parameters(role)) for role in ("generator", "fake")]
-    memory = HunyuanTask(config).costs(0, 0, *trained)["in all, GiB"]
-    result = {"planned_gib": round(memory, 2)}
-    for name, forwards in (("fake", 1), ("generator", 2)):
-        pflop = plain.costs(forwards, 1, 0, 0)["PFLOP an iteration"]
-        result[f"{name}_tflops"] = float(f"{pflop * 1e3 / times[name]:.4g}")
-    return result
+def planned(config, machine, trained):
+    """The plan of each update and of its memory, with so many trained parameters."""
+    updates = {"fake": 1, "generator": 2}  # forwards without gradient, beside one with
+    # costs() of fp8 casts its model, so that each gets one of its own
+    return {n: HunyuanTask(config).costs(k, 1, *trained, machine) for n, k in updates.items()}
 
 
 def measure(size, option, checkpoint, cap, repeats):
@@ -112,9 +109,16 @@ def measure(size, option, checkpoint, cap, repeats):
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total))
+    machine = Machine(
+        gpu_memory=cap * (option != "attention not kept"), offload=option == "offload"
+    )
     task = HunyuanTask(config)
     random_weights(task)
     roles = Roles(task.backbone, config.lora_rank, config.alpha_weak, config.alpha_strong)
+    trained = [sum(p.numel() for p in roles.parameters(role)) for role in ("generator", "fake")]
+    plans = planned(config, machine, trained)
+    kept = plans["fake"]["blocks that keep attention's results"]
+    task.backbone.keep, task.backbone.offload = kept, machine.offload
     if config.checkpointing:
         roles.use_checkpointing()
     task.prepare()
@@ -137,12 +141,17 @@ def measure(size, option, checkpoint, cap, repeats):
         generator_step(roles, x, sigma, next(texts), sigma / 2, eps)
         state.update("generator", 1e-5)
 
-    times = {"fake": seconds(fake, repeats), "generator": seconds(generator, repeats)}
-    result = {"size": size, "option": option}
+    with w2svd.attention() if not backend else nullcontext():
+        times = {"fake": seconds(fake, repeats), "generator": seconds(generator, repeats)}
+    result = {"size": size, "option": option, "blocks_that_keep_attention": kept}
     result |= {f"{name}_s": round(t, 4) for name, t in times.items()}
     iteration = config.fake_updates * times["fake"] + times["generator"]
     result |= {"iteration_s": round(iteration, 3), **gpu_memory()}
-    return result | planned(config, roles, times)
+    result |= {"planned_gib": round(plans["fake"]["in all, GiB"], 2)}
+    for name, numbers in plans.items():
+        tflops = numbers["PFLOP an iteration"] * 1e3 / times[name]
+        result |= {f"{name}_tflops": float(f"{tflops:.4g}")}
+    return result | {"card_tflops": float(f"{w2svd.card_tflops():.4g}")}
 
 
 def run_case(size, option, flags):

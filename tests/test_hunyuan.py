@@ -10,6 +10,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -312,6 +314,19 @@ def test_fp8_keeps_the_base_in_8_bits_and_the_adapters_in_32(tiny):
     assert 0 < (v - exact).norm() / exact.norm() < 0.1
     fake(roles)
     assert gradients(roles, "fake") and not gradients(roles, "generator")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_full_model_runs_on_a_tiny_one(tiny):
+    script = Path(__file__).with_name("benchmark_hunyuan.py")
+    options = ["default", "attention not kept", "offload"]
+    flags = ["--checkpoint", tiny, "--sizes", "tiny", "--repeats", 1, "--options", *options]
+    subprocess.run(list(map(str, [sys.executable, script, *flags])), check=True)
+    found = json.loads(Path("benchmark.json").read_text())
+    assert [row["option"] for row in found["rows"]] == options
+    assert not any("failed" in row for row in found["rows"])
+    kept = [row["blocks_that_keep_attention"] for row in found["rows"]]
+    assert kept == [2, 0, 2] and found["rows"][1]["time_ratio"] > 0
 
 
 @pytest.mark.slow
