@@ -78,7 +78,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -201,13 +200,13 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The GPUs of a run, which does not remember them: with --resume they are given again."""
+    """Where a run takes place. It is not stored with the run: with --resume give it again."""
 
     gpus: int = setting(RANKS, "how many to plan for; torchrun starts them / ours", "the machine")
-    gpu_memory: float = setting(0.0, "GiB of each, to plan for; 0: as it is here / ours")
-    shard: Literal["base", "none"] = setting("base", "what they split / ours")
+    gpu_memory: float = setting(0.0, "GiB of each to fill; attention gets the rest; 0: all / ours")
+    shard: Literal["base", "none"] = setting("base", "split the backbone over them, or not / ours")
     context_parallel: int = setting(1, "how many share a video / peer: Ulysses")
-    offload: bool = setting(False, "blocks' inputs go to the host: 720x1280x129 on 80 GB / ours")
+    offload: bool = setting(False, "blocks' inputs wait in the host: 720x1280x129 on 80 GB / ours")
 
     def room(self):
         """GiB of a GPU; 0 where none is known."""
@@ -216,7 +215,7 @@ class Machine:
 
     def parts(self, config):
         """Over how many GPUs the backbone is split."""
-        # 8 bits come by casting, which takes weights out of FSDP2's hands
+        # casting to 8 bits replaces weights, which FSDP2 would have to manage
         can = self.shard == "base" and config.model == "hunyuan" and not config.fp8_base
         return self.gpus if can else 1
 
@@ -243,7 +242,7 @@ PRESETS = {
 }
 MAY_BE_0 = "alpha_weak ema gt_weight guidance embedded_guidance sigma_low fake_warmup seed"
 MAY_BE_0 += " fake_weight_decay gan_weight gan_r1 gpu_memory"
-# what --resume may change: it touches no bits, or is said in metrics.jsonl
+# what --resume may change: it touches no bits (compile: hardly), or is said
 RESUMABLE = "out data checkpoint cache iterations log_every save_every checkpointing compile"
 RESUMABLE += " generator_lr fake_lr sample_prompts"
 SIZES = ("height", "width", "frames", "checkpoint")  # what `sample` may change of a run's config
@@ -268,6 +267,7 @@ def check(c: Config, machine=MACHINE):
     wrong = [
         (c.alpha_weak > c.alpha_strong, "--alpha-weak must be at most --alpha-strong."),
         (full and c.alpha_weak, "--fake full has no adapter for an --alpha-weak."),
+        (full and other, "--fake full needs --objective w2svd."),
         (full and c.fake_weight_decay, "--fake full has no adapter for a --fake-weight-decay."),
         (not c.sigma_low < c.sigma_high <= 1, "--sigma-low < --sigma-high <= 1 must hold."),
         (c.condition != "none" and not toy_videos, "--condition needs --model toy --data videos."),
@@ -416,7 +416,7 @@ class Roles:
     plain = functools.partialmethod(_velocity, None)  # the backbone as it came
 
     def checkpoint(self, block, *args, keep=()):
-        """block(*args), recomputed in backward, but for the results of operators in `keep`."""
+        """block(*args), recomputed in backward; what the aten operators in `keep` gave is kept."""
         role, alpha = self.role, self.alpha
 
         def as_now(*args):
@@ -820,7 +820,7 @@ class HunyuanVideo:
     # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
     ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
-    keep, offload = 0, False  # for checkpoint_with
+    keep, offload = 0, False  # see checkpoint_with
 
     def __init__(self, module, dtype, embedded_guidance=6.0, lora_targets="all"):
         self.module, self.dtype, self.guidance = module, dtype, embedded_guidance
@@ -845,8 +845,8 @@ class HunyuanVideo:
     def checkpoint_with(self, function):
         """Recompute blocks by function(block, *args, keep=operators).
 
-        The last `keep` blocks keep what attention gave, the dearest to recompute; with `offload`
-        the blocks' inputs wait in the host's memory.
+        The last `keep` blocks keep the results of attention, the dearest to recompute; with
+        `offload` the blocks' inputs wait in the host's memory. HunyuanTask.load sets both.
         """
         kernels = "flash_attention flash_attention_for_cpu efficient_attention cudnn_attention"
         kernels = [getattr(torch.ops.aten, f"_scaled_dot_product_{k}") for k in kernels.split()]
@@ -869,23 +869,24 @@ class HunyuanVideo:
 
         def attention(query, key, value, parallel_config, **_):
             x = torch.cat([query.to(value.dtype), key.to(value.dtype), value])  # (3 B, t, heads, D)
-            video, text = x.tensor_split(parallel_config, dim=1)  # text is whole, of any length
+            # parallel_config is [where text begins]; text is whole here, of any length
+            video, text = x.tensor_split(parallel_config, dim=1)
             x = torch.cat([exchange(video, 2, 1), text.chunk(n, dim=2)[rank]], dim=1)
             x = torch.nn.functional.scaled_dot_product_attention(*x.transpose(1, 2).chunk(3))
             video, text = x.transpose(1, 2).tensor_split(parallel_config, dim=1)  # heads / n
             return torch.cat([exchange(video, 1, 2), exchange(text.repeat(1, n, 1, 1), 1, 2)], 1)
 
-        def before_block(block, args):
+        def before_block(block, args):  # tokens, text, temb, mask, rope, and of a given frame
             block.attn.processor._parallel_config = [-args[1].shape[1]]  # where its text begins
             # NOTE silent: a given frame's tokens, modulated in another way, are the first of all
             return *args[:6], min(max(0, args[6] - rank * args[0].shape[1]), args[0].shape[1])
 
-        theirs.dispatch_attention_fn = attention
+        theirs.dispatch_attention_fn = attention  # of every model of this class here
         for block in self.blocks:
             block.register_forward_pre_hook(before_block)
-        # NOTE silent: each process has the whole loss, and backwards an exchange adds up all n. So
-        # the mean over all processes is right here too: tokens of a group are added up, clips
-        # averaged. With a backward to the own share alone, as of a slice, it would be 1 / n of that
+        # NOTE silent: every process has the whole loss, and an exchange's backward adds up the
+        # gradients of all n. So a process gets n times its own tokens' part, and the mean over
+        # processes is right. A slice in place of the exchange would leave 1 / n of it
         module.rope.register_forward_hook(lambda *a: [x.chunk(n)[rank] for x in a[2]])
         module.x_embedder.register_forward_hook(lambda *a: exchange(a[2][:, :, None], 1, 2).mean(2))
         self.gathered = lambda x: exchange(x[:, :, None].expand(-1, -1, n, -1), 2, 1)[:, :, 0]
@@ -1259,10 +1260,11 @@ def sampling(config):
 class HunyuanTask:
     """HunyuanVideo and a folder of clips. Such a task, a model and its data, has
 
-    .backbone (see Roles), whose weights come with .load(); .device; .shape of a sample; .clips, the
-    files; .batches(rng, taken), endless {'x0': (B, ...), 'cond', 'name'} from the clip of that
-    number on; .prepare() for what must follow the adapters; .costs(...) for the plan; .on_log(step,
-    generator) for pictures on the way; .finish(run) -> (result, table); .sample(...), a command.
+    .backbone (see Roles), whose weights come with .load(...); .device; .shape of a sample; .clips,
+    the files; .batches(rng, taken, rank, ranks), endless {'x0': (B, ...), 'cond', 'name'}, every
+    ranks-th one from number taken + rank on; .prepare() for what must follow the adapters; .costs
+    and .shared for the plan; .on_log(step, generator) for pictures on the way; .finish(run) ->
+    (result, table); .sample(...), a command.
     """
 
     device = DEVICE
@@ -1285,20 +1287,17 @@ class HunyuanTask:
         if self.form and ".txt" in (config.data[-4:], config.sample_prompts[-4:]):
             raise Refused("--data, --sample-prompts: a .txt has no first frames; name a folder.")
         # the VAE makes one of 4 frames, of 8 x 8 pixels; token_replace samples all but the first
-        self.whole = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
-        self.shape = (channels, self.whole[1] - (self.form == "token_replace"), *self.whole[2:])
-        self.tokens = math.prod(self.whole[1:]) // found.get("patch_size", 2) ** 2
-        self.shared = {"tokens (width)": self.tokens, "heads": found.get("num_attention_heads", 24)}
+        self.video = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
+        self.shape = (channels, self.video[1] - (self.form == "token_replace"), *self.video[2:])
+        self.tokens = math.prod(self.video[1:]) // m.patch_size**2
+        self.shared = {"tokens (width)": self.tokens, "heads": m.num_attention_heads}
 
     def wrap(self, module):
         c = self.config
         self.backbone = HunyuanVideo(module, module.dtype, c.embedded_guidance, c.lora_targets)
 
     def load(self, split=False, keep=0, offload=False):
-        """Encode what is missing, then read the weights; onto the GPU, unless they get split.
-
-        keep, offload: see HunyuanVideo.checkpoint_with.
-        """
+        """Encode what is missing, then read the weights; keep, offload: see checkpoint_with."""
         if DEVICE == "cpu" and self.backbone.module.num_parameters() > 1e9:
             raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {EXAMPLE}")
         c = self.config
@@ -1312,7 +1311,7 @@ class HunyuanTask:
         self.backbone.keep, self.backbone.offload = keep, offload
 
     def load_weights(self, split=False):
-        # whole copies would not fit beside it before they are split, which moves them there
+        # a full copy beside it would not fit: split_over_ranks moves the parts there
         full = "full" in (self.config.generator, self.config.fake)
         device = "cpu" if full and split else DEVICE
         pipe = load_pipeline(self.config.checkpoint, (*TEXT, "vae"), device=device)
@@ -1365,7 +1364,8 @@ class HunyuanTask:
         if c.fp8_base:  # the plan's model has no other use
             module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
         whole, one = frozen(), 2 * tokens * width / GiB  # one: a block's bf16 tensor
-        kept = (37.2 + 4 * (machine.context_parallel > 1)) * one  # what a block's backward keeps
+        # what a block's backward keeps, simulated; exchanges: counted on a CPU
+        kept = (37.2 + 4 * (machine.context_parallel > 1)) * one
         inputs = 2 if machine.offload else learning + n * (c.gan_weight > 0) / 3
         generator /= gpus if c.generator == "full" else 1  # adapters stay whole on each GPU
         fake /= gpus if c.fake == "full" else 1
@@ -1382,7 +1382,7 @@ class HunyuanTask:
         keep = int((machine.room() - sum(lines.values())) / result)
         keep = max(0, min(learning, keep)) if c.checkpointing and not c.compile else 0
         lines["attention's results"] = keep * result
-        pinned = learning * 2 ** math.ceil(math.log2(one))  # in pieces of 2, 4, 8, ... bytes
+        pinned = learning * 2 ** math.ceil(math.log2(one))  # torch rounds up to powers of two
         return lines, keep, max(loading, machine.offload * pinned)
 
     def costs(self, forwards, backwards, generator, fake, machine=MACHINE):
@@ -1426,7 +1426,7 @@ class HunyuanTask:
     def draw(self, velocity, sigmas, cond, seed, euler=False):
         """Latents of a whole video, (1, C, T, H, W); the seed decides it."""
         rng = torch.Generator(DEVICE).manual_seed(seed)
-        noise = torch.randn(1, *self.whole, generator=rng, device=DEVICE)[:, :, -self.shape[1] :]
+        noise = torch.randn(1, *self.video, generator=rng, device=DEVICE)[:, :, -self.shape[1] :]
         if self.form:  # as diffusers' image-to-video pipeline begins
             noise = 0.999 * noise + 0.001 * cond["image"]
         given = velocity, noise, sigmas, cond
@@ -1555,13 +1555,16 @@ def mean_over_ranks(x):
     return x
 
 
-def whole(x):
+def in_one_piece(x):
     """A tensor, of which each process may hold a part, in one piece."""
     return x.detach().full_tensor() if is_split(x) else x.detach()
 
 
 class StateOfRanks(State):
-    """The State of one of several processes; `context` in a row share clips and noise."""
+    """A State with clips and noise of its own, and gradients of all processes; alone a State.
+
+    `context` processes in a row share clips and noise.
+    """
 
     def __init__(self, config, roles, device, context=1):
         super().__init__(config, roles, device)
@@ -1574,7 +1577,7 @@ class StateOfRanks(State):
     def update(self, role, lr):
         for parameter in self.roles.parameters(role):
             mean_over_ranks(parameter.grad)
-        return whole(super().update(role, lr))
+        return in_one_piece(super().update(role, lr))
 
 
 def split_over_ranks(roles):
@@ -1610,7 +1613,7 @@ def split_as(x, like):
 
 def write_by_first(path, tensors, info):
     """write_safetensors of tensors that may be split: all processes gather, the first writes."""
-    gathered = ((name, whole(x)) for name, x in tensors.items())
+    gathered = ((name, in_one_piece(x)) for name, x in tensors.items())
     kept = {name: x.cpu() for name, x in gathered if RANK == 0}  # one at a time, by every process
     if RANK == 0:
         write_safetensors(path, kept, info)
@@ -1701,7 +1704,7 @@ def memory_mb(device):
 
 def commit():
     """The git commit of this file, for config.json; or git's word on why there is none."""
-    return subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD")
+    return subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
 
 
 def plan(config, task, machine=MACHINE):
@@ -1724,7 +1727,7 @@ def plan(config, task, machine=MACHINE):
         forwards, backwards = forwards + looks / 3, backwards + 1 / 3
     if config.objective != "w2svd":
         forwards = {"finetune": 0, "lcm": 2, "regress": 28}[config.objective]
-        backwards, trained[1] = 1, 0
+        backwards = 1
     names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
     return task.costs(forwards, backwards, *trained, machine) | {
@@ -1771,7 +1774,7 @@ def save_generator(path, config, state, base_sum):
 def base_sum(roles):
     """The sum over about eight frozen tensors, to show that they did not move."""
     frozen = [p for p in roles.backbone.module.parameters() if not p.requires_grad]
-    return sum(float(whole(p).double().sum()) for p in frozen[:: max(1, len(frozen) // 8)])
+    return sum(float(in_one_piece(p).double().sum()) for p in frozen[:: max(1, len(frozen) // 8)])
 
 
 def pack(state):
@@ -1862,36 +1865,33 @@ def signals():
 
 
 def card_tflops():
-    """What a large product of bf16 matrices reaches here, in TFLOP/s."""
+    """What a large product of bf16 matrices reaches here, in TFLOP/s: the most to hope for."""
     from torch.utils.benchmark import Timer
 
     n = 8192 if DEVICE == "cuda" else 512
-    a = torch.ones(n, n, device=DEVICE, dtype=torch.bfloat16)
+    a = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16)
     return 2 * n**3 / Timer("a @ a", globals={"a": a}).timeit(20).mean / 1e12
 
 
-def measured(iterations, state, numbers):
+def measured(iterations, state, pflop=None):
     """Each iteration's numbers as floats, the ranks' means, with ratios, its time and its speed.
 
     Refused, with what was read, if one is not finite.
     """
-    flop = numbers.get("PFLOP an iteration")
-    card, tick = card_tflops() if flop else None, time.perf_counter()
+    card, tick = card_tflops() if pflop else None, time.perf_counter()
     try:
         for stats in iterations:
             numbers = torch.tensor([float(x) for x in stats.values()], dtype=torch.float64)
             line = dict(zip(stats, mean_over_ranks(numbers).tolist()))
-            both = [n for n in ("std", "motion") if f"gen_{n}" in line]
-            known = [n for n in both if line[f"data_{n}"]]  # 0: captions alone
-            line |= {f"{n}_ratio": line[f"gen_{n}"] / line[f"data_{n}"] for n in known}
-            line["seconds"] = seconds = time.perf_counter() - tick
-            line["hours_left"] = seconds * (state.config.iterations - state.iteration) / 3600
+            for n in ("std", "motion"):
+                if f"gen_{n}" in line and line[f"data_{n}"]:  # 0: captions alone
+                    line[f"{n}_ratio"] = line[f"gen_{n}"] / line[f"data_{n}"]
+            seconds, left = time.perf_counter() - tick, state.config.iterations - state.iteration
+            line |= {"seconds": seconds, "hours_left": seconds * left / 3600}
             line["memory_mb"] = memory_mb(state.device)
-            if flop:
-                line |= {
-                    "tflops": 1e3 * flop / seconds,
-                    "share_of_card": 1e3 * flop / seconds / card,
-                }
+            if pflop:
+                tflops = 1e3 * pflop / seconds
+                line |= {"tflops": tflops, "share_of_card": tflops / card}
             yield line
             tick = time.perf_counter()
     except FloatingPointError as error:
@@ -1912,7 +1912,7 @@ def check_machine(machine, numbers, dry_run):
         raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}; less need {cure}.", status=1)
 
 
-def attention():
+def prefer_cudnn():
     """Inside, cuDNN's attention comes first on Hopper, where it is the fastest (published).
 
     For the whole process, not around a forward: blocks recomputed in backward need the same.
@@ -1962,7 +1962,7 @@ def train(config, machine=MACHINE, resume=False, dry_run=False):  # noqa: C901
     from tqdm import tqdm
 
     started, folder = time.perf_counter(), Path(config.out)
-    context, split = machine.context_parallel, RANKS > 1 and machine.parts(config) > 1
+    context, split = machine.context_parallel, machine.parts(config) > 1
     task = load_task(config)
     numbers = plan(config, task, machine)
     show({"plan": numbers, "config": dataclasses.asdict(config)})
@@ -1993,9 +1993,10 @@ def train(config, machine=MACHINE, resume=False, dry_run=False):  # noqa: C901
     picture()  # of the beginning; after a resume the checkpoint's, which may be missing
     data = task.batches(state.rngs["data"], state.taken, state.rank, state.ranks)
     bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
-    with log, bar, attention(), signals() as stop:
+    with log, bar, prefer_cudnn(), signals() as stop:
         loop = distil if config.objective == "w2svd" else without_fake
-        for line in measured(loop(config, roles, state, data), state, numbers):
+        iterations = loop(config, roles, state, data)
+        for line in measured(iterations, state, numbers.get("PFLOP an iteration")):
             bar.set_postfix(dict(itertools.islice(line.items(), 2)), refresh=False)
             bar.update()
             stopped = max(of_all_ranks(stop[0] if stop else 0))
@@ -2311,9 +2312,7 @@ def main(argv=None):
     except Refused as error:
         reason, status = error, error.status
     except torch.OutOfMemoryError:
-        reason = (
-            "out of GPU memory; keep less of attention by a smaller --gpu-memory, or see --dry-run."
-        )
+        reason = "out of GPU memory; a smaller --gpu-memory keeps less; the plan says what else."
     except ImportError as error:
         reason = f"{error}: pip install -r requirements.txt; the toy needs toy/ beside this file."
     except (OSError, SafetensorError, csv.Error) as error:  # no space left, a folder that went away

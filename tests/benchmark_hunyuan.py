@@ -141,7 +141,7 @@ def measure(size, option, checkpoint, cap, repeats):
         generator_step(roles, x, sigma, next(texts), sigma / 2, eps)
         state.update("generator", 1e-5)
 
-    with w2svd.attention() if not backend else nullcontext():
+    with w2svd.prefer_cudnn() if not backend else nullcontext():
         times = {"fake": seconds(fake, repeats), "generator": seconds(generator, repeats)}
     result = {"size": size, "option": option, "blocks_that_keep_attention": kept}
     result |= {f"{name}_s": round(t, 4) for name, t in times.items()}

@@ -590,7 +590,7 @@ def test_the_plan_counts_what_the_objective_runs():
     forwards, backwards, memory = counted(objective="lcm")
     assert (forwards, backwards) == (2, 1)
     weights = "generator and fake, float32"
-    assert memory[weights] == pytest.approx(plain[weights] / 2)
+    assert memory[weights] == plain[weights]  # the fake's adapter is there, though it rests
 
 
 def test_what_does_not_fit_ends_with_1_and_the_cure(capsys):

@@ -119,7 +119,7 @@ def work(folder, names):
         before = w2svd.base_sum(roles)
         state = StateOfRanks(config, roles, "cpu", CASES[name][3])
         training = w2svd.distil(config, roles, state, clips(form, state.rank, state.ranks))
-        for stats in w2svd.measured(training, state, {}):
+        for stats in w2svd.measured(training, state):
             w2svd.check_ranks(config, state)
             info = {"taken": state.taken, "iteration": state.iteration, "losses": stats}
             path = folder / f"{name} {w2svd.RANKS} {state.iteration}.safetensors"
@@ -147,7 +147,9 @@ def resumed(folder, name, state):
     for _ in w2svd.distil(config, roles, again, clips(form, again.taken + state.rank, state.ranks)):
         pass
     one, two = w2svd.pack(state), w2svd.pack(again)
-    assert all(torch.equal(w2svd.whole(one[n]), w2svd.whole(two[n])) for n in one | two)
+    assert all(
+        torch.equal(w2svd.in_one_piece(one[n]), w2svd.in_one_piece(two[n])) for n in one | two
+    )
 
 
 def all_see_the_whole(form):
