@@ -204,9 +204,11 @@ class Machine:
 
     gpus: int = setting(RANKS, "how many to plan for; torchrun starts them / ours", "the machine")
     gpu_memory: float = setting(0.0, "GiB of each to fill; attention gets the rest; 0: all / ours")
-    shard: Literal["base", "none"] = setting("base", "split the backbone over them, or not / ours")
-    context_parallel: int = setting(1, "how many share a video / peer: Ulysses")
-    offload: bool = setting(False, "blocks' inputs wait in the host: 720x1280x129 on 80 GB / ours")
+    shard: Literal["base", "none"] = setting(
+        "base", "split the backbone over them, or keep it whole / ours"
+    )
+    context_parallel: int = setting(1, "GPUs that share a video; divides tokens, heads / peer")
+    offload: bool = setting(False, "blocks' inputs wait in host memory: 720p on 80 GB / ours")
 
     def room(self):
         """GiB of a GPU; 0 where none is known."""
@@ -284,6 +286,8 @@ def check(c: Config, machine=MACHINE):
         (c.frames % 4 != 1 or c.frames < 5, "--frames must be 4 k + 1: 61, 129."),
         (hunyuan and c.batch > 1, "--model hunyuan needs --batch 1; see --accumulate."),
         (hunyuan and c.guidance != 1, "--guidance must be 1: --model hunyuan has it embedded."),
+        (machine.offload and not c.checkpointing, "--offload needs --checkpointing."),
+        (machine.context_parallel > 1 and not hunyuan, "The toy has no --context-parallel."),
         (c.compile and c.fp8_base, "--compile does not work on --fp8-base: it breaks every graph."),
     ]
     for holds, sentence in wrong:
@@ -344,7 +348,7 @@ class Roles:
     `backbone` has .module, .velocity(x_t, sigma, cond), .lora_targets (a regular expression),
     .checkpoint_with(function) and, to be judged, .features(x_t, sigma, cond) of .width numbers;
     cond None is unconditional. A role trained in 'full' owns a copy of the backbone, whose velocity
-    must run its own .module; the real DiT is then the plain one. `alpha_weak` may change.
+    must run its .module; with a full fake the real DiT is the plain one. `alpha_weak` may change.
     """
 
     def __init__(self, backbone, rank, alpha_weak, alpha_strong, generator="lora", fake="lora"):
@@ -1262,8 +1266,8 @@ class HunyuanTask:
 
     .backbone (see Roles), whose weights come with .load(...); .device; .shape of a sample; .clips,
     the files; .batches(rng, taken, rank, ranks), endless {'x0': (B, ...), 'cond', 'name'}, every
-    ranks-th one from number taken + rank on; .prepare() for what must follow the adapters; .costs
-    and .shared for the plan; .on_log(step, generator) for pictures on the way; .finish(run) ->
+    ranks-th one from number taken + rank on; .prepare() for what must follow the adapters;
+    .costs(...) for the plan; .on_log(step, generator) for pictures on the way; .finish(run) ->
     (result, table); .sample(...), a command.
     """
 
@@ -1290,7 +1294,6 @@ class HunyuanTask:
         self.video = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
         self.shape = (channels, self.video[1] - (self.form == "token_replace"), *self.video[2:])
         self.tokens = math.prod(self.video[1:]) // m.patch_size**2
-        self.shared = {"tokens (width)": self.tokens, "heads": m.num_attention_heads}
 
     def wrap(self, module):
         c = self.config
@@ -1355,35 +1358,39 @@ class HunyuanTask:
         """
         c, module, GiB = self.config, self.backbone.module, 2**30
         n, width, gpus = len(self.backbone.blocks), self.backbone.width, machine.parts(c)
-        learning = self.learning()
+        full = generator * (c.generator == "full") + fake * (c.fake == "full")
+        share = full / gpus + generator + fake - full  # adapters stay whole on each GPU
+        average = generator / (gpus if c.generator == "full" else 1)
 
         def frozen():
             return sum(p.nbytes for p in module.parameters() if not p.requires_grad) / GiB
 
-        loading = frozen()
+        host = frozen() + 4 * full / GiB * (gpus > 1)  # copies are made there before the split
         if c.fp8_base:  # the plan's model has no other use
             module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
-        whole, one = frozen(), 2 * tokens * width / GiB  # one: a block's bf16 tensor
+        base, one = frozen(), 2 * tokens * width / GiB  # one: a block's bf16 tensor
         # what a block's backward keeps, simulated; exchanges: counted on a CPU
         kept = (37.2 + 4 * (machine.context_parallel > 1)) * one
-        inputs = 2 if machine.offload else learning + n * (c.gan_weight > 0) / 3
-        generator /= gpus if c.generator == "full" else 1  # adapters stay whole on each GPU
-        fake /= gpus if c.fake == "full" else 1
+        inputs = self.learning() + n * (c.gan_weight > 0) / 3
         lines = {
-            "backbone, frozen": whole / gpus + 3 * whole / n * (gpus > 1),  # blocks being gathered
-            "generator and fake, float32": 4 * (generator + fake) / GiB,
-            "Adam, average": (8 * (generator + fake) + 4 * generator) / GiB,
-            "gradients": 4 * max(generator, fake) / GiB,
-            "inputs of the blocks": inputs * one * c.checkpointing,
-            "a block, recomputed": kept * (1 if c.checkpointing else learning),
+            "backbone, frozen": base / gpus + 3 * base / n * (gpus > 1),  # blocks being gathered
+            "generator and fake, float32": 4 * share / GiB,
+            "Adam, average": (8 * share + 4 * average) / GiB,
+            "gradients": 4 * max(average, share - average) / GiB,
+            "inputs of the blocks": (2 if machine.offload else inputs) * one * c.checkpointing,
+            "a block, recomputed": kept * (1 if c.checkpointing else self.learning()),
             "CUDA, fragments": 1.6,  # with expandable segments
         }
         result = one + 4 * tokens * module.config.num_attention_heads / GiB  # and float32 sums
-        keep = int((machine.room() - sum(lines.values())) / result)
-        keep = max(0, min(learning, keep)) if c.checkpointing and not c.compile else 0
+        # a twentieth stays free, as no GPU has checked this; copies gather more than is counted
+        keep = int((0.95 * machine.room() - sum(lines.values())) / result)
+        most = self.learning() if c.checkpointing and not c.compile and not full else 0
+        if c.gan_weight:  # the discriminator runs the double-stream blocks, which come first
+            most = min(most, len(module.single_transformer_blocks))
+        keep = max(0, min(most, keep))
         lines["attention's results"] = keep * result
-        pinned = learning * 2 ** math.ceil(math.log2(one))  # torch rounds up to powers of two
-        return lines, keep, max(loading, machine.offload * pinned)
+        pinned = inputs * 2 ** math.ceil(math.log2(one))  # torch rounds up to powers of two
+        return lines, keep, max(host, machine.offload * pinned)
 
     def costs(self, forwards, backwards, generator, fake, machine=MACHINE):
         """Memory, time and disk by formulas: simulated or published figures, nothing measured."""
@@ -1391,6 +1398,10 @@ class HunyuanTask:
         n, width = len(self.backbone.blocks), self.backbone.width
         text = 256 + {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
         tokens, context = self.tokens + text, machine.context_parallel
+        counts = {"GPUs": machine.gpus, "tokens": self.tokens, "heads": m.num_attention_heads}
+        for name, count in counts.items():
+            if count % context:
+                raise Refused(f"--context-parallel {context} must divide the {count} {name}.")
         memory, keep, host = self.memory(generator, fake, self.tokens / context + text, machine)
         # PFLOP of a forward. A backward takes as much in frozen linear layers, and 2.5 times as
         # much in attention, whose kernel recomputes a product; checkpointing one more forward
@@ -1408,14 +1419,17 @@ class HunyuanTask:
         return {
             "GPU memory, GiB": memory,
             "in all, GiB": sum(memory.values()),
+            "needed of it, GiB": sum(memory.values()) - memory["attention's results"],
             "blocks that keep attention's results": keep,
             "hours on H100": seconds * c.iterations / 3600,
             "seconds an iteration": seconds,
+            "clips an update": c.accumulate * machine.gpus // context,
             "PFLOP an iteration": (linear + attention) / context,
             "as many forwards": (linear + attention) / forward,
             "disk for the run, GiB": 4 * saved / 2**30,
             "download, once, GB": 42 if c.checkpoint == HUNYUAN else 0,
-            "host memory, GiB": host,
+            "host memory of each process, GiB": host,
+            "attention": "cuDNN's first on Hopper, as for these hours; else torch's choice",
             "tokens": tokens,
         }
 
@@ -1620,12 +1634,15 @@ def write_by_first(path, tensors, info):
 
 
 def check_ranks(config, state):
-    """Stop where processes differ in what must be the same in all: the trained weights, exits."""
+    """Stop where processes differ in what they share: trained weights, exits, a group's noise."""
     marks = [state.iteration, state.taken]
     marks += [state.rngs["exit"].get_state().sum()] if config.generator_input == "rollout" else []
     for role in state.optimizers:
         marks += [p.detach().sum() for p in state.roles.parameters(role) if not is_split(p)]
-    if len(set(of_all_ranks(tuple(map(float, marks))))) > 1:
+    noise = [rng.get_state().sum() for rng in state.rngs.values()]
+    every = of_all_ranks((tuple(map(float, marks)), (state.rank, *map(float, noise))))
+    of_all, of_a_group = map(set, zip(*every))
+    if len(of_all) > 1 or len(of_a_group) > state.ranks:
         raise RuntimeError("the processes have drifted apart; a bug, since all must do the same")
 
 
@@ -1709,10 +1726,6 @@ def commit():
 
 def plan(config, task, machine=MACHINE):
     """What a run takes: its costs first, then the numbers that follow from the config."""
-    context = machine.context_parallel
-    for name, count in {"GPUs": machine.gpus, **task.shared}.items():
-        if count % context:
-            raise Refused(f"--context-parallel {context} must divide the {count} {name}.")
     backbone = sum(p.numel() for p in task.backbone.module.parameters())
     with torch.device("meta"):  # nothing is loaded yet; load() brings one without these adapters
         roles = Roles(task.backbone, config.lora_rank, 0.0, 1.0, config.generator, config.fake)
@@ -1736,7 +1749,7 @@ def plan(config, task, machine=MACHINE):
         "fake_parameters": trained[1],
         "forwards an iteration": {"without gradient": forwards, "with gradient": backwards},
         "sample_shape": list(task.shape),
-        "sigmas": few_step_sigmas(config.steps, config.shift).tolist(),
+        "sigmas": [round(x, 6) for x in few_step_sigmas(config.steps, config.shift).tolist()],
         "versions": {"python": sys.version.split()[0], **versions},
         "commit": commit(),
     }
@@ -1815,6 +1828,7 @@ def save(folder, config, state, base_sum, clips):
     step = f"{state.iteration:06}.safetensors"
     save_generator(folder / f"generator-{step}", config, state, base_sum)
     info = {"iteration": state.iteration, "taken": state.taken, "base_sum": base_sum}
+    info |= {"clips_an_update": config.accumulate * state.ranks}
     info |= {"rates": {n: getattr(config, n) for n in ("generator_lr", "fake_lr")}, "clips": clips}
     info |= {"metrics_bytes": (folder / "metrics.jsonl").stat().st_size}
     write_by_first(folder / f"checkpoint-{step}", pack(state), info)
@@ -1840,6 +1854,9 @@ def restore(folder, state, base_sum, clips):
             raise Refused(f"{path} was saved later: --iterations cannot be less.")
         unpack(state, tensors, info["iteration"], info["taken"])
         print(f"{path.name}: it goes on from iteration {state.iteration}")
+        then, now = info.get("clips_an_update"), state.config.accumulate * state.ranks
+        if then not in (None, now):
+            print(f"w2svd: an update read {then} clips, now {now}; see --help, the machine.")
         gone, new = set(info["clips"]) - set(clips), set(clips) - set(info["clips"])
         if info["clips"] != clips:
             print(f"w2svd: the data have changed: {len(gone)} clips gone, {len(new)} new.")
@@ -1870,7 +1887,8 @@ def card_tflops():
 
     n = 8192 if DEVICE == "cuda" else 512
     a = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16)
-    return 2 * n**3 / Timer("a @ a", globals={"a": a}).timeit(20).mean / 1e12
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / timer.timeit(500 if DEVICE == "cuda" else 20).mean / 1e12
 
 
 def measured(iterations, state, pflop=None):
@@ -1883,9 +1901,9 @@ def measured(iterations, state, pflop=None):
         for stats in iterations:
             numbers = torch.tensor([float(x) for x in stats.values()], dtype=torch.float64)
             line = dict(zip(stats, mean_over_ranks(numbers).tolist()))
-            for n in ("std", "motion"):
-                if f"gen_{n}" in line and line[f"data_{n}"]:  # 0: captions alone
-                    line[f"{n}_ratio"] = line[f"gen_{n}"] / line[f"data_{n}"]
+            # captions alone have 0
+            known = [n for n in ("std", "motion") if f"gen_{n}" in line and line[f"data_{n}"]]
+            line |= {f"{n}_ratio": line[f"gen_{n}"] / line[f"data_{n}"] for n in known}
             seconds, left = time.perf_counter() - tick, state.config.iterations - state.iteration
             line |= {"seconds": seconds, "hours_left": seconds * left / 3600}
             line["memory_mb"] = memory_mb(state.device)
@@ -1905,10 +1923,11 @@ def measured(iterations, state, pflop=None):
 def check_machine(machine, numbers, dry_run):
     """Refuse a run that does not fit into the GPU here, or into as many GiB as were named."""
     if machine.gpus != RANKS and not dry_run:
-        raise Refused(f"--gpus {machine.gpus} is a plan's; torchrun starts a process for each.")
+        raise Refused(f"--gpus {machine.gpus} plans: with --dry-run. torchrun starts processes.")
     need, room = numbers.get("in all, GiB", 0.0), machine.room()
     if need > room > 0:
-        cure = "fewer --frames, a smaller --height and --width, --offload, --fp8-base"
+        cure = "fewer --frames, a smaller --height, --width, --lora-rank; --checkpointing"
+        cure += " and --offload; on one GPU --fp8-base; or more --gpus, --context-parallel"
         raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}; less need {cure}.", status=1)
 
 
@@ -1965,7 +1984,7 @@ def train(config, machine=MACHINE, resume=False, dry_run=False):  # noqa: C901
     context, split = machine.context_parallel, machine.parts(config) > 1
     task = load_task(config)
     numbers = plan(config, task, machine)
-    show({"plan": numbers, "config": dataclasses.asdict(config)})
+    show({"plan": numbers, "config": vars(config), "machine": vars(machine)})
     check_machine(machine, numbers, dry_run)
     if dry_run:
         return None
@@ -2028,7 +2047,8 @@ def train(config, machine=MACHINE, resume=False, dry_run=False):  # noqa: C901
 # ---- 10. Sample, export, command line ------------------------------------------------------------
 def read_generator(run, at=None):
     """The tensors and the header of a run's generator: the newest, or that of iteration `at`."""
-    saved = {int(p.stem[-6:]): p for p in sorted(Path(run).glob("generator-*.safetensors"))}
+    every = sorted(Path(run).glob(f"generator-{6 * '[0-9]'}.safetensors"))
+    saved = {int(path.stem[-6:]): path for path in every}
     newest = [Path(run) / "generator.safetensors", *saved.values()][-1]
     path = newest if at is None else newest.with_name(f"generator-{at:06}.safetensors")
     if not path.exists():
@@ -2176,6 +2196,7 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
         scheduler.save_pretrained(out / "scheduler")
     said = {"load": MERGED if format == "merged" else LORA, "image": IMAGE if task.form else ""}
     said |= dataclasses.asdict(config) | info | {"checkpoint": config.checkpoint}
+    said["sigmas"] = ", ".join(f"{x:.6g}" for x in info["sigmas"])
     card = CARD + (COMFYUI if format == "comfyui" else DIFFUSERS)
     (out / "README.md").write_text(card.format(**said), encoding="utf-8")
     print(f"wrote {out}, for {format}")
@@ -2312,7 +2333,7 @@ def main(argv=None):
     except Refused as error:
         reason, status = error, error.status
     except torch.OutOfMemoryError:
-        reason = "out of GPU memory; a smaller --gpu-memory keeps less; the plan says what else."
+        reason = "out of GPU memory; a smaller --gpu-memory keeps less; --dry-run says what else."
     except ImportError as error:
         reason = f"{error}: pip install -r requirements.txt; the toy needs toy/ beside this file."
     except (OSError, SafetensorError, csv.Error) as error:  # no space left, a folder that went away

@@ -486,15 +486,18 @@ def test_the_plan_s_flops_are_those_that_torch_counts_in_the_13b_model(size, pfl
     assert plan(7, 6) == pytest.approx(expected, rel=1e-3)
 
 
+VARIED = "lora_rank", "fp8_base", "lora_targets", "gan_weight"
+
+
 def named(row):
     settings = ["fp8" * row["fp8_base"], "offload" * row["offload"], row.get("lora_targets")]
-    settings.append(f"{row['room']}")
+    settings += ["gan" * ("gan_weight" in row), f"{row['room']}"]
     return "-".join(map(str, (row["height"], row["lora_rank"], *filter(None, settings))))
 
 
 @pytest.mark.parametrize("row", SIMULATED["peaks"], ids=named)
 def test_the_plan_s_memory_is_that_of_a_simulated_iteration(row):
-    settings = {n: row[n] for n in ("lora_rank", "fp8_base", "lora_targets") if n in row}
+    settings = {n: row[n] for n in VARIED if n in row}
     config = full_size(row["height"], **settings)
     machine = Machine(gpu_memory=row["room"], offload=row["offload"])
     numbers = w2svd.plan(config, HunyuanTask(config), machine)
@@ -503,16 +506,17 @@ def test_the_plan_s_memory_is_that_of_a_simulated_iteration(row):
     assert numbers["in all, GiB"] == pytest.approx(sum(memory.values()))
     allocated = sum(memory.values()) - memory["CUDA, fragments"]
     assert allocated == pytest.approx(row["allocated_gib"], rel=0.05)
+    assert allocated > row["allocated_gib"]  # what is free gets filled, so rather too much
 
 
 @pytest.mark.parametrize(
     "size, offload, layers, worth",
     [
         (480, 0, "all", 26.73),
-        (544, 0, "all", 30.61),
+        (544, 0, "all", 31.36),
         (544, 1, "all", 27.36),
-        (720, 1, "all", 30.54),
-        (544, 0, "single", 22.6),
+        (720, 1, "all", 30.97),
+        (544, 0, "single", 22.57),
     ],
 )
 def test_an_iteration_s_worth_in_forwards_on_a_card_of_80_gb(size, offload, layers, worth):
@@ -538,7 +542,7 @@ def test_an_iteration_runs_the_forwards_of_the_plan(tiny, keep, settings):
     tokens = math.prod(task.shape[1:]) + 256
     width = config_of.num_attention_heads * config_of.attention_head_dim
     kept = tokens * (2 * width + 4 * config_of.num_attention_heads) / 2**30
-    numbers = w2svd.plan(config, task, Machine(gpu_memory=without + (keep + 0.5) * kept))
+    numbers = w2svd.plan(config, task, Machine(gpu_memory=(without + (keep + 0.5) * kept) / 0.95))
     assert numbers["blocks that keep attention's results"] == keep
 
     layers = settings.get("lora_targets", "all")

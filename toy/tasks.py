@@ -250,7 +250,6 @@ class Task:
     """
 
     device, clips = "cpu", ()  # its samples are drawn, not read
-    shared = {"toy": 1}  # what several processes could compute together
 
     def __init__(self, config, recipe, mixture, learnt=None):
         self.config, self.recipe, self.mixture = config, recipe, mixture
@@ -258,8 +257,9 @@ class Task:
         self.shape = self.data.shape
         if config.guidance != 1 and not self.recipe.labels:
             raise Refused("--guidance needs captions; of the toys, --data videos alone has them.")
-        if config.fp8_base or config.compile:
-            raise Refused("--fp8-base and --compile are HunyuanVideo's; the toy needs neither.")
+        if config.fp8_base or config.compile or config.lora_targets != "all":
+            flags = "--fp8-base, --compile and --lora-targets"
+            raise Refused(f"{flags} are HunyuanVideo's; the toy has none of them.")
         self.backbone = BACKBONES[recipe.condition](build(self.mixture, self.recipe))
         self.sigmas = few_step_sigmas(config.steps, config.shift)
 

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -76,7 +77,8 @@ def planned(kind):
     settings = {"generator": kind, "fake": kind, "checkpointing": True}
     settings |= {"alpha_weak": 0.0} if kind == "full" else {}
     config = w2svd.Config(model="hunyuan", **settings)
-    return w2svd.plan(config, w2svd.HunyuanTask(config))["in all, GiB"]
+    nothing_kept = w2svd.Machine(gpu_memory=1.0)
+    return w2svd.plan(config, w2svd.HunyuanTask(config), nothing_kept)["in all, GiB"]
 
 
 def markdown(stored):
@@ -117,6 +119,8 @@ def main():
     for name, both in runs.items():
         seconds = [s for run in both for s in run["seconds"]]
         stored[name] = both[0] | {"seconds": seconds, "mb": max(run["mb"] for run in both)}
+    head = {"date": str(date.today()), "torch": torch.__version__, "hardware": "one CPU core"}
+    stored |= {"made": head | {"command": "python -m toy.study.side_by_side"}}
     STORED.write_text(json.dumps(stored, indent=1) + "\n")
     print(markdown(stored))
 
