@@ -204,9 +204,7 @@ class Machine:
 
     gpus: int = setting(RANKS, "how many to plan for; torchrun starts them / ours", "the machine")
     gpu_memory: float = setting(0.0, "GiB of each to fill; attention gets the rest; 0: all / ours")
-    shard: Literal["base", "none"] = setting(
-        "base", "split the backbone over them, or keep it whole / ours"
-    )
+    shard: Literal["base", "none"] = setting("base", "base: the backbone is split / ours")
     context_parallel: int = setting(1, "GPUs that share a video; divides tokens, heads / peer")
     offload: bool = setting(False, "blocks' inputs wait in host memory: 720p on 80 GB / ours")
 
