@@ -28,19 +28,23 @@ LIBRARIES = """pytest torch.func peft einops scipy.stats scipy.integrate tqdm sa
 PASSED, FAILED = 0, 1  # pytest's exit statuses; any other says that no test ran as it should
 
 # A file of tests, then the mutations that it must notice, 'name @ where: old text ==> new text',
-# where is a function of w2svd.py, or 'file:function'; a line that is indented goes on
+# where is a function of w2svd.py, or 'file:function'; a line that is indented goes on. What stands
+# behind ' with ' is put into the environment of the tests
 TABLE = r"""
-# test_ranks.py
+# test_ranks.py -k two_processes with CASE=rollout, not split
 gradients stay each process's own @ mean_over_ranks: RANKS > 1 and ==> RANKS > 9 and
 gradients of processes are added up @ mean_over_ranks: x /= RANKS ==> x /= 1
 every process draws the same noise @ StateOfRanks.__init__: 2**20 * self.rank ==> 0 * RANK
 each process has exits of its own @ StateOfRanks.__init__: name != "exit" or ==> name or
+processes go on with the first one's noise @ unpack: if shared else state.rank ==> if shared else 0
+# test_ranks.py -k two_processes with CASE=full copies, split
 what copies were is trained, not their parts @ split_over_ranks:
     roles.trained[role] = roles._find(role) ==> roles.trained[role] = roles.trained[role]
 a copy keeps what it gathered under the average @ split_over_ranks:
     module is not roles.backbone.module ==> module is not backbone.module
-processes go on with the first one's noise @ unpack: if shared else state.rank ==> if shared else 0
+# test_ranks.py -k each_clip
 every process reads the same clips @ HunyuanTask.batches: taken + rank, ranks ==> taken, 1
+# test_ranks.py -k two_processes with CASE=from a first image
 processes of one video draw different noise @ StateOfRanks.__init__:
     2**20 * self.rank ==> 2**20 * RANK
 gradients of a video's shares are averaged @ HunyuanVideo.share_tokens:
@@ -282,6 +286,9 @@ def run_tests(mutation, tests):
         sys.path[:] = [folder, *(path for path in sys.path if path not in own)]
         import pytest
 
+        tests, _, setting = tests.partition(" with ")
+        if setting:
+            os.environ.update([setting.split("=")])
         output, (file, _, words) = io.StringIO(), tests.partition(" -k ")
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             how = ["-x", "-n", "0", "--disable-warnings", "-p", "no:cacheprovider"]
@@ -315,7 +322,7 @@ def main(parts):
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(LIBRARIES.split())
     good = bool(chosen)
-    with processes.Pool(2, maxtasksperchild=1) as pool:
+    with processes.Pool(3, maxtasksperchild=1) as pool:  # some wait for processes of their own
         for result in [pool.apply_async(trial, args) for args in trials]:
             as_it_must_be, line = result.get(timeout=900)
             good &= as_it_must_be

@@ -129,7 +129,8 @@ def work(folder, names):
                 generator(batch["x0"], torch.ones(1), batch["cond"])
         assert w2svd.base_sum(roles) == before
         resumed(folder, name, state)
-    no_two_are_alike_unnoticed(config, state)
+    if roles.adapters:  # of the last case; copies are split
+        no_two_are_alike_unnoticed(config, state)
     for form in FORMS:
         all_see_the_whole(form)
     torch.distributed.barrier()
@@ -354,7 +355,7 @@ def same(one, two, exact, where):
 
 
 def test_two_processes_train_as_one_does_on_the_batches_of_both(folder):
-    compare(folder, 2, CASES)
+    compare(folder, 2, [name for name in CASES if os.environ.get("CASE", "") in name])
 
 
 @pytest.mark.slow
