@@ -179,7 +179,9 @@ class Config:
     sigma_shift: float = setting(1.0, "raise for more noise, more global shape / author-code")
 
     lora_rank: int = setting(64, "of both adapters; their alpha is the rank / ours", "training")
-    lora_targets: Layers = setting("all", "single: of single-stream blocks / ours, author-code")
+    lora_targets: Layers = setting(
+        "all", "layers adapted; single: single-stream blocks / author-code"
+    )
     generator_lr: float = setting(1e-5, "lower it where samples drift or collapse / ours")
     fake_lr: float = setting(1e-5, "raise it where the relative gap keeps growing / ours")
     lr_schedule: Literal["constant", "linear"] = setting("constant", "linear: to 5 % / ours")
@@ -204,7 +206,9 @@ class Machine:
 
     gpus: int = setting(RANKS, "how many to plan for; torchrun starts them / ours", "the machine")
     gpu_memory: float = setting(0.0, "GiB of each to fill; attention gets the rest; 0: all / ours")
-    shard: Literal["base", "none"] = setting("base", "base: the backbone is split / ours")
+    shard: Literal["base", "none"] = setting(
+        "base", "split the backbone; none: faster, if it fits / ours"
+    )
     context_parallel: int = setting(1, "GPUs that share a video; divides tokens, heads / peer")
     offload: bool = setting(False, "blocks' inputs wait in host memory: 720p on 80 GB / ours")
 
@@ -267,8 +271,8 @@ def check(c: Config, machine=MACHINE):
     wrong = [
         (c.alpha_weak > c.alpha_strong, "--alpha-weak must be at most --alpha-strong."),
         (full and c.alpha_weak, "--fake full has no adapter for an --alpha-weak."),
-        (full and other, "--fake full needs --objective w2svd."),
         (full and c.fake_weight_decay, "--fake full has no adapter for a --fake-weight-decay."),
+        (full and other, "--fake full needs --objective w2svd."),
         (not c.sigma_low < c.sigma_high <= 1, "--sigma-low < --sigma-high <= 1 must hold."),
         (c.condition != "none" and not toy_videos, "--condition needs --model toy --data videos."),
         (c.ema >= 1, "--ema must be below 1; 0 is off."),
@@ -422,7 +426,7 @@ class Roles:
         role, alpha = self.role, self.alpha
 
         def as_now(*args):
-            # NOTE silent: else recomputed under what is active in the backward, a gradient is wrong
+            # NOTE silent: without it recomputation sees the role of the backward: wrong gradients
             with self.use(role, alpha):
                 return block(*args)
 
@@ -925,8 +929,8 @@ class HunyuanVideo:
         text = cond["prompt_embeds"].to(self.dtype)
         guidance = torch.full((len(x_t),), self.guidance, dtype=self.dtype, device=x_t.device)
         device = x_t.device.type.replace("meta", "cpu")  # the meta device knows no autocast
-        # NOTE silent: without autocast the float32 adapters would compute in float32
-        # its cache would keep every float32 weight in bf16 until the end of the forward
+        # NOTE silent: without autocast the float32 adapters would compute in float32; with its
+        # cache every float32 weight would stay in bf16 too until the end of the forward
         how = {"enabled": self.dtype != torch.float32, "cache_enabled": False}
         with torch.autocast(device, self.dtype, **how):
             v = self.module(
@@ -942,13 +946,13 @@ class HunyuanVideo:
 
 
 @contextmanager
-def reading(sentence):
-    """What cannot be read inside is refused with the sentence, behind it the reason."""
+def reading(sentence, *more):
+    """Refuse what cannot be read inside, with the reason; `more`: errors that here are no bugs."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, *more) as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise Refused(f"{sentence} ({reason}).") from error
 
@@ -1036,7 +1040,7 @@ def read_safetensors(path):
     """Back: (tensors, info). A file that is missing, damaged or not ours is refused."""
     from safetensors import safe_open
 
-    with reading(f"Delete {path}, damaged or not of w2svd"), safe_open(path, "pt") as file:
+    with reading(f"Delete {path}, not whole or not ours", KeyError), safe_open(path, "pt") as file:
         info = json.loads((file.metadata() or {})["w2svd"])
         return {name: file.get_tensor(name) for name in file.keys()}, info
 
@@ -1104,8 +1108,11 @@ def find_clips(data):
     clips += [(film, film.with_suffix(".txt")) for film in films if film not in named]
     used = {path for film, _ in clips for path in (film, film.with_suffix(".txt"))}
     used |= {*lists, *(f.with_name("prompt.txt") for f in lists if f.name == "videos.txt")}
-    rest = [os.path.relpath(file, data) for file in files if file not in used]
-    return clips, left_out | dict.fromkeys(rest, "no clip, nor a caption; hidden; or read before")
+    for file in files:
+        if file not in used:
+            why = "a folder read before" if file.is_dir() else "no clip, nor a caption of one"
+            left_out[os.path.relpath(file, data)] = "hidden" if file.name[0] == "." else why
+    return clips, left_out
 
 
 def ffmpeg(path, *flags, first=()):
@@ -1277,7 +1284,7 @@ class HunyuanTask:
         diffusers.utils.logging.set_verbosity_error()
         Model, self.config, found = diffusers.HunyuanVideoTransformer3DModel, config, {}
         other = f"--checkpoint {config.checkpoint} is no HunyuanVideo known here"
-        with reading(other), torch.device("meta"):  # shapes and no numbers, for the plan
+        with reading(other, TypeError), torch.device("meta"):  # shapes and no numbers, for the plan
             if config.checkpoint != HUNYUAN:  # the released one: all defaults
                 found = Model.load_config(config.checkpoint, subfolder="transformer")
             self.wrap(Model.from_config(found).bfloat16())
@@ -1350,24 +1357,19 @@ class HunyuanTask:
         return len(module.single_transformer_blocks if single else self.backbone.blocks)
 
     def memory(self, generator, fake, tokens, machine):
-        """GiB on each GPU by line, how many blocks keep attention's results, GiB in the host.
-
-        generator, fake: trained parameters; tokens: of a GPU.
-        """
+        """GiB on a GPU of so many tokens, by line; blocks that keep attention; GiB in the host."""
         c, module, GiB = self.config, self.backbone.module, 2**30
         n, width, gpus = len(self.backbone.blocks), self.backbone.width, machine.parts(c)
         full = generator * (c.generator == "full") + fake * (c.fake == "full")
         share = full / gpus + generator + fake - full  # adapters stay whole on each GPU
         average = generator / (gpus if c.generator == "full" else 1)
-
-        def frozen():
-            return sum(p.nbytes for p in module.parameters() if not p.requires_grad) / GiB
-
-        host = frozen() + 4 * full / GiB * (gpus > 1)  # copies are made there before the split
         if c.fp8_base:  # the plan's model has no other use
             module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
-        base, one = frozen(), 2 * tokens * width / GiB  # one: a block's bf16 tensor
-        # what a block's backward keeps, simulated; exchanges: counted on a CPU
+        frozen = [p for p in module.parameters() if not p.requires_grad]
+        base, one = sum(p.nbytes for p in frozen) / GiB, 2 * tokens * width / GiB
+        # it is read as bf16; copies are made there before the split
+        host = (2 * sum(p.numel() for p in frozen) + 4 * full * (gpus > 1)) / GiB
+        # one: a block's bf16 tensor; so many its backward keeps (simulated; exchanges: on a CPU)
         kept = (37.2 + 4 * (machine.context_parallel > 1)) * one
         inputs = self.learning() + n * (c.gan_weight > 0) / 3
         lines = {
@@ -1381,10 +1383,10 @@ class HunyuanTask:
         }
         result = one + 4 * tokens * module.config.num_attention_heads / GiB  # and float32 sums
         # a twentieth stays free, as no GPU has checked this; copies gather more than is counted
+        # with a discriminator, which runs the double-stream blocks once more, the others alone
+        most = len(module.single_transformer_blocks) if c.gan_weight else self.learning()
+        most *= c.checkpointing and not c.compile and not full
         keep = int((0.95 * machine.room() - sum(lines.values())) / result)
-        most = self.learning() if c.checkpointing and not c.compile and not full else 0
-        if c.gan_weight:  # the discriminator runs the double-stream blocks, which come first
-            most = min(most, len(module.single_transformer_blocks))
         keep = max(0, min(most, keep))
         lines["attention's results"] = keep * result
         pinned = inputs * 2 ** math.ceil(math.log2(one))  # torch rounds up to powers of two
@@ -1427,7 +1429,7 @@ class HunyuanTask:
             "disk for the run, GiB": 4 * saved / 2**30,
             "download, once, GB": 42 if c.checkpoint == HUNYUAN else 0,
             "host memory of each process, GiB": host,
-            "attention": "cuDNN's first on Hopper, as for these hours; else torch's choice",
+            "attention": "cuDNN's on Hopper, which the hours assume; else torch's choice",
             "tokens": tokens,
         }
 
@@ -1573,10 +1575,7 @@ def in_one_piece(x):
 
 
 class StateOfRanks(State):
-    """A State with clips and noise of its own, and gradients of all processes; alone a State.
-
-    `context` processes in a row share clips and noise.
-    """
+    """A State whose clips and noise `context` processes in a row share, and all its gradients."""
 
     def __init__(self, config, roles, device, context=1):
         super().__init__(config, roles, device)
@@ -1766,7 +1765,7 @@ def show(items, indent=""):
 
 def read_run(folder):
     """The Config that a run folder was made with; a folder that is not one is refused."""
-    with reading(f"{folder} is not a run folder of this version"):
+    with reading(f"{folder} is not a run folder of this version", KeyError, TypeError):
         return Config(**json.loads((Path(folder) / "config.json").read_text())["config"])
 
 
@@ -1921,7 +1920,9 @@ def measured(iterations, state, pflop=None):
 def check_machine(machine, numbers, dry_run):
     """Refuse a run that does not fit into the GPU here, or into as many GiB as were named."""
     if machine.gpus != RANKS and not dry_run:
-        raise Refused(f"--gpus {machine.gpus} plans: with --dry-run. torchrun starts processes.")
+        raise Refused(
+            f"--gpus {machine.gpus} is for --dry-run; torchrun starts a process for each."
+        )
     need, room = numbers.get("in all, GiB", 0.0), machine.room()
     if need > room > 0:
         cure = "fewer --frames, a smaller --height, --width, --lora-rank; --checkpointing"
@@ -1930,10 +1931,7 @@ def check_machine(machine, numbers, dry_run):
 
 
 def prefer_cudnn():
-    """Inside, cuDNN's attention comes first on Hopper, where it is the fastest (published).
-
-    For the whole process, not around a forward: blocks recomputed in backward need the same.
-    """
+    """Inside, also in backward, cuDNN's attention is first on Hopper: the fastest (published)."""
     if DEVICE == "cpu" or torch.cuda.get_device_capability() < (9, 0):
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -2331,7 +2329,7 @@ def main(argv=None):
     except Refused as error:
         reason, status = error, error.status
     except torch.OutOfMemoryError:
-        reason = "out of GPU memory; a smaller --gpu-memory keeps less; --dry-run says what else."
+        reason = "out of GPU memory; give a smaller --gpu-memory, or see the plan of --dry-run."
     except ImportError as error:
         reason = f"{error}: pip install -r requirements.txt; the toy needs toy/ beside this file."
     except (OSError, SafetensorError, csv.Error) as error:  # no space left, a folder that went away

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
 from diffusers.models.transformers import transformer_hunyuan_video
@@ -117,16 +118,19 @@ def work(folder, names):
     for name in names:
         config, form, roles = new_roles(folder, name)
         before = w2svd.base_sum(roles)
+        base = [p for p in roles.backbone.module.parameters() if not p.requires_grad]
+        held = sum(p.to_local().numel() if w2svd.is_split(p) else p.numel() for p in base)
+        share = 1 / w2svd.RANKS if CASES[name][2] else 1  # or more, where rows do not divide
+        assert held <= 1.05 * share * sum(p.numel() for p in base)
         state = StateOfRanks(config, roles, "cpu", CASES[name][3])
         training = w2svd.distil(config, roles, state, clips(form, state.rank, state.ranks))
         for stats in w2svd.measured(training, state):
             w2svd.check_ranks(config, state)
             info = {"taken": state.taken, "iteration": state.iteration, "losses": stats}
             path = folder / f"{name} {w2svd.RANKS} {state.iteration}.safetensors"
-            w2svd.write_by_first(path, w2svd.pack(state), info)
-            with state.averaged() as generator, torch.no_grad():  # as for a picture
-                batch = next(clips(form))
-                generator(batch["x0"], torch.ones(1), batch["cond"])
+            with state.averaged() as generator:  # as for a picture
+                drawn = sample(generator, form)
+            w2svd.write_by_first(path, w2svd.pack(state) | {"sample/x": drawn}, info)
         assert w2svd.base_sum(roles) == before
         resumed(folder, name, state)
     if roles.adapters:  # of the last case; copies are split
@@ -134,6 +138,13 @@ def work(folder, names):
     for form in FORMS:
         all_see_the_whole(form)
     torch.distributed.barrier()
+
+
+def sample(generator, form):
+    """The few-step sample of always the same noise."""
+    batch, rng = next(clips(form)), torch.Generator().manual_seed(3)
+    grid = w2svd.few_step_sigmas(2, SMALL.shift)
+    return w2svd.few_step_sample(generator, batch["x0"], grid, batch["cond"], rng)
 
 
 def resumed(folder, name, state):
@@ -330,7 +341,9 @@ def compare(folder, ranks, names):
             draws = -(-config.fake_updates // config.reuse) + 1
             assert info["taken"] == i * videos * config.accumulate * draws
             exact = videos == 2 == ranks and config.generator == "lora" and config.accumulate == 1
-            same(tensors, w2svd.pack(reference.state), exact, (name, i))
+            with reference.state.averaged() as generator:
+                drawn = {"sample/x": sample(generator, CASES[name][1])}
+            same(tensors, w2svd.pack(reference.state) | drawn, exact, (name, i))
             assert reference.losses.keys() <= info["losses"].keys()
             for loss, x in reference.losses.items():
                 assert info["losses"][loss] == pytest.approx(float(x), rel=1e-4, abs=1e-6), loss
@@ -428,6 +441,24 @@ def test_a_run_goes_on_with_other_numbers_of_processes(folder, clips_folder, tmp
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert not list(tmp_path.rglob(".part-*"))
+
+
+@pytest.mark.slow
+def test_the_toy_trains_in_two_processes_on_batches_of_both(tmp_path):
+    small = "import sys, w2svd; sys.path.insert(0, 'tests'); import helpers\n"
+    small += "helpers.make_small(setattr); sys.exit(w2svd.main(sys.argv[1:]))"
+    flags = ["train", "--model", "toy", "--cache", tmp_path / "cache", *helpers.SMALL]
+    for ranks in (1, 2):
+        command = ("-c", small, *flags, "--out", tmp_path / str(ranks))
+        started = processes(ranks, *command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        assert {process.wait(timeout=200) for process in started} == {0}
+    alone, both = (sorted((tmp_path / n).glob("checkpoint-*"))[-1] for n in "12")
+    (one, info), (two, more) = map(w2svd.read_safetensors, (alone, both))
+    assert more["taken"] == 2 * info["taken"] > 0
+    assert sum(name.startswith("rng/1/") for name in two) == 5  # the second one's streams
+    moved = [name for name in one if name.startswith("generator/")]
+    assert moved and any(not torch.equal(one[name], two[name]) for name in moved)
+    assert json.loads((tmp_path / "2" / "result.json").read_text())["student"]["kl"] < 1e3
 
 
 @pytest.mark.slow
