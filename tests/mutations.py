@@ -160,7 +160,7 @@ the frame is behind @ toy/tasks.py:TokenReplace.inputs: [cond, x_t] ==> [x_t, co
 every frame is said to be given @ toy/tasks.py:LatentConcat.inputs: mask[:, :, 0] ==> mask[:, :, :]
 the frame is given everywhere @ toy/tasks.py:LatentConcat.inputs: frames[:, :, :1] ==> frames[:]
 the sample's own first frame is kept @ toy/tasks.py:Task.whole: [cond, ==> [samples[:, :, :1],
-# test_discriminator.py
+# test_discriminator.py -k not density_ratio
 the discriminator reads an adapter @ Discriminator.logit: use(None) ==> use("generator")
 the generator's term has the wrong sign @ Discriminator.gradient: (-logit) ==> (logit)
 the discriminator judges clean samples @ Discriminator.gradient: add_noise(x, eps, sigma) ==> x
@@ -176,7 +176,7 @@ LCM's levels are exchanged @ without_fake: grid[k], grid[k + 1], eps ==> grid[k 
 regression starts from other noise @ without_fake: roles.plain, eps, ==> roles.plain, -eps,
 regression reads less than pure noise @ without_fake: sigma.fill_(1) ==> sigma
 fine-tuning learns noise @ without_fake: fake_step(roles, x0, ==> fake_step(roles, eps,
-# test_first_image.py
+# test_first_image.py -k behind or sample_is or clip_has or stretched
 the first frame comes last @ HunyuanVideo.with_image: [cond["image"].to(x_t), x_t] ==>
     [x_t, cond["image"].to(x_t)]
 the mask of the first frame is empty @ HunyuanVideo.with_image:

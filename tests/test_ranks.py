@@ -448,6 +448,7 @@ def test_the_toy_trains_in_two_processes_on_batches_of_both(tmp_path):
     small = "import sys, w2svd; sys.path.insert(0, 'tests'); import helpers\n"
     small += "helpers.make_small(setattr); sys.exit(w2svd.main(sys.argv[1:]))"
     flags = ["train", "--model", "toy", "--cache", tmp_path / "cache", *helpers.SMALL]
+    flags += ["--iterations", 6]
     for ranks in (1, 2):
         command = ("-c", small, *flags, "--out", tmp_path / str(ranks))
         started = processes(ranks, *command, cwd=ROOT, stdout=subprocess.DEVNULL)
