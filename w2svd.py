@@ -115,7 +115,7 @@ Input = Literal["paired", "rollout"]
 Schedule = Literal["constant", "linear", "cosine"]
 Samples = Literal["all", "final"]
 Objective = Literal["w2svd", "finetune", "lcm", "regress"]
-Layers = Literal["all", "attention", "single"]
+Layers = Literal["all", "single"]
 Condition = Literal["none", "first-frame", "first-frame-concat"]
 
 # Named methods, as rows of settings on top of a preset
@@ -179,9 +179,7 @@ class Config:
     sigma_shift: float = setting(1.0, "raise for more noise, more global shape / author-code")
 
     lora_rank: int = setting(64, "of both adapters; their alpha is the rank / ours", "training")
-    lora_targets: Layers = setting(
-        "all", "layers adapted; single: single-stream blocks / author-code"
-    )
+    lora_targets: Layers = setting("all", "single: of the single-stream blocks / author-code")
     generator_lr: float = setting(1e-5, "lower it where samples drift or collapse / ours")
     fake_lr: float = setting(1e-5, "raise it where the relative gap keeps growing / ours")
     lr_schedule: Literal["constant", "linear"] = setting("constant", "linear: to 5 % / ours")
@@ -824,15 +822,14 @@ class HunyuanVideo:
     gathered = staticmethod(lambda x: x)  # the tokens of all processes that share a video's
     prompt_template = None  # the pipeline's own; or {"template": "...{}...", "crop_start": tokens}
     # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
-    ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-    MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+    LAYERS = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    LAYERS += r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
     keep, offload = 0, False  # see checkpoint_with
 
     def __init__(self, module, dtype, embedded_guidance=6.0, lora_targets="all"):
         self.module, self.dtype, self.guidance = module, dtype, embedded_guidance
-        layers = self.ATTENTION if lora_targets == "attention" else f"{self.ATTENTION}|{self.MLP}"
         blocks = "single_" if lora_targets == "single" else "(single_)?"
-        self.lora_targets = rf"{blocks}transformer_blocks\.\d+\.({layers})"
+        self.lora_targets = rf"{blocks}transformer_blocks\.\d+\.({self.LAYERS})"
         self.width = module.config.num_attention_heads * module.config.attention_head_dim
         self.form = module.config.image_condition_type  # None, token_replace or latent_concat
         for block in self.blocks:
@@ -1095,7 +1092,9 @@ def find_clips(data):
         files += [Path(folder, name) for name in sorted({*names, *shut} - {".w2svd"})]
     lists = [file for file in files if file.name in LISTS]
     for file in lists:
-        for line, row in read_list(file):
+        with reading(f"{file} cannot be read", csv.Error):
+            rows = read_list(file)
+        for line, row in rows:
             try:
                 row = row if isinstance(row, dict) else json.loads(row)
                 film, caption = row["file_name"].strip(), row["text"].strip()
@@ -2121,19 +2120,14 @@ DOUBLE = {
 SINGLE = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",)}
 
 
-def to_comfyui(tensors, mlp):
+def to_comfyui(tensors):
     """The adapter under the original names. Fused layers: A stacked, B block-diagonal, exact."""
     converted = {}
     for kind, i in sorted({tuple(name.split(".")[1:3]) for name in tensors}):
         theirs = "single_blocks" if kind.startswith("single") else "double_blocks"
         for layer, parts in (SINGLE if kind.startswith("single") else DOUBLE).items():
             names = [f"transformer.{kind}.{i}.{part}" for part in parts]
-            names = [name for name in names if f"{name}.lora_A.weight" in tensors]
-            if not names:
-                continue
             A, B = ([tensors[f"{name}.lora_{x}.weight"] for name in names] for x in "AB")
-            if len(names) < len(parts):
-                B.append(B[0].new_zeros(mlp, 0))  # proj_mlp's rows, where it has no adapter
             layer, A = f"diffusion_model.{theirs}.{i}.{layer}", torch.cat(A)
             converted[f"{layer}.lora_A.weight"] = A
             converted[f"{layer}.lora_B.weight"] = torch.block_diag(*B)
@@ -2178,8 +2172,7 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     else:
         tensors = {n: x.to(dtype) for n, x in tensors.items()}
     if format == "comfyui":
-        mlp = task.backbone.module.single_transformer_blocks[0].proj_mlp.out_features
-        write_safetensors(out / "w2svd_comfyui.safetensors", to_comfyui(tensors, mlp), info)
+        write_safetensors(out / "w2svd_comfyui.safetensors", to_comfyui(tensors), info)
     elif format == "diffusers":
         lora = {"transformer.r": info["rank"], "transformer.lora_alpha": info["lora_alpha"]}
         lora = json.dumps(lora | {"transformer.target_modules": task.backbone.lora_targets})
@@ -2332,7 +2325,7 @@ def main(argv=None):
         reason = "out of GPU memory; give a smaller --gpu-memory, or see the plan of --dry-run."
     except ImportError as error:
         reason = f"{error}: pip install -r requirements.txt; the toy needs toy/ beside this file."
-    except (OSError, SafetensorError, csv.Error) as error:  # no space left, a folder that went away
+    except (OSError, SafetensorError) as error:  # no space left, a folder that went away
         reason = (str(error) or repr(error)).splitlines()[0]
         reason += f"; what was written before is whole: {again}"
     except KeyboardInterrupt as stop:

@@ -163,6 +163,15 @@ def test_of_two_lists_of_different_lengths_the_whole_rows_are_used(encode, clips
     assert n == 1 and "left out" not in said
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "videos.txt"])
+def test_a_list_that_cannot_be_read_is_named(encode, clips, name):
+    """A cell of a million letters; films whose captions' list is missing."""
+    folder = clips(a="a dog")
+    (folder / name).write_text("file_name,text\na.mp4," + 1_000_000 * "a")
+    said, _ = encode(code=2)
+    assert f"{name} cannot be read" in said and "Traceback" not in said
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
