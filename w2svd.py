@@ -226,7 +226,7 @@ MACHINE = Machine()
 # ring: expect a KL of .09; a minute on 2 CPU cores. Trials, and why shift .5: toy/README.md
 TOY = dict(data="ring", generator_input="rollout", fake_samples="final", lora_rank=16, ema=0.98)
 TOY |= dict(generator_lr=1e-3, fake_lr=2e-3, lr_schedule="linear", fake_weight_decay=0.1)
-TOY |= dict(shift=0.5, reuse=3, batch=1536, iterations=240, log_every=20, save_every=120)
+TOY |= dict(shift=0.5, reuse=5, batch=1536, iterations=240, log_every=20, save_every=120)
 ONE_STEP = dict(steps=1, batch=512, iterations=1440, generator_lr=3e-3, save_every=720)
 PRESETS = {
     "toy": TOY,
@@ -234,10 +234,10 @@ PRESETS = {
     "toy ring regress": ONE_STEP,
     "toy grid regress": ONE_STEP,
     # expect 1.0: its modes are closer, so they are lost at less noise
-    "toy grid": dict(shift=0.3, batch=1024, iterations=360),
+    "toy grid": dict(shift=0.3, reuse=3, batch=1024, iterations=360),
     # expect a KL of .5; a clip's motion is decided at high noise, hence the shifts
     "toy videos": dict(shift=5.0, sigma_shift=5.0, generator_lr=5e-4, fake_lr=1e-3)
-    | dict(batch=64, iterations=350, log_every=25, save_every=175, reuse=5),
+    | dict(batch=64, iterations=350, log_every=25, save_every=175),
     # nothing of the full model was tuned or measured: no number to expect
     "hunyuan": dict(generator_lr=2e-5, fake_lr=2e-5, checkpointing=True, log_every=10),
     "hunyuan captions": dict(generator_input="rollout", fake_samples="final"),
@@ -1190,7 +1190,8 @@ def latents_file(config, path, caption):
         parts += [os.path.relpath(path, data), path.stat().st_size, path.stat().st_mtime_ns]
         parts += [config.height, config.width, config.frames, config.fps]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    folder = Path(config.cache or (data if path else data.parent) / ".w2svd").expanduser()
+    beside = data if path else data.parent  # a folder of clips, or a .txt
+    folder = Path(config.cache or beside / ".w2svd").expanduser()
     return folder / f"{path.stem[:40] if path else 'caption'}-{digest}.safetensors"
 
 
@@ -1897,7 +1898,7 @@ def measured(iterations, state, pflop=None):
         for stats in iterations:
             numbers = torch.tensor([float(x) for x in stats.values()], dtype=torch.float64)
             line = dict(zip(stats, mean_over_ranks(numbers).tolist()))
-            # captions alone have 0
+            # the data of captions alone are 0
             known = [n for n in ("std", "motion") if f"gen_{n}" in line and line[f"data_{n}"]]
             line |= {f"{n}_ratio": line[f"gen_{n}"] / line[f"data_{n}"] for n in known}
             seconds, left = time.perf_counter() - tick, state.config.iterations - state.iteration
@@ -1985,8 +1986,9 @@ def train(config, machine=MACHINE, resume=False, dry_run=False):  # noqa: C901
         return None
     task.load(split, numbers.get("blocks that keep attention's results"), machine.offload)
     folder.mkdir(parents=True, exist_ok=True)
-    for half in (*folder.rglob(".tmp*"), *folder.rglob(".part-*")) if RANK == 0 else ():
-        half.unlink()  # of a save that was killed
+    if RANK == 0:
+        for half in (*folder.rglob(".tmp*"), *folder.rglob(".part-*")):
+            half.unlink()  # of a save that was killed
     roles = trained_roles(config, task, split, context)
     state, base = StateOfRanks(config, roles, task.device, context), base_sum(roles)
     clips = [clip.name for clip in task.clips]
@@ -2056,7 +2058,7 @@ def sample(run, out, seed, at=None, **given):
     """Draw samples of a run's generator, with the grid of its header, into `out`."""
     config, out = read_run(run), Path(out)
     for name, x in given.items():
-        if (name == "n") != (config.model == "toy"):
+        if (name == "n") != (config.model == "toy"):  # all others are hunyuan's
             raise Refused(f"{flag(name)} does not fit {run}, a run of --model {config.model}.")
         if x != getattr(config, name, x):
             print(f"{flag(name)} {x}: {run} was trained with {getattr(config, name)}")
