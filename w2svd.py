@@ -203,10 +203,8 @@ class Machine:
     """Where a run takes place. It is not stored with the run: with --resume give it again."""
 
     gpus: int = setting(RANKS, "how many to plan for; torchrun starts them / ours", "the machine")
-    gpu_memory: float = setting(0.0, "GiB of each to fill; attention gets the rest; 0: all / ours")
-    shard: Literal["base", "none"] = setting(
-        "base", "split the backbone; none: faster, if it fits / ours"
-    )
+    gpu_memory: float = setting(0.0, "GiB of each to fill; 0: all of the one here, if any / ours")
+    shard: Literal["base", "none"] = setting("base", "what is split; none is faster / ours")
     context_parallel: int = setting(1, "GPUs that share a video; divides tokens, heads / peer")
     offload: bool = setting(False, "blocks' inputs wait in host memory: 720p on 80 GB / ours")
 
@@ -259,8 +257,9 @@ def check(c: Config, machine=MACHINE):
     """Refuse settings that contradict each other, with the reason."""
     for name, value in {**vars(c), **vars(machine)}.items():
         fits = type(value) not in (int, float) or 0 < value < 2**53  # False for nan
-        if not fits and not (value == 0 and name in MAY_BE_0.split()):
-            raise Refused(f"{flag(name)} cannot be {value}.")
+        may_be_0 = name in MAY_BE_0.split()
+        if not fits and not (value == 0 and may_be_0):
+            raise Refused(f"{flag(name)} must be {'at least' if may_be_0 else 'above'} 0.")
     paired, final = c.generator_input == "paired", c.fake_samples == "final"
     full, captions, hunyuan = c.fake == "full", c.data.endswith(".txt"), c.model == "hunyuan"
     toy_videos = not hunyuan and c.data == "videos"
@@ -283,7 +282,7 @@ def check(c: Config, machine=MACHINE):
         (captions and (c.gan_weight or needs_x0), "--gan-weight and --objective need clips."),
         (c.objective == "regress" and c.steps > 1, "--objective regress is for --steps 1."),
         (c.height % 16 or c.width % 16, "--height and --width must be multiples of 16."),
-        (c.frames % 4 != 1 or c.frames < 5, "--frames must be 4 k + 1: 61, 129."),
+        (c.frames % 4 != 1 or c.frames < 5, "--frames must be 4 k + 1, as 61 or 129."),
         (hunyuan and c.batch > 1, "--model hunyuan needs --batch 1; see --accumulate."),
         (hunyuan and c.guidance != 1, "--guidance must be 1: --model hunyuan has it embedded."),
         (machine.offload and not c.checkpointing, "--offload needs --checkpointing."),
@@ -1083,7 +1082,7 @@ def find_clips(data):
     if Path(data).suffix == ".txt" and Path(data).is_file():
         return [(None, line) for line in read_text(Path(data)).split("\n") if line.strip()], {}
     if not data or not Path(data).is_dir():
-        raise Refused(f"--data {data} is no folder of clips, {LAYOUTS}; nor a .txt: {EXAMPLE}")
+        raise Refused(f"{data!r} is no folder of clips, {LAYOUTS}; nor a .txt: {EXAMPLE}")
     data, files, seen, clips, left_out = Path(os.path.abspath(data)), [], set(), [], {}
     for folder, inner, names in os.walk(data, followlinks=True):
         seen.add(os.path.realpath(folder))
@@ -1204,6 +1203,8 @@ def encode_missing(config, clips, form):
     for path, caption in tqdm(clips, desc="encode", unit="clip"):
         name, tensors = os.path.relpath(path, config.data) if path else repr(caption), None
         try:
+            if isinstance(caption, Path) and not caption.exists():
+                raise ValueError(f"it has no caption, {caption.name}")
             text = read_text(caption) if isinstance(caption, Path) else caption
             if text != text.encode(errors="replace").decode():
                 raise ValueError("its caption is not UTF-8")
@@ -1243,7 +1244,7 @@ def encoded_clips(config, form=None):
         seconds, used = sum(film.seconds for film in films.values()), len(films) * c.frames / c.fps
         ratios = sorted(film.aspect * c.height / c.width for film in films.values())
         kept = sum(min(x, 1 / x) for x in ratios) / len(films)
-        print(f"  of {seconds:.1f} s the first {used:.1f}, {kept:.0%} of the picture")
+        print(f"  used: {used:.1f} of {seconds:.1f} s, {kept:.0%} of the picture")
         scale = math.sqrt(ratios[len(films) // 2])  # the same area in the films' own shape
         height, width = 16 * round(c.height / scale / 16), 16 * round(c.width * scale / 16)
         if kept < 0.8 and (height, width) != (c.height, c.width):
@@ -1256,7 +1257,7 @@ def encoded_clips(config, form=None):
     for name, reason in left_out.items():
         print(f"  left out, {name}: {reason}")
     if not files:
-        raise Refused(f"Nothing in {c.data} can be used. A folder needs {LAYOUTS}.", status=1)
+        raise Refused(f"No clip can be used; a folder of clips has {LAYOUTS}.", status=1)
     return files
 
 
@@ -1309,12 +1310,11 @@ class HunyuanTask:
         if DEVICE == "cpu" and self.backbone.module.num_parameters() > 1e9:
             raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {EXAMPLE}")
         c = self.config
+        shown = dataclasses.replace(c, data=c.sample_prompts)
+        prompts = encoded_clips(shown, self.form) if c.sample_prompts else []
         self.clips = encoded_clips(c, self.form)
         draw = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(0))
-        self.filmed = [self.clips[i] for i in draw[:4]]
-        if c.sample_prompts:
-            shown = dataclasses.replace(c, data=c.sample_prompts)
-            self.filmed = encoded_clips(shown, self.form)[:4]
+        self.filmed = (prompts or [self.clips[i] for i in draw])[:4]
         self.load_weights(split)
         self.backbone.keep, self.backbone.offload = keep, offload
 
@@ -1378,7 +1378,7 @@ class HunyuanTask:
             "Adam, average": (8 * share + 4 * average) / GiB,
             "gradients": 4 * max(average, share - average) / GiB,
             "inputs of the blocks": (2 if machine.offload else inputs) * one * c.checkpointing,
-            "a block, recomputed": kept * (1 if c.checkpointing else self.learning()),
+            "a block at work": kept * (1 if c.checkpointing else self.learning()),
             "CUDA, fragments": 1.6,  # with expandable segments
         }
         result = one + 4 * tokens * module.config.num_attention_heads / GiB  # and float32 sums
@@ -1419,13 +1419,13 @@ class HunyuanTask:
         return {
             "GPU memory, GiB": memory,
             "in all, GiB": sum(memory.values()),
-            "needed of it, GiB": sum(memory.values()) - memory["attention's results"],
+            "at the least, GiB": sum(memory.values()) - memory["attention's results"],
             "blocks that keep attention's results": keep,
             "hours on H100": seconds * c.iterations / 3600,
             "seconds an iteration": seconds,
             "clips an update": c.accumulate * machine.gpus // context,
             "PFLOP an iteration": (linear + attention) / context,
-            "as many forwards": (linear + attention) / forward,
+            "forwards' worth of an iteration": (linear + attention) / forward,
             "disk for the run, GiB": 4 * saved / 2**30,
             "download, once, GB": 42 if c.checkpoint == HUNYUAN else 0,
             "host memory of each process, GiB": host,
@@ -1913,16 +1913,14 @@ def measured(iterations, state, pflop=None):
         clips = [f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads]
         where = f"in iteration {state.iteration + 1}: {error}"
         where += f"; it read {', '.join(clips)}" if clips else ""
-        cure = "go on from the last checkpoint with --resume and lower rates"
-        raise Refused(f"Stopped {where}; {cure}, or without that clip.") from error
+        cure = "take lower rates, or leave out that clip, and go on with --resume, or anew"
+        raise Refused(f"Stopped {where}; {cure}.") from error
 
 
 def check_machine(machine, numbers, dry_run):
     """Refuse a run that does not fit into the GPU here, or into as many GiB as were named."""
     if machine.gpus != RANKS and not dry_run:
-        raise Refused(
-            f"--gpus {machine.gpus} is for --dry-run; torchrun starts a process for each."
-        )
+        raise Refused(f"--gpus {machine.gpus} needs --dry-run, or torchrun to start so many.")
     need, room = numbers.get("in all, GiB", 0.0), machine.room()
     if need > room > 0:
         cure = "fewer --frames, a smaller --height, --width, --lora-rank; --checkpointing"
@@ -1980,7 +1978,8 @@ def train(config, machine=MACHINE, resume=False, dry_run=False):  # noqa: C901
     context, split = machine.context_parallel, machine.parts(config) > 1
     task = load_task(config)
     numbers = plan(config, task, machine)
-    show({"plan": numbers, "config": vars(config), "machine": vars(machine)})
+    changed = {name: x for name, x in vars(config).items() if x != getattr(Config, name)}
+    show({"plan": numbers, "settings, where not the defaults": changed, "machine": vars(machine)})
     check_machine(machine, numbers, dry_run)
     if dry_run:
         return None
@@ -2080,8 +2079,8 @@ Objective: {objective}; generator: {kind}, fake: {fake}, adapters of rank {rank}
 {alpha_weak}; {step} updates, seed {seed}. The base model's licence goes for these weights.
 
 """
-DIFFUSERS = """For diffusers alone: other programs apply none of it, silently. A second LoRA
-switches the first one off, until `pipe.set_adapters(["w2svd", "the other's name"])`.
+DIFFUSERS = """For diffusers alone: other programs apply none of it, silently.
+{warning}
 
     import torch
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -2097,6 +2096,8 @@ switches the first one off, until `pipe.set_adapters(["w2svd", "the other's name
                  generator=torch.Generator().manual_seed(0)).frames[0]
     export_to_video(video, "talk.mp4", fps={fps:g})
 """
+SECOND = 'A second LoRA switches this one off, until `pipe.set_adapters(["w2svd", "other"])`.'
+ROUNDED = "In bfloat16, as below, it is off by {:.1%} of what was learnt; in float32 by nothing."
 LORA = 'pipe.load_lora_weights("this folder", "w2svd")'
 MERGED = 'pipe.transformer = pipe.transformer.from_pretrained("this folder", dtype=torch.bfloat16)'
 IMAGE = 'image=pipe.video_processor.resize(load_image("a.png"), **size, resize_mode="crop"), '
@@ -2165,11 +2166,12 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"{out} is in use: name a new folder as --out.")
     task, dtype = load_task(config), getattr(torch, dtype)
+    said = {"load": LORA, "warning": SECOND, "image": IMAGE if task.form else ""}
     out.mkdir(parents=True, exist_ok=True)
     if format == "merged":
         pipe = load_pipeline(config.checkpoint, (*TEXT, "vae"), torch.float32, "cpu")
-        lost = merge(pipe.transformer, tensors)
-        print(f"bfloat16 would add an error of {lost:.1%} of what was learnt; float32 adds none")
+        said |= {"load": MERGED, "warning": ROUNDED.format(merge(pipe.transformer, tensors))}
+        print(said["warning"].replace(", as below", ""))
         pipe.transformer.to(dtype).save_pretrained(out)
     else:
         tensors = {n: x.to(dtype) for n, x in tensors.items()}
@@ -2185,12 +2187,11 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
 
         scheduler = Scheduler(shift=info["shift"], stochastic_sampling=not info["euler"])
         scheduler.save_pretrained(out / "scheduler")
-    said = {"load": MERGED if format == "merged" else LORA, "image": IMAGE if task.form else ""}
     said |= dataclasses.asdict(config) | info | {"checkpoint": config.checkpoint}
-    said["sigmas"] = ", ".join(f"{x:.6g}" for x in info["sigmas"])
+    said |= {"sigmas": ", ".join(f"{x:.6g}" for x in info["sigmas"])}
     card = CARD + (COMFYUI if format == "comfyui" else DIFFUSERS)
     (out / "README.md").write_text(card.format(**said), encoding="utf-8")
-    print(f"wrote {out}, for {format}")
+    print(f"wrote {out} ({format})")
 
 
 class Parser(argparse.ArgumentParser):
@@ -2221,7 +2222,7 @@ def parse(argv):
     how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     how |= {"usage": "%(prog)s [--flag VALUE ...]"}
     trains = commands.add_parser("train", help="distil a backbone", **how)
-    trains.add_argument("--resume", action="store_true", help="go on in --out, with its settings")
+    trains.add_argument("--resume", action="store_true", help="go on in --out, by its settings")
     trains.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     add_settings(trains, Config)
     add_settings(trains, Machine)
@@ -2291,7 +2292,7 @@ def resolve(given):
         preset |= {"fake_samples": "all"}
     config = Config(**preset | given)
     out, k = config.out or f"runs/{model}", 2
-    while any(Path(out).glob("[!.]*")):
+    while Path(out).is_file() or any(Path(out).glob("[!.]*")):
         if config.out:
             raise Refused(f"{out} is in use: name another --out, or go on in it with --resume.")
         out, k = f"runs/{model}-{k}", k + 1
@@ -2302,7 +2303,7 @@ def main(argv=None):
     """Run a command; 0, or another status after a sentence about what failed."""
     from safetensors import SafetensorError
 
-    status, again = 2, "train goes on with --resume --out, encode with the same command."
+    status, again = 2, "--resume --out goes on with a run; where none is yet, repeat the command."
     try:
         given = parse(argv)
         command = given.pop("command")

@@ -43,7 +43,7 @@ MOVED = ROOT / "toy/results/moved.json"
 DEFAULT = ROOT / "toy/results/default.json"  # the two runs without a --seed
 RUNS = ("ring", "videos")  # of the toy, for the first page and the pictures
 LONG = "--height 544 --width 960 --frames 129"
-COSTS = "in all, GiB", "needed of it, GiB", "hours on H100", "seconds an iteration"
+COSTS = "in all, GiB", "at the least, GiB", "hours on H100", "seconds an iteration"
 HD = "--height 720 --width 1280 --frames 129 --offload"
 
 

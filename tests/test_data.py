@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -230,6 +229,12 @@ def test_a_folder_in_the_folder_has_a_list_of_its_own(encode, clips, films):
     assert n == 2 and "left out" not in said
 
 
+def test_prompts_that_are_not_there_are_refused_before_any_clip_is_encoded(encode, clips):
+    clips(a="a dog")
+    said, n = encode(*SMALL, "--sample-prompts", "gone.txt", command="train", code=2)
+    assert n == 0 and "gone.txt' is no folder of clips" in said and "a .txt" in said
+
+
 def test_names_of_captions_that_nobody_reads_are_listed(encode, clips):
     folder = clips(a="a dog", b="a dog", good="a dog")
     (folder / "a.txt").rename(folder / "a.caption")
@@ -238,7 +243,7 @@ def test_names_of_captions_that_nobody_reads_are_listed(encode, clips):
     said, n = encode()
     assert n == 1
     for name in ("a", "b"):
-        assert re.search(rf"left out, {name}.mp4: .*No such file.*/{name}.txt", said)
+        assert f"left out, {name}.mp4: it has no caption, {name}.txt" in said
     for name in ("a.caption", "b.mp4.txt", "c.png"):
         assert f"left out, {name}: no clip, nor a caption" in said
 
@@ -280,7 +285,7 @@ def test_what_was_done_to_clips_is_said(encode):
     assert n == 3 and "slow.mp4: frames are repeated, 8 fps become 12" in said
     assert "tall.mp4: frames" not in said
     # 3 clips of 9 frames at 12 fps; 24 frames at 24, 24 and 8 fps
-    assert "of 5.0 s the first 2.2" in said
+    assert "used: 2.2 of 5.0 s" in said
     kept = (2 * 48 / 80 + 32 / 96) / 3 * 32 / 48
     assert f"{kept:.0%} of the picture" in said and "--height 48 --width 32" in said
     Path("square").mkdir()

@@ -134,7 +134,7 @@ def test_sections_2_to_6_run_under_the_imports_that_the_fourth_notebook_names(ne
 def test_what_the_fifth_notebook_says_of_memory_is_what_its_plan_printed():
     path = FOLDER / "05_at_scale.ipynb"
     said = "".join(out.get("text", "") for cell in code_cells(read(path)) for out in cell.outputs)
-    needs = [float(gib) for gib in re.findall(r"needed of it, GiB +([\d.]+)", said)]
+    needs = [float(gib) for gib in re.findall(r"at the least, GiB +([\d.]+)", said)]
     assert len(needs) == 2 and all(f"{gib:.0f} GiB" in prose(path) for gib in needs), needs
 
 

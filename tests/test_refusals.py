@@ -133,6 +133,7 @@ def test_a_folder_in_use_is_refused(capsys, tmp_path):
     Path("mine/thesis.txt").write_text("years of work")
     assert "in use" in refused(capsys, tmp_path, "train", "--out", "mine")
     assert "not a run" in refused(capsys, tmp_path, "train", "--out", "mine", "--resume")
+    assert "in use" in refused(capsys, tmp_path, "train", "--out", "mine/thesis.txt")
 
 
 @pytest.mark.parametrize("out", ["file", "file/run"])

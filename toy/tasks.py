@@ -345,7 +345,8 @@ class Task:
         kl = {name: row["kl"] for name, row in zip(samples, rows)}
         shown = {name: x for name, x in samples.items() if name != impostor}
         self.pictures(run.folder, shown, kl, student)
-        return result, table(result)
+        now = f"now: python w2svd.py sample --run {run.folder} --out samples.png"
+        return result, f"{table(result)}\n{now}"
 
     def euler(self, steps, shift, n):
         """n samples of the backbone by Euler's method, from the noise of every method."""
