@@ -221,7 +221,7 @@ class Machine:
 
 
 MACHINE = Machine()
-# ring: expect a KL of .09; a minute on 2 CPU cores. Trials, and why shift .5: toy/README.md
+# ring: expect a KL of .10; 50 seconds on 2 CPU cores. Trials, and why shift .5: toy/README.md
 TOY = dict(data="ring", generator_input="rollout", fake_samples="final", lora_rank=16, ema=0.98)
 TOY |= dict(generator_lr=1e-3, fake_lr=2e-3, lr_schedule="linear", fake_weight_decay=0.1)
 TOY |= dict(shift=0.5, reuse=5, batch=1536, iterations=240, log_every=20, save_every=120)
