@@ -88,7 +88,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
 
-# NOTE silent: torch reads it when it is imported; without it fragments take 9 GiB at 544x960x129
+# NOTE silent, here and below: without it nothing fails. Here fragments would take 9 GiB at 544p;
+# torch reads it when it is imported
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch  # noqa: E402
@@ -152,7 +153,7 @@ class Config:
 
     steps: int = setting(4, "evaluations of the finished generator / paper: 4, 1", "the generator")
     shift: float = setting(5.0, "of the few-step grid: 1, .9375, .8333, .625 / author-code")
-    objective: Objective = setting("w2svd", "finetune: flow matching of the data / ours, peer")
+    objective: Objective = setting("w2svd", "finetune: data; lcm, regress: baselines / ours, peer")
     generator: Kind = setting("lora", "an adapter, or a whole copy / ours, author-code")
     generator_input: Input = setting("paired", "noised real sample, or from noise / paper, peer")
     ema: float = setting(0.995, "decay of the generator's average, in the end; 0 is off / ours")
@@ -161,14 +162,14 @@ class Config:
     alpha_weak: float = setting(0.25, "the fake adapter's weight in the real DiT; 0: DMD / paper")
     alpha_weak_schedule: Schedule = setting("constant", "to 0 at half of the run / peer: DMDR")
     alpha_strong: float = setting(1.0, "the fake adapter's weight in the fake DiT / author-code")
-    fake_samples: Samples = setting("all", "of a rollout: all levels' or final ones / ours")
+    fake_samples: Samples = setting("all", "of a rollout: of every exit, or the last / ours")
     fake_updates: int = setting(5, "for each update of the generator / author-code, peer")
     reuse: int = setting(1, "fake updates that share the generator's samples / ours")
     fake_warmup: int = setting(0, "fake updates before the generator's first one / ours")
     fake_weight_decay: float = setting(0.0, "pulls its adapter to 0, to the backbone / ours")
 
     gt_weight: float = setting(0.0, "motion for quality (paper); .05 / author-code", "losses")
-    gt_skip_noise: bool = setting(False, "none of it where the input is pure noise / ours")
+    gt_skip_noise: bool = setting(False, "no GT loss where the input is pure noise / ours")
     gan_weight: float = setting(0.0, "of the discriminator's term; .003 to .03 / paper, peer")
     gan_lr: float = setting(1e-4, "of the discriminator's head / ours")
     gan_r1: float = setting(0.0, "weight of the discriminator's gradient penalty / peer")
@@ -242,7 +243,7 @@ PRESETS = {
 }
 MAY_BE_0 = "alpha_weak ema gt_weight guidance embedded_guidance sigma_low fake_warmup seed"
 MAY_BE_0 += " fake_weight_decay gan_weight gan_r1 gpu_memory"
-# what --resume may change: it touches no bits (compile: hardly), or is said
+# what --resume may change: no number depends on it (compile: hardly), or a message says so
 RESUMABLE = "out data checkpoint cache iterations log_every save_every checkpointing compile"
 RESUMABLE += " generator_lr fake_lr sample_prompts"
 SIZES = ("height", "width", "frames", "checkpoint")  # what `sample` may change of a run's config
@@ -257,9 +258,9 @@ def check(c: Config, machine=MACHINE):
     """Refuse settings that contradict each other, with the reason."""
     for name, value in {**vars(c), **vars(machine)}.items():
         fits = type(value) not in (int, float) or 0 < value < 2**53  # False for nan
-        may_be_0 = name in MAY_BE_0.split()
-        if not fits and not (value == 0 and may_be_0):
-            raise Refused(f"{flag(name)} must be {'at least' if may_be_0 else 'above'} 0.")
+        zero = name in MAY_BE_0.split()
+        if not fits and not (value == 0 and zero):
+            raise Refused(f"{flag(name)} must be {'at least' if zero else 'above'} 0, below 2**53.")
     paired, final = c.generator_input == "paired", c.fake_samples == "final"
     full, captions, hunyuan = c.fake == "full", c.data.endswith(".txt"), c.model == "hunyuan"
     toy_videos = not hunyuan and c.data == "videos"
@@ -279,7 +280,7 @@ def check(c: Config, machine=MACHINE):
         (other and terms, "--gt-weight, --gan-weight, --guidance need --objective w2svd."),
         (c.gan_r1 and not c.gan_weight, "--gan-r1 needs a discriminator, a --gan-weight."),
         (captions and paired, "A .txt has captions alone: --generator-input rollout."),
-        (captions and (c.gan_weight or needs_x0), "--gan-weight and --objective need clips."),
+        (captions and (c.gan_weight or needs_x0), "--gan-weight, finetune and lcm need clips."),
         (c.objective == "regress" and c.steps > 1, "--objective regress is for --steps 1."),
         (c.height % 16 or c.width % 16, "--height and --width must be multiples of 16."),
         (c.frames % 4 != 1 or c.frames < 5, "--frames must be 4 k + 1, as 61 or 129."),
@@ -572,7 +573,7 @@ def rollout_input(generator, x0, cond, sigmas, rngs, final=False):
     # one exit for the batch, as in Self-Forcing; x0 gives the shape only
     noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
     level = int(torch.randint(len(sigmas) - 1, (1,), generator=rngs["exit"], device=x0.device))
-    level = len(sigmas) - 2 if final else level  # drawn all the same, for the stream
+    level = len(sigmas) - 2 if final else level  # drawn in both cases, so that later draws agree
     x_in = few_step_sample(generator, noise, sigmas[: level + 1], cond, rngs["input"])
     return x_in, sigmas[level].expand(len(x0))
 
@@ -639,7 +640,7 @@ def generator_step(
                 g = g + expand_as(gt_weight, g) * gt_gradient(x0_fake, x0_gt)
         if gan_weight:  # of a mean over samples, so that peers' weights mean the same here
             gan, stats["gan_loss"] = roles.discriminator.gradient(x_gen, cond, sigma, eps)
-        # NOTE silent: the learning rate depends on 1 / numel, of mean(x_gen * stopgrad(g)). peer
+        # NOTE silent: / numel, as in peers' mean(x_gen * stopgrad(g)): clipping, Adam's eps see it
         g = g / g.numel() + gan_weight * gan
         require_finite("the generator's gradient", g, sigma)
         x_gen.backward(g.to(x_gen.dtype))
@@ -676,7 +677,7 @@ def alpha_weak_at(config, iteration):
 
 
 MAX_GRAD_NORM = 1.0  # peer. Gradients are clipped to it, which alone bounds them
-FIRST_SEED = 2**32  # of training's streams; on a CPU that is 0, where 32 bits of a seed are read
+FIRST_SEED = 2**32  # of training's streams: apart from samples' on a GPU; a CPU reads 32 bits, 0
 
 
 class State:
@@ -818,16 +819,16 @@ def distil(config, roles, state, data):
 class HunyuanVideo:
     """diffusers' HunyuanVideoTransformer3DModel behind the contract of Roles."""
 
-    gathered = staticmethod(lambda x: x)  # the tokens of all processes that share a video's
+    gathered = staticmethod(lambda x: x)  # this process's share of a video's tokens -> all
     prompt_template = None  # the pipeline's own; or {"template": "...{}...", "crop_start": tokens}
     # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
     LAYERS = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     LAYERS += r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
     keep, offload = 0, False  # see checkpoint_with
 
-    def __init__(self, module, dtype, embedded_guidance=6.0, lora_targets="all"):
-        self.module, self.dtype, self.guidance = module, dtype, embedded_guidance
-        blocks = "single_" if lora_targets == "single" else "(single_)?"
+    def __init__(self, module, config):
+        self.module, self.dtype, self.guidance = module, module.dtype, config.embedded_guidance
+        blocks = "single_" if config.lora_targets == "single" else "(single_)?"
         self.lora_targets = rf"{blocks}transformer_blocks\.\d+\.({self.LAYERS})"
         self.width = module.config.num_attention_heads * module.config.attention_head_dim
         self.form = module.config.image_condition_type  # None, token_replace or latent_concat
@@ -850,14 +851,13 @@ class HunyuanVideo:
         The last `keep` blocks keep the results of attention, the dearest to recompute; with
         `offload` the blocks' inputs wait in the host's memory. HunyuanTask.load sets both.
         """
-        kernels = "flash_attention flash_attention_for_cpu efficient_attention cudnn_attention"
-        kernels = [getattr(torch.ops.aten, f"_scaled_dot_product_{k}") for k in kernels.split()]
-        attention = [kernel.default for kernel in kernels]
+        names = "flash_attention flash_attention_for_cpu efficient_attention cudnn_attention"
+        kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{n}").default for n in names.split()]
         late = set(self.blocks[len(self.blocks) - self.keep :])
 
         def run(block, *args):
             with torch.autograd.graph.save_on_cpu(True) if self.offload else nullcontext():
-                return function(block, *args, keep=attention if block in late else ())
+                return function(block, *args, keep=kept if block in late else ())
 
         self.module.enable_gradient_checkpointing(run)
 
@@ -871,7 +871,7 @@ class HunyuanVideo:
 
         def attention(query, key, value, parallel_config, **_):
             x = torch.cat([query.to(value.dtype), key.to(value.dtype), value])  # (3 B, t, heads, D)
-            # parallel_config is [where text begins]; text is whole here, of any length
+            # parallel_config: from before_block, [where text begins]; the text is whole here
             video, text = x.tensor_split(parallel_config, dim=1)
             x = torch.cat([exchange(video, 2, 1), text.chunk(n, dim=2)[rank]], dim=1)
             x = torch.nn.functional.scaled_dot_product_attention(*x.transpose(1, 2).chunk(3))
@@ -888,17 +888,18 @@ class HunyuanVideo:
             block.register_forward_pre_hook(before_block)
         # NOTE silent: every process has the whole loss, and an exchange's backward adds up the
         # gradients of all n. So a process gets n times its own tokens' part, and the mean over
-        # processes is right. A slice in place of the exchange would leave 1 / n of it
-        module.rope.register_forward_hook(lambda *a: [x.chunk(n)[rank] for x in a[2]])
-        module.x_embedder.register_forward_hook(lambda *a: exchange(a[2][:, :, None], 1, 2).mean(2))
+        # processes is right. A slice would leave 1 / n of it, hence the mean of n equal copies
+        self.share = lambda x: exchange(x[:, :, None], 1, 2).mean(2)
         self.gathered = lambda x: exchange(x[:, :, None].expand(-1, -1, n, -1), 2, 1)[:, :, 0]
-        module.proj_out.register_forward_hook(lambda *a: self.gathered(a[2]))
+        module.rope.register_forward_hook(lambda m, args, out: [x.chunk(n)[rank] for x in out])
+        module.x_embedder.register_forward_hook(lambda m, args, out: self.share(out))
+        module.proj_out.register_forward_hook(lambda m, args, out: self.gathered(out))
 
     def features(self, x_t, sigma, cond):
         """The sample's tokens after the last double-stream block, (B, tokens, width)."""
         seen, later = [], self.module.single_transformer_blocks
         watch = self.module.norm_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        self.module.single_transformer_blocks = torch.nn.ModuleList()  # no block runs that is late
+        self.module.single_transformer_blocks = torch.nn.ModuleList()  # the late blocks do not run
         try:
             self.velocity(x_t, sigma, cond)
         finally:
@@ -923,19 +924,17 @@ class HunyuanVideo:
     def velocity(self, x_t, sigma, cond):
         """x_t: latents (B, C, T, H, W); cond: prompt_embeds (B, L, D), trimmed; pooled (B, P)."""
         text = cond["prompt_embeds"].to(self.dtype)
-        guidance = torch.full((len(x_t),), self.guidance, dtype=self.dtype, device=x_t.device)
         device = x_t.device.type.replace("meta", "cpu")  # the meta device knows no autocast
         # NOTE silent: without autocast the float32 adapters would compute in float32; with its
         # cache every float32 weight would stay in bf16 too until the end of the forward
-        how = {"enabled": self.dtype != torch.float32, "cache_enabled": False}
-        with torch.autocast(device, self.dtype, **how):
+        with torch.autocast(device, self.dtype, self.dtype != torch.float32, cache_enabled=False):
             v = self.module(
                 hidden_states=self.with_image(x_t, cond).to(self.dtype),
                 timestep=1000 * sigma.float(),  # NOTE silent: bf16 would round 954.5 to 956
                 encoder_hidden_states=text,
                 encoder_attention_mask=torch.ones(text.shape[:2], device=x_t.device),
                 pooled_projections=cond["pooled"].to(self.dtype),
-                guidance=guidance * 1000,  # 6000 becomes 6016 in bf16, as in diffusers
+                guidance=text.new_full((len(x_t),), self.guidance) * 1000,  # 6016, as in diffusers
                 return_dict=False,
             )[0]
         return v[:, :, -x_t.shape[2] :].to(x_t.dtype)
@@ -960,9 +959,8 @@ def load_pipeline(checkpoint, without, dtype=None, device=DEVICE):
     diffusers.utils.logging.disable_progress_bar()  # its bars would cut through ours
     dtype = dtype or (torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     how = {"dtype": dtype, "use_safetensors": True} | dict.fromkeys(without)
-    load = diffusers.DiffusionPipeline.from_pretrained  # text-to-video's, or image-to-video's
     with reading(f"--checkpoint {checkpoint} is no HunyuanVideo"):
-        pipe = load(checkpoint, **how).to(device)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(checkpoint, **how).to(device)
     if pipe.vae:
         pipe.vae.enable_tiling()
     return pipe
@@ -989,8 +987,7 @@ def encode_text(pipe, caption, first=None, form=None):
 def encode_video(pipe, video):
     """A video (1, 3, T, H, W) in [-1, 1] as scaled latents (1, C, T, H, W)."""
     vae = pipe.vae.float()  # bf16 would round the latents
-    latents = vae.encode(video.to(pipe.device)).latent_dist.mode()
-    return latents.float() * pipe.vae.config.scaling_factor
+    return vae.encode(video.to(pipe.device)).latent_dist.mode() * pipe.vae.config.scaling_factor
 
 
 # ---- 8. Files and data ---------------------------------------------------------------------------
@@ -1088,7 +1085,7 @@ def find_clips(data):
         seen.add(os.path.realpath(folder))
         shut = {n for n in inner if n[0] == "." or os.path.realpath(Path(folder, n)) in seen}
         inner[:] = sorted(set(inner) - shut)
-        files += [Path(folder, name) for name in sorted({*names, *shut} - {".w2svd"})]
+        files += [Path(folder, name) for name in sorted({*names, *shut} - {".w2svd"})]  # to list
     lists = [file for file in files if file.name in LISTS]
     for file in lists:
         with reading(f"{file} cannot be read", csv.Error):
@@ -1268,13 +1265,13 @@ def sampling(config):
 
 
 class HunyuanTask:
-    """HunyuanVideo and a folder of clips. Such a task, a model and its data, has
+    """HunyuanVideo and a folder of clips: a task, which is a model and its data. A task has
 
     .backbone (see Roles), whose weights come with .load(...); .device; .shape of a sample; .clips,
     the files; .batches(rng, taken, rank, ranks), endless {'x0': (B, ...), 'cond', 'name'}, every
     ranks-th one from number taken + rank on; .prepare() for what must follow the adapters;
-    .costs(...) for the plan; .on_log(step, generator) for pictures on the way; .finish(run) ->
-    (result, table); .sample(...), a command.
+    .costs(...) for the plan; .on_log(step, generator) for pictures on the way, .finish(generator)
+    -> (result, table) at the end; .sample(...), a command.
     """
 
     device = DEVICE
@@ -1286,9 +1283,9 @@ class HunyuanTask:
         Model, self.config, found = diffusers.HunyuanVideoTransformer3DModel, config, {}
         other = f"--checkpoint {config.checkpoint} is no HunyuanVideo known here"
         with reading(other, TypeError), torch.device("meta"):  # shapes and no numbers, for the plan
-            if config.checkpoint != HUNYUAN:  # the released one: all defaults
+            if config.checkpoint != HUNYUAN:  # whose config is the class's defaults
                 found = Model.load_config(config.checkpoint, subfolder="transformer")
-            self.wrap(Model.from_config(found).bfloat16())
+            self.backbone = HunyuanVideo(Model.from_config(found).bfloat16(), config)
         m, self.form = self.backbone.module.config, self.backbone.form
         channels, kind = m.out_channels, found.get("_class_name", Model.__name__)
         reads = 2 * channels + 1 if self.form == "latent_concat" else channels
@@ -1300,10 +1297,6 @@ class HunyuanTask:
         self.video = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
         self.shape = (channels, self.video[1] - (self.form == "token_replace"), *self.video[2:])
         self.tokens = math.prod(self.video[1:]) // m.patch_size**2
-
-    def wrap(self, module):
-        c = self.config
-        self.backbone = HunyuanVideo(module, module.dtype, c.embedded_guidance, c.lora_targets)
 
     def load(self, split=False, keep=0, offload=False):
         """Encode what is missing, then read the weights; keep, offload: see checkpoint_with."""
@@ -1323,7 +1316,7 @@ class HunyuanTask:
         full = "full" in (self.config.generator, self.config.fake)
         device = "cpu" if full and split else DEVICE
         pipe = load_pipeline(self.config.checkpoint, (*TEXT, "vae"), device=device)
-        self.wrap(pipe.transformer.requires_grad_(False))
+        self.backbone = HunyuanVideo(pipe.transformer.requires_grad_(False), self.config)
 
     def prepare(self):
         """What must follow the adapters: the base's weights in 8 bits, compilation."""
@@ -1362,28 +1355,28 @@ class HunyuanTask:
         n, width, gpus = len(self.backbone.blocks), self.backbone.width, machine.parts(c)
         full = generator * (c.generator == "full") + fake * (c.fake == "full")
         share = full / gpus + generator + fake - full  # adapters stay whole on each GPU
-        average = generator / (gpus if c.generator == "full" else 1)
+        student = generator / (gpus if c.generator == "full" else 1)
         if c.fp8_base:  # the plan's model has no other use
             module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
         frozen = [p for p in module.parameters() if not p.requires_grad]
         base, one = sum(p.nbytes for p in frozen) / GiB, 2 * tokens * width / GiB
         # it is read as bf16; copies are made there before the split
         host = (2 * sum(p.numel() for p in frozen) + 4 * full * (gpus > 1)) / GiB
-        # one: a block's bf16 tensor; so many its backward keeps (simulated; exchanges: on a CPU)
+        # one: a bf16 tensor of all tokens. A block's backward keeps 37.2 (simulated), exchanges 4
         kept = (37.2 + 4 * (machine.context_parallel > 1)) * one
         inputs = self.learning() + n * (c.gan_weight > 0) / 3
         lines = {
             "backbone, frozen": base / gpus + 3 * base / n * (gpus > 1),  # blocks being gathered
             "generator and fake, float32": 4 * share / GiB,
-            "Adam, average": (8 * share + 4 * average) / GiB,
-            "gradients": 4 * max(average, share - average) / GiB,
+            "Adam, average": (8 * share + 4 * student) / GiB,
+            "gradients": 4 * max(student, share - student) / GiB,  # of one update at a time
             "inputs of the blocks": (2 if machine.offload else inputs) * one * c.checkpointing,
             "a block at work": kept * (1 if c.checkpointing else self.learning()),
             "CUDA, fragments": 1.6,  # with expandable segments
         }
         result = one + 4 * tokens * module.config.num_attention_heads / GiB  # and float32 sums
-        # a twentieth stays free, as no GPU has checked this; copies gather more than is counted
-        # with a discriminator, which runs the double-stream blocks once more, the others alone
+        # a twentieth stays free, as no GPU has checked this; copies, which gather more, keep none
+        # a discriminator runs the double-stream blocks once more: then only the others keep
         most = len(module.single_transformer_blocks) if c.gan_weight else self.learning()
         most *= c.checkpointing and not c.compile and not full
         keep = int((0.95 * machine.room() - sum(lines.values())) / result)
@@ -1407,9 +1400,9 @@ class HunyuanTask:
         # much in attention, whose kernel recomputes a product; checkpointing one more forward
         linear = 2 * tokens * n * (4 + 2 * m.mlp_ratio) * width**2 / 1e15
         attention = 4 * tokens**2 * width * n / 1e15
-        forward, again, share = linear + attention, c.checkpointing, self.learning() / n
-        linear *= c.accumulate * (forwards + backwards * (1 + share * (1 + again)))
-        again *= share - keep / n
+        forward, share = linear + attention, self.learning() / n
+        linear *= c.accumulate * (forwards + backwards * (1 + share * (1 + c.checkpointing)))
+        again = c.checkpointing * (share - keep / n)  # what is kept is not computed again
         attention *= c.accumulate * (forwards + backwards * (1 + 2.5 * share + again))
         # on an H100 in TFLOP/s, published: 650 in large products, 550 in cuDNN's attention
         seconds = (linear / 650 + attention / 550) * 1e3 / context
@@ -1485,12 +1478,13 @@ class HunyuanTask:
                 beside = path.with_stem(f"{path.stem}-backbone")
                 self.film(beside, self.backbone.velocity, sigmas, one["cond"], c.seed, euler=True)
 
-    def finish(self, run):
+    def finish(self, _):
         """No exact answer here: the last logged numbers."""
-        last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+        folder = Path(self.config.out)
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         flags = '--prompt "..."' + " --image face.png" * bool(self.form)
-        table = f"now: python w2svd.py sample --run {run.folder} {flags} --out video.mp4"
-        return {"student": last | {"steps": run.config.steps}}, table
+        table = f"now: python w2svd.py sample --run {folder} {flags} --out video.mp4"
+        return {"student": last | {"steps": self.config.steps}}, table
 
     def first_frame(self, path):
         """A picture, cropped and resized to the video's size: (1, 3, 1, H, W) in [-1, 1]."""
@@ -1546,8 +1540,8 @@ def join_ranks():
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # a long wait is one for clips to be encoded; torchrun ends all processes when one dies
-        how = {"backend": "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"}
-        torch.distributed.init_process_group(**how, timeout=datetime.timedelta(days=1))
+        backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
         # at the end, what still refers to the group would end the process by an error
         atexit.register(lambda: (gc.collect(), torch.distributed.destroy_process_group()))
         # after an error it would wait for others, which wait for this process
@@ -1604,7 +1598,7 @@ def split_over_ranks(roles):
     for backbone in (roles.backbone, *roles.copies.values()):
         for module in (*backbone.blocks, backbone.module):  # the last: all that is in no block
             # NOTE silent: by default a root keeps what it gathered until a backward; a copy's would
-            # be stale after `averaged` exchanged it. The base's never changes; `features` needs it
+            # be stale after `averaged` exchanged it. The base's stays, for `features`' backward
             drop = module is not roles.backbone.module
             fully_shard(module, ignored_params=adapters, reshard_after_forward=drop)
     for role in roles.copies:
@@ -1624,8 +1618,8 @@ def split_as(x, like):
 
 def write_by_first(path, tensors, info):
     """write_safetensors of tensors that may be split: all processes gather, the first writes."""
-    gathered = ((name, in_one_piece(x)) for name, x in tensors.items())
-    kept = {name: x.cpu() for name, x in gathered if RANK == 0}  # one at a time, by every process
+    gathered = ((name, in_one_piece(x)) for name, x in tensors.items())  # lazy: one at a time
+    kept = {name: x.cpu() for name, x in gathered if RANK == 0}  # gathered by every process
     if RANK == 0:
         write_safetensors(path, kept, info)
 
@@ -1639,7 +1633,7 @@ def check_ranks(config, state):
     noise = [rng.get_state().sum() for rng in state.rngs.values()]
     every = of_all_ranks((tuple(map(float, marks)), (state.rank, *map(float, noise))))
     of_all, of_a_group = map(set, zip(*every))
-    if len(of_all) > 1 or len(of_a_group) > state.ranks:
+    if len(of_all) > 1 or len(of_a_group) > state.ranks:  # as many noises as groups
         raise RuntimeError("the processes have drifted apart; a bug, since all must do the same")
 
 
@@ -1874,7 +1868,8 @@ def signals():
 
     with ExitStack() as at_the_end:  # the handlers before come back
         for number in (signal.SIGTERM, signal.SIGINT):
-            at_the_end.callback(signal.signal, number, signal.signal(number, note))
+            before = signal.signal(number, note)
+            at_the_end.callback(signal.signal, number, before)
         yield stop
 
 
@@ -1971,7 +1966,7 @@ def open_log(folder, config, before):
 
 
 def train(config, machine=MACHINE, resume=False, dry_run=False):  # noqa: C901
-    """Distil: the whole run, from the backbone to result.json. Returns the run's folder."""
+    """Distil: the whole run, from the backbone to result.json."""
     from tqdm import tqdm
 
     started, folder = time.perf_counter(), Path(config.out)
@@ -1982,7 +1977,7 @@ def train(config, machine=MACHINE, resume=False, dry_run=False):  # noqa: C901
     show({"plan": numbers, "settings, where not the defaults": changed, "machine": vars(machine)})
     check_machine(machine, numbers, dry_run)
     if dry_run:
-        return None
+        return
     task.load(split, numbers.get("blocks that keep attention's results"), machine.offload)
     folder.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
@@ -2030,25 +2025,22 @@ def train(config, machine=MACHINE, resume=False, dry_run=False):  # noqa: C901
         raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
     save_generator(folder / "generator.safetensors", config, state, base)
     if RANK:
-        return folder
+        return
     with state.averaged() as generator:
-        run = SimpleNamespace(folder=folder, config=config, generator=generator)
-        result, table = task.finish(run)
+        result, table = task.finish(generator)
     result |= {"seconds": time.perf_counter() - started, "peak_rss_mb": memory_mb("cpu")}
     write_json(folder / "result.json", result | {"seed": config.seed})
     print(table)
-    return folder
 
 
 # ---- 10. Sample, export, command line ------------------------------------------------------------
 def read_generator(run, at=None):
     """The tensors and the header of a run's generator: the newest, or that of iteration `at`."""
-    every = sorted(Path(run).glob(f"generator-{6 * '[0-9]'}.safetensors"))
-    saved = {int(path.stem[-6:]): path for path in every}
-    newest = [Path(run) / "generator.safetensors", *saved.values()][-1]
+    saved = sorted(Path(run).glob(f"generator-{6 * '[0-9]'}.safetensors"))
+    newest = [Path(run) / "generator.safetensors", *saved][-1]
     path = newest if at is None else newest.with_name(f"generator-{at:06}.safetensors")
     if not path.exists():
-        steps = ", ".join(map(str, saved)) or "none"
+        steps = ", ".join(str(int(one.stem[-6:])) for one in saved) or "none"
         raise Refused(f"There is no {path}; saved iterations, for --at: {steps}.")
     return read_safetensors(path)
 
@@ -2097,7 +2089,7 @@ DIFFUSERS = """For diffusers alone: other programs apply none of it, silently.
     export_to_video(video, "talk.mp4", fps={fps:g})
 """
 SECOND = 'A second LoRA switches this one off, until `pipe.set_adapters(["w2svd", "other"])`.'
-ROUNDED = "In bfloat16, as below, it is off by {:.1%} of what was learnt; in float32 by nothing."
+ROUNDED = "In bfloat16 it is off by {:.1%} of what was learnt; in float32 by nothing."
 LORA = 'pipe.load_lora_weights("this folder", "w2svd")'
 MERGED = 'pipe.transformer = pipe.transformer.from_pretrained("this folder", dtype=torch.bfloat16)'
 IMAGE = 'image=pipe.video_processor.resize(load_image("a.png"), **size, resize_mode="crop"), '
@@ -2148,7 +2140,7 @@ def merge(module, tensors):
             x = tensors[name.replace("lora_A", "lora_B")] @ x  # alpha equals the rank
             name = name.removeprefix("transformer.").replace("lora_A.", "")
             x += weights[name]
-        if "lora_B" not in name:
+        if "lora_B" not in name:  # B went in with its A
             lost += float((x.bfloat16() - x).square().sum())
             learnt += float((x - weights[name]).square().sum())
             weights[name].copy_(x)
@@ -2171,7 +2163,7 @@ def export(run, format, out, at=None, checkpoint="", dtype="float32"):
     if format == "merged":
         pipe = load_pipeline(config.checkpoint, (*TEXT, "vae"), torch.float32, "cpu")
         said |= {"load": MERGED, "warning": ROUNDED.format(merge(pipe.transformer, tensors))}
-        print(said["warning"].replace(", as below", ""))
+        print(said["warning"])
         pipe.transformer.to(dtype).save_pretrained(out)
     else:
         tensors = {n: x.to(dtype) for n, x in tensors.items()}
@@ -2308,8 +2300,7 @@ def main(argv=None):
         given = parse(argv)
         command = given.pop("command")
         how = {name: given.pop(name) for name in ("resume", "dry_run") if name in given}
-        here = {f.name for f in dataclasses.fields(Machine)} & given.keys()
-        machine = Machine(**{name: given.pop(name) for name in here})
+        machine = Machine(**{name: given.pop(name) for name in vars(MACHINE) if name in given})
         if command in ("sample", "export"):
             (sample if command == "sample" else export)(**given)
             return 0

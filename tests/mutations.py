@@ -51,7 +51,7 @@ gradients of a video's shares are averaged @ HunyuanVideo.share_tokens:
     exchange(x[:, :, None].expand(-1, -1, n, -1), 2, 1)[:, :, 0] ==>
     importlib.import_module("diffusers.hooks.context_parallel").AllGatherFunction.apply(x, 1, group)
 a sample's gradient is that of a share @ HunyuanVideo.share_tokens:
-    exchange(a[2][:, :, None], 1, 2).mean(2) ==> a[2].chunk(n, 1)[rank]
+    exchange(x[:, :, None], 1, 2).mean(2) ==> x.chunk(n, 1)[rank]
 the first frame is looked for in every share @ HunyuanVideo.share_tokens:
     args[6] - rank * ==> args[6] - 0 *
 adapters are split with the base @ split_over_ranks:
@@ -194,7 +194,8 @@ timesteps are rounded to bf16 @ HunyuanVideo.velocity:
 adapters compute in float32 @ HunyuanVideo.velocity: self.dtype != torch.float32 ==> False
 # test_hunyuan.py -k embedded_guidance
 embedded guidance is ignored by the backbone @ HunyuanVideo.velocity: self.guidance ==> 6.0
-embedded guidance does not reach the backbone @ HunyuanTask.wrap: c.embedded_guidance ==> 6.0
+embedded guidance does not reach the backbone @ HunyuanVideo.__init__:
+    config.embedded_guidance ==> 6.0
 # test_data.py -k scaled_mode
 latents are encoded unscaled @ encode_video: * pipe.vae.config.scaling_factor ==>
 text is not trimmed @ encode_text: [:, mask[0].bool()] ==>

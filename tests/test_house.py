@@ -22,7 +22,7 @@ import w2svd
 from toy.table import CASES, METHOD_SEEDS, METHODS, SEEDS
 
 BUDGET = 1500  # lines of w2svd.py as ruff formats them, in the end
-CEILING = 2343  # where it stands, to be lowered with it
+CEILING = 2337  # where it stands, to be lowered with it
 PAPER = 520  # of them in sections 2 to 6, the paper
 SETTINGS = 50
 README_LINES = 130
@@ -77,7 +77,7 @@ def run(*command, cwd=ROOT):
 # ---- size and form -------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="it has 2,200 lines: a budget that is missed", strict=True)
+@pytest.mark.xfail(reason="it has 2,300 lines: a budget that is missed", strict=True)
 def test_the_file_is_within_its_budget():
     assert len(SOURCE.splitlines()) <= BUDGET
 

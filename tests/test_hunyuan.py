@@ -102,7 +102,7 @@ def stock_transformer(tiny, dtype=torch.float32):
 
 
 def backbone(tiny, dtype=torch.float32):
-    return HunyuanVideo(stock_transformer(tiny, dtype), dtype)
+    return HunyuanVideo(stock_transformer(tiny, dtype), Config())
 
 
 def randomise(roles):
@@ -546,7 +546,7 @@ def test_an_iteration_runs_the_forwards_of_the_plan(tiny, keep, settings):
     assert numbers["blocks that keep attention's results"] == keep
 
     layers = settings.get("lora_targets", "all")
-    wrapped = HunyuanVideo(stock_transformer(tiny), torch.float32, lora_targets=layers)
+    wrapped = HunyuanVideo(stock_transformer(tiny), Config(lora_targets=layers))
     roles = randomise(Roles(wrapped, 2, 0.25, 1.0))
     roles.backbone.keep = keep
     roles.use_checkpointing()
@@ -918,7 +918,7 @@ def test_merged_weights_are_the_backbone_with_its_adapter(tiny, trained, capsys)
     price = re.search(r"([\d.]+)% of what was learnt", capsys.readouterr().out)
     lost, card = float(price[1]) / 100, Path("merged/README.md").read_text()
     assert price[0] in card and "set_adapters" not in card
-    merged = HunyuanVideo(HunyuanVideoTransformer3DModel.from_pretrained("merged"), torch.float32)
+    merged = HunyuanVideo(HunyuanVideoTransformer3DModel.from_pretrained("merged"), Config())
     roles = roles_of(tiny)
     roles.load("generator", w2svd.read_generator(trained, 2)[0])
     with torch.no_grad():
@@ -1003,7 +1003,7 @@ def test_at_the_width_of_the_released_model_too(targets):
     Model = HunyuanVideoTransformer3DModel
     with torch.device("meta"):
         module = Model(num_layers=1, num_single_layers=1, num_refiner_layers=1)
-        roles = Roles(HunyuanVideo(module, torch.float32, lora_targets=targets), 4, 0.25, 1.0)
+        roles = Roles(HunyuanVideo(module, Config(lora_targets=targets)), 4, 0.25, 1.0)
     rng = torch.Generator().manual_seed(0)
     shapes = {f"transformer.{n}": p.shape for n, p in roles.state("generator").items()}
     ours = {n: torch.randn(shape, generator=rng) for n, shape in shapes.items()}

@@ -84,7 +84,7 @@ def new_roles(folder, name, alone=False):
     settings, form, split, context = CASES[name]
     config = dataclasses.replace(SMALL, **settings)
     module = HunyuanVideoTransformer3DModel.from_pretrained(folder / str(form) / "transformer")
-    backbone = HunyuanVideo(module.requires_grad_(False), torch.float32)
+    backbone = HunyuanVideo(module.requires_grad_(False), SMALL)
     backbone.keep, backbone.offload = 0 if alone else 1, not alone  # where there is checkpointing
     task = SimpleNamespace(backbone=backbone, prepare=lambda: None)
     transformer_hunyuan_video.dispatch_attention_fn = (
@@ -209,7 +209,7 @@ def four_heads(form):
     sizes |= {"in_channels": channels, "out_channels": 4, "image_condition_type": form}
     sizes |= {"text_embed_dim": 16, "pooled_projection_dim": 8}
     module = HunyuanVideoTransformer3DModel(guidance_embeds=channels == 4, **sizes)
-    roles = Roles(HunyuanVideo(module.requires_grad_(False), torch.float32), 2, 0.25, 1.0)
+    roles = Roles(HunyuanVideo(module.requires_grad_(False), SMALL), 2, 0.25, 1.0)
     roles.use_checkpointing()
     with torch.no_grad():
         for parameter in roles.parameters("fake"):

@@ -310,12 +310,12 @@ class Task:
         samples = self.few_step(generator, self.sigmas, n, seed=1)
         write_safetensors(folder / f"{step:06}.safetensors", {"samples": samples}, {"step": step})
 
-    def finish(self, run):
+    def finish(self, generator):
         """Measure student and backbone against the exact mixture; pictures, result.json, table.
 
         First frames are exact, so the KL of whole clips is the mean KL of what follows them.
         """
-        data, steps = self.config.data, self.config.steps
+        data, steps, folder = self.config.data, self.config.steps, Path(self.config.out)
         n = SAMPLES[data]
         measure, rng = Metrics(self.mixture, n), torch.Generator().manual_seed(5)
         cond, _ = self.start(n, seed=2)
@@ -333,7 +333,7 @@ class Task:
                 same = measure(self.euler(k, self.config.shift, n))
                 same_grid[str(k)] = {"shift": self.config.shift, **same}
         student = f"student, {steps} step{'s' * (steps > 1)}"
-        samples[student] = self.few_step(run.generator, self.sigmas, n, seed=2)
+        samples[student] = self.few_step(generator, self.sigmas, n, seed=2)
         result = {
             "student": {"steps": steps, **measure(samples[student])},
             "euler": euler,
@@ -344,8 +344,8 @@ class Task:
         rows = [result["floor"], result["impostor"], *euler.values(), result["student"]]
         kl = {name: row["kl"] for name, row in zip(samples, rows)}
         shown = {name: x for name, x in samples.items() if name != impostor}
-        self.pictures(run.folder, shown, kl, student)
-        now = f"now: python w2svd.py sample --run {run.folder} --out samples.png"
+        self.pictures(folder, shown, kl, student)
+        now = f"now: python w2svd.py sample --run {folder} --out samples.png"
         return result, f"{table(result)}\n{now}"
 
     def euler(self, steps, shift, n):

@@ -45,7 +45,7 @@ def middle():
         text_embed_dim=64,
         pooled_projection_dim=32,
     )
-    return w2svd.HunyuanVideo(module.requires_grad_(False), torch.float32)
+    return w2svd.HunyuanVideo(module.requires_grad_(False), w2svd.Config())
 
 
 def measure(kind):
