@@ -5,7 +5,7 @@
 
 Runs `w2svd.py train`, in processes of one thread each, and writes table.json (every result)
 and table.md (mean and 95 % interval), or methods.json. A result that is there already is kept, so
-that the script goes on where it stopped. About 15 minutes on 2 CPU cores, for the methods as much.
+that the script goes on where it stopped. About 20 minutes on 2 CPU cores, 10 for the methods.
 tests/remake.py makes the READMEs' tables of them.
 """
 
@@ -47,7 +47,7 @@ METHODS = {  # on the ring: the preset, with a row of settings
     "LCM": "--objective lcm",
     "LCM, 5 times the iterations": "--objective lcm --iterations 1200 --ema .95",
 }
-METHOD_SEEDS = range(30, 35)  # seen by nothing before; rates were chosen on others, from 100 on
+METHOD_SEEDS = range(30, 35)  # seen by no trial; rates were chosen on others, from 100 on
 SHOWN = {
     "2d": ("kl", "sliced_w2", "precision", "coverage", "weight_tv"),
     "videos": ("kl", "clip_frechet", "frame_frechet", "dynamic_degree", "motion_smoothness"),

@@ -310,12 +310,12 @@ class Task:
         samples = self.few_step(generator, self.sigmas, n, seed=1)
         write_safetensors(folder / f"{step:06}.safetensors", {"samples": samples}, {"step": step})
 
-    def finish(self, generator):
+    def finish(self, run):
         """Measure student and backbone against the exact mixture; pictures, result.json, table.
 
         First frames are exact, so the KL of whole clips is the mean KL of what follows them.
         """
-        data, steps, folder = self.config.data, self.config.steps, Path(self.config.out)
+        data, steps = self.config.data, self.config.steps
         n = SAMPLES[data]
         measure, rng = Metrics(self.mixture, n), torch.Generator().manual_seed(5)
         cond, _ = self.start(n, seed=2)
@@ -333,7 +333,7 @@ class Task:
                 same = measure(self.euler(k, self.config.shift, n))
                 same_grid[str(k)] = {"shift": self.config.shift, **same}
         student = f"student, {steps} step{'s' * (steps > 1)}"
-        samples[student] = self.few_step(generator, self.sigmas, n, seed=2)
+        samples[student] = self.few_step(run.generator, self.sigmas, n, seed=2)
         result = {
             "student": {"steps": steps, **measure(samples[student])},
             "euler": euler,
@@ -344,8 +344,8 @@ class Task:
         rows = [result["floor"], result["impostor"], *euler.values(), result["student"]]
         kl = {name: row["kl"] for name, row in zip(samples, rows)}
         shown = {name: x for name, x in samples.items() if name != impostor}
-        self.pictures(folder, shown, kl, student)
-        now = f"now: python w2svd.py sample --run {folder} --out samples.png"
+        self.pictures(run.folder, shown, kl, student)
+        now = f"now: python w2svd.py sample --run {run.folder} --out samples.png"
         return result, f"{table(result)}\n{now}"
 
     def euler(self, steps, shift, n):
@@ -405,9 +405,11 @@ class Task:
         elif len(self.shape) == 1:
             plots.samples_2d(out, self.mixture, rows)
         elif out.suffix == ".gif":
-            plots.clips_gif(out, rows)
+            plots.clips_gif(out, rows)  # the first 8
+            n = min(n, 8)
         else:
-            plots.samples_videos(out, rows)
+            plots.samples_videos(out, rows)  # the first 2
+            n = min(n, 2)
         return f"{n} samples in {out}"
 
     def trained_generator(self, tensors, info):
@@ -429,8 +431,8 @@ def table(result):
         rows.append((f"Euler, {k} step{'s' * (k != '1')}", k, row))
     rows.append((f"student, {steps} step{'s' * (steps > 1)}", steps, result["student"]))
     columns = list(result["floor"])
-    if "dynamic_degree" in columns:  # no network's clip is within their narrow modes
-        columns = [c for c in columns if c not in ("precision", "coverage", "weight_tv")]
+    if "dynamic_degree" in columns:  # hardly any network's clip is within their narrow modes
+        columns = [c for c in columns if c not in ("precision", "coverage")]
     widths = [max(len(name), 8) + 2 for name in columns]
     head = "".join(f"{name:>{width}}" for name, width in zip(columns, widths))
     lines = [f"{'method':17}{'NFE':>3}" + head]
