@@ -1080,7 +1080,7 @@ def find_clips(data):
     if Path(data).suffix == ".txt" and Path(data).is_file():
         return [(None, line) for line in read_text(Path(data)).split("\n") if line.strip()], {}
     if not data or not Path(data).is_dir():
-        raise Refused(f"{data!r} is no folder of clips, {LAYOUTS}; nor a .txt: {EXAMPLE}")
+        raise Refused(f"{data!r} is no folder of clips ({LAYOUTS}), nor a .txt: {EXAMPLE}")
     data, files, seen, clips, left_out = Path(os.path.abspath(data)), [], set(), [], {}
     for folder, inner, names in os.walk(data, followlinks=True):
         seen.add(os.path.realpath(folder))
@@ -2286,9 +2286,7 @@ def resolve(given):
     out, k = config.out or f"runs/{model}", 2
     while Path(out).is_file() or any(Path(out).glob("[!.]*")):
         if config.out:
-            raise Refused(
-                f"{out} is in use: name another --out, or go on with --resume if it is a run."
-            )
+            raise Refused(f"{out} is in use: name another --out, or, if it is a run, --resume.")
         out, k = f"runs/{model}-{k}", k + 1
     return dataclasses.replace(config, out=out)
 

@@ -22,7 +22,7 @@ import w2svd
 from toy.table import CASES, METHOD_SEEDS, METHODS, SEEDS
 
 BUDGET = 1500  # lines of w2svd.py as ruff formats them, in the end
-CEILING = 2339  # where it stands, to be lowered with it
+CEILING = 2337  # where it stands, to be lowered with it
 PAPER = 520  # of them in sections 2 to 6, the paper
 SETTINGS = 50
 README_LINES = 130
