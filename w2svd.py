@@ -2089,7 +2089,7 @@ DIFFUSERS = """For diffusers alone: other programs apply none of it, silently.
     export_to_video(video, "talk.mp4", fps={fps:g})
 """
 SECOND = 'A second LoRA switches this one off, until `pipe.set_adapters(["w2svd", "other"])`.'
-ROUNDED = "In bfloat16 it is off by {:.1%} of what was learnt; exported in float32 by 0."
+ROUNDED = "In bfloat16 it is off by {:.1%} of what was learnt; exported and read as float32 by 0."
 LORA = 'pipe.load_lora_weights("this folder", "w2svd")'
 MERGED = 'pipe.transformer = pipe.transformer.from_pretrained("this folder", dtype=torch.bfloat16)'
 IMAGE = 'image=pipe.video_processor.resize(load_image("a.png"), **size, resize_mode="crop"), '
