@@ -180,7 +180,7 @@ class Config:
     sigma_shift: float = setting(1.0, "raise for more noise, more global shape / author-code")
 
     lora_rank: int = setting(64, "of both adapters; their alpha is the rank / ours", "training")
-    lora_targets: Layers = setting("all", "single: of the single-stream blocks / author-code")
+    lora_targets: Layers = setting("all", "of all blocks, or of single-stream ones / author-code")
     generator_lr: float = setting(1e-5, "lower it where samples drift or collapse / ours")
     fake_lr: float = setting(1e-5, "raise it where the relative gap keeps growing / ours")
     lr_schedule: Literal["constant", "linear"] = setting("constant", "linear: to 5 % / ours")
@@ -205,7 +205,7 @@ class Machine:
 
     gpus: int = setting(RANKS, "how many to plan for; torchrun starts them / ours", "the machine")
     gpu_memory: float = setting(0.0, "GiB of each to fill; 0: all of the one here, if any / ours")
-    shard: Literal["base", "none"] = setting("base", "what is split; none is faster / ours")
+    shard: Literal["base", "none"] = setting("base", "none: whole, and faster if it fits / ours")
     context_parallel: int = setting(1, "GPUs that share a video; divides tokens, heads / peer")
     offload: bool = setting(False, "blocks' inputs wait in host memory: 720p on 80 GB / ours")
 
@@ -1380,9 +1380,9 @@ class HunyuanTask:
         # a twentieth stays free, as no GPU has checked this; copies, which gather more, keep none
         # a discriminator runs the double-stream blocks once more: then only the others keep
         most = len(module.single_transformer_blocks) if c.gan_weight else self.learning()
-        most *= c.checkpointing and not c.compile and not full
-        keep = int((0.95 * machine.room() - sum(lines.values())) / result)
-        keep = max(0, min(most, keep))
+        if full or c.compile or not c.checkpointing:
+            most = 0
+        keep = max(0, min(most, int((0.95 * machine.room() - sum(lines.values())) / result)))
         lines["attention's results"] = keep * result
         pinned = inputs * 2 ** math.ceil(math.log2(one))  # torch rounds up to powers of two
         return lines, keep, max(host, machine.offload * pinned)
@@ -2214,7 +2214,7 @@ def parse(argv):
     how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     how |= {"usage": "%(prog)s [--flag VALUE ...]"}
     trains = commands.add_parser("train", help="distil a backbone", **how)
-    trains.add_argument("--resume", action="store_true", help="go on in --out, by its settings")
+    trains.add_argument("--resume", action="store_true", help="go on in --out, with its settings")
     trains.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     add_settings(trains, Config)
     add_settings(trains, Machine)

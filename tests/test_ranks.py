@@ -459,7 +459,9 @@ def test_the_toy_trains_in_two_processes_on_batches_of_both(tmp_path):
     assert sum(name.startswith("rng/1/") for name in two) == 5  # the second one's streams
     moved = [name for name in one if name.startswith("generator/")]
     assert moved and any(not torch.equal(one[name], two[name]) for name in moved)
-    assert json.loads((tmp_path / "2" / "result.json").read_text())["student"]["kl"] < 1e3
+    results = [json.loads((tmp_path / n / "result.json").read_text()) for n in "12"]
+    assert results[0]["student"].keys() == results[1]["student"].keys()
+    assert results[0]["euler"] == results[1]["euler"]  # the backbone is the same
 
 
 @pytest.mark.slow

@@ -405,12 +405,10 @@ class Task:
         elif len(self.shape) == 1:
             plots.samples_2d(out, self.mixture, rows)
         elif out.suffix == ".gif":
-            plots.clips_gif(out, rows)  # the first 8
-            n = min(n, 8)
+            plots.clips_gif(out, rows)
         else:
-            plots.samples_videos(out, rows)  # the first 2
-            n = min(n, 2)
-        return f"{n} samples in {out}"
+            plots.samples_videos(out, rows)
+        return f"wrote {out}"
 
     def trained_generator(self, tensors, info):
         """The velocity of a stored generator."""
