@@ -49,7 +49,7 @@ Commands
     python w2svd.py train  --model hunyuan --data my_clips/ --out runs/mine     one 80 GB GPU
     python w2svd.py encode --model hunyuan --data my_clips/      its first part alone: the latents
     python w2svd.py sample --run runs/mine --prompt "a woman talks" --out talk.mp4   (--image a.png)
-    python w2svd.py export --run runs/mine --format diffusers --out lora/
+    python w2svd.py export --run runs/mine --out lora/
 
 Where a setting comes from: 'paper' read off the authors' figures; 'author-code' related public
 code of the first author, not a release of this paper; 'peer' common in public code of the family;
@@ -63,13 +63,11 @@ the author's later code's or ours; on the toy: rollouts, a fake of final samples
 """
 
 import argparse
-import atexit
 import copy
 import csv
 import dataclasses
 import datetime
 import functools
-import gc
 import hashlib
 import importlib.metadata
 import io
@@ -82,18 +80,18 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal, get_args
 
 # NOTE silent, here and below: without it nothing fails. Here fragments would take 9 GiB at 544p;
 # torch reads it when it is imported
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-import torch  # noqa: E402
-from torch.utils import checkpoint as checkpointing  # noqa: E402
+import torch
+from torch.utils import checkpoint as checkpointing
 
 # ---- 1. Config -----------------------------------------------------------------------------------
 
@@ -106,20 +104,7 @@ class Refused(ValueError):
         self.status = status
 
 
-HUNYUAN = "hunyuanvideo-community/HunyuanVideo"
-TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
-RANKS = int(os.environ.get("WORLD_SIZE", 1))  # how many they are
-Kind = Literal["lora", "full"]
-Input = Literal["paired", "rollout"]
-Schedule = Literal["constant", "linear", "cosine"]
-Samples = Literal["all", "final"]
-Objective = Literal["w2svd", "finetune", "lcm", "regress"]
-Layers = Literal["all", "single"]
-Condition = Literal["none", "first-frame", "first-frame-concat"]
-
-# Named methods, as rows of settings on top of a preset
+# Named methods, as rows of settings on top of a preset; others: python -m toy.baselines --help
 #   W2SVD (paper)                          --alpha-weak .25, the default
 #   W2SVD with reg. loss (paper)           --gt-weight .05 (author-code) --generator-input paired
 #   DMD with a LoRA fake (peer)            --alpha-weak 0
@@ -127,73 +112,74 @@ Condition = Literal["none", "first-frame", "first-frame-concat"]
 #   DMD2 (peer; its discriminator: ours)   --fake full --generator full --gan-weight .003
 #                                          --generator-input rollout
 #   DMDR's schedule (peer)                 --alpha-weak .75 --alpha-weak-schedule cosine
-#   LCM (peer)                             --objective lcm
-#   one step fitted to pairs (ours)        --objective regress --steps 1
-#   fine-tuning, as a stage before (ours)  --objective finetune, then export --format merged
+Input = Literal["paired", "rollout"]
+Schedule = Literal["constant", "cosine"]
 
 
-def setting(default, text, group=None):
-    """A line of Config: its default, its meaning / where it comes from, the heading it opens."""
-    return dataclasses.field(default=default, metadata={"text": text, "group": group})
+def setting(default, text):
+    """A line of Config: its default, and its meaning / where it comes from."""
+    return dataclasses.field(default=default, metadata={"text": text})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. The command line and its help are made from these lines."""
 
-    model: Literal["toy", "hunyuan"] = setting("toy", "what to distil / ours", "model and data")
-    data: str = setting("", "toy: ring, grid, videos; hunyuan: a folder of clips, or a .txt / ours")
-    condition: Condition = setting("none", "toy videos: the first frame is given / paper")
-    checkpoint: str = setting(HUNYUAN, "hub id, or a folder in diffusers' format / ours")
+    # model and data
+    model: str = setting("toy", "what to distil / ours")
+    data: str = setting("", "toy: a mixture; else a folder of clips, or a .txt of captions / ours")
+    checkpoint: str = setting("", "hub id, or a folder in diffusers' format / ours")
     height: int = setting(480, "of a clip in pixels, a multiple of 16 / ours")
     width: int = setting(832, "of a clip in pixels, a multiple of 16 / ours")
     frames: int = setting(61, "of a clip, 4k + 1: 61 or 129 / ours")
     fps: float = setting(24.0, "clips are resampled to it / paper")
     cache: str = setting("", "where latents or the toy's backbones are kept; see README / ours")
 
-    steps: int = setting(4, "evaluations of the finished generator / paper: 4, 1", "the generator")
+    # the generator
+    steps: int = setting(4, "evaluations of the finished generator / paper: 4, 1")
     shift: float = setting(5.0, "of the few-step grid: 1, .9375, .8333, .625 / author-code")
-    objective: Objective = setting("w2svd", "finetune: data; lcm, regress: baselines / ours, peer")
-    generator: Kind = setting("lora", "an adapter, or a whole copy / ours, author-code")
+    generator: Literal["lora", "full"] = setting("lora", "full: a copy / ours, author-code")
     generator_input: Input = setting("paired", "noised real sample, or from noise / paper, peer")
     ema: float = setting(0.995, "decay of the generator's average, in the end; 0 is off / ours")
 
-    fake: Kind = setting("lora", "full: a copy, real = backbone / paper, peer", "real and fake")
+    # real and fake
+    fake: Literal["lora", "full"] = setting("lora", "full: a copy, real = backbone / paper, peer")
     alpha_weak: float = setting(0.25, "the fake adapter's weight in the real DiT; 0: DMD / paper")
     alpha_weak_schedule: Schedule = setting("constant", "to 0 at half of the run / peer: DMDR")
     alpha_strong: float = setting(1.0, "the fake adapter's weight in the fake DiT / author-code")
-    fake_samples: Samples = setting("all", "of a rollout: of every exit, or the last / ours")
+    fake_samples: Literal["all", "final"] = setting("all", "of a rollout's exits / ours")
     fake_updates: int = setting(5, "for each update of the generator / author-code, peer")
     reuse: int = setting(1, "fake updates that share the generator's samples / ours")
     fake_warmup: int = setting(0, "fake updates before the generator's first one / ours")
     fake_weight_decay: float = setting(0.0, "pulls its adapter to 0, to the backbone / ours")
 
-    gt_weight: float = setting(0.0, "motion for quality (paper); .05 / author-code", "losses")
-    gt_skip_noise: bool = setting(False, "no GT loss where the input is pure noise / ours")
+    # losses
+    gt_weight: float = setting(0.0, "motion for quality (paper); .05 / author-code")
     gan_weight: float = setting(0.0, "of the discriminator's term; .003 to .03 / paper, peer")
-    gan_lr: float = setting(1e-4, "of the discriminator's head / ours")
-    gan_r1: float = setting(0.0, "weight of the discriminator's gradient penalty / peer")
     guidance: float = setting(1.0, "of the real DiT; 1 is off, which others call 0 / peer")
     embedded_guidance: float = setting(6.0, "read by a guidance-distilled backbone / peer")
     sigma_low: float = setting(0.02, "both losses read x_t at U[low, high], shifted / author-code")
     sigma_high: float = setting(0.98, "see --sigma-low / author-code")
     sigma_shift: float = setting(1.0, "raise for more noise, more global shape / author-code")
 
-    lora_rank: int = setting(64, "of both adapters; their alpha is the rank / ours", "training")
-    lora_targets: Layers = setting("all", "of all blocks, or of single-stream ones / author-code")
-    generator_lr: float = setting(1e-5, "lower it where samples drift or collapse / ours")
-    fake_lr: float = setting(1e-5, "raise it where the relative gap keeps growing / ours")
+    # training
+    lora_rank: int = setting(64, "of both adapters; their alpha is the rank / ours")
+    lora_targets: Literal["all", "single"] = setting("all", "single: late blocks / author-code")
+    generator_lr: float = setting(2e-5, "lower it where samples drift or collapse / ours")
+    fake_lr: float = setting(2e-5, "raise it where the relative gap keeps growing / ours")
     lr_schedule: Literal["constant", "linear"] = setting("constant", "linear: to 5 % / ours")
     batch: int = setting(1, "samples in a forward / ours")
     accumulate: int = setting(1, "forwards in an update; one batch in memory at a time / ours")
     iterations: int = setting(1000, "updates of the generator / peer: 600 to 1000")
     seed: int = setting(0, "the same seed, the same bits on the same machine / ours")
 
-    checkpointing: bool = setting(False, "recompute blocks: a third slower / peer", "memory, speed")
+    # memory and speed
+    checkpointing: bool = setting(False, "recompute blocks: a third slower / peer")
     fp8_base: bool = setting(False, "the backbone in 8 bits: 8 GiB less at 13B / ours")
     compile: bool = setting(False, "compile every block / peer")
 
-    out: str = setting("", "run folder; the next free runs/<model>-k if empty / ours", "the run")
+    # the run
+    out: str = setting("", "run folder; the next free runs/<model>-k if empty / ours")
     log_every: int = setting(50, "iterations between lines of metrics.jsonl / ours")
     save_every: int = setting(250, "iterations between checkpoints / ours")
     sample_prompts: str = setting("", "a .txt, of which 4 are filmed at each save / ours")
@@ -203,50 +189,16 @@ class Config:
 class Machine:
     """Where a run takes place. It is not stored with the run: with --resume give it again."""
 
-    gpus: int = setting(RANKS, "how many to plan for; torchrun starts them / ours", "the machine")
-    gpu_memory: float = setting(0.0, "GiB of each to fill; 0: all of the one here, if any / ours")
-    shard: Literal["base", "none"] = setting("base", "none: whole, and faster if it fits / ours")
-    context_parallel: int = setting(1, "GPUs that share a video; divides tokens, heads / peer")
+    gpu_memory: float = setting(0.0, "GiB of each to plan for; 0: of the one here, if any / ours")
+    shard: bool = setting(False, "split the frozen backbone over the GPUs of a node / ours")
     offload: bool = setting(False, "blocks' inputs wait in host memory: 720p on 80 GB / ours")
 
-    def room(self):
-        """GiB of a GPU; 0 where none is known."""
-        here = torch.cuda.mem_get_info()[1] / 2**30 if DEVICE == "cuda" else 0.0
-        return self.gpu_memory or here
 
-    def parts(self, config):
-        """Over how many GPUs the backbone is split."""
-        # casting to 8 bits replaces weights, which FSDP2 would have to manage
-        can = self.shard == "base" and config.model == "hunyuan" and not config.fp8_base
-        return self.gpus if can else 1
-
-
-MACHINE = Machine()
-# ring: expect a KL of .10; 50 seconds on 2 CPU cores. Trials, and why shift .5: toy/README.md
-TOY = dict(data="ring", generator_input="rollout", fake_samples="final", lora_rank=16, ema=0.98)
-TOY |= dict(generator_lr=1e-3, fake_lr=2e-3, lr_schedule="linear", fake_weight_decay=0.1)
-TOY |= dict(shift=0.5, reuse=5, batch=1536, iterations=240, log_every=20, save_every=120)
-ONE_STEP = dict(steps=1, batch=512, iterations=1440, generator_lr=3e-3, save_every=720)
-PRESETS = {
-    "toy": TOY,
-    # expect a KL of .11 (grid: 1.05), in 1.5 minutes
-    "toy ring regress": ONE_STEP,
-    "toy grid regress": ONE_STEP,
-    # expect 1.0: its modes are closer, so they are lost at less noise
-    "toy grid": dict(shift=0.3, reuse=3, batch=1024, iterations=360),
-    # expect a KL of .5; a clip's motion is decided at high noise, hence the shifts
-    "toy videos": dict(shift=5.0, sigma_shift=5.0, generator_lr=5e-4, fake_lr=1e-3)
-    | dict(batch=64, iterations=350, log_every=25, save_every=175),
-    # nothing of the full model was tuned or measured: no number to expect
-    "hunyuan": dict(generator_lr=2e-5, fake_lr=2e-5, checkpointing=True, log_every=10),
-    "hunyuan captions": dict(generator_input="rollout", fake_samples="final"),
-}
-MAY_BE_0 = "alpha_weak ema gt_weight guidance embedded_guidance sigma_low fake_warmup seed"
-MAY_BE_0 += " fake_weight_decay gan_weight gan_r1 gpu_memory"
+MAY_BE_0 = {"alpha_weak", "ema", "gt_weight", "gan_weight", "guidance", "embedded_guidance", "seed"}
+MAY_BE_0 |= {"sigma_low", "fake_warmup", "fake_weight_decay", "gpu_memory"}
 # what --resume may change: no number depends on it (compile: hardly), or a message says so
-RESUMABLE = "out data checkpoint cache iterations log_every save_every checkpointing compile"
-RESUMABLE += " generator_lr fake_lr sample_prompts"
-SIZES = ("height", "width", "frames", "checkpoint")  # what `sample` may change of a run's config
+RESUMABLE = {"out", "data", "checkpoint", "cache", "iterations", "log_every", "save_every"}
+RESUMABLE |= {"sample_prompts", "checkpointing", "compile", "generator_lr", "fake_lr"}
 
 
 def flag(name):
@@ -254,45 +206,36 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
-def check(c: Config, machine=MACHINE):
+def check(c: Config, machine=Machine()):
     """Refuse settings that contradict each other, with the reason."""
-    for name, value in {**vars(c), **vars(machine)}.items():
-        fits = type(value) not in (int, float) or 0 < value < 2**53  # False for nan
-        zero = name in MAY_BE_0.split()
-        if not fits and not (value == 0 and zero):
-            raise Refused(f"{flag(name)} must be {'at least' if zero else 'above'} 0, below 2**53.")
-    paired, final = c.generator_input == "paired", c.fake_samples == "final"
-    full, captions, hunyuan = c.fake == "full", c.data.endswith(".txt"), c.model == "hunyuan"
-    toy_videos = not hunyuan and c.data == "videos"
-    other, needs_x0 = c.objective != "w2svd", c.objective in ("finetune", "lcm")
-    terms = c.gt_weight or c.gan_weight or c.guidance != 1
-    wrong = [
-        (c.alpha_weak > c.alpha_strong, "--alpha-weak must be at most --alpha-strong."),
-        (full and c.alpha_weak, "--fake full has no adapter for an --alpha-weak."),
-        (full and c.fake_weight_decay, "--fake full has no adapter for a --fake-weight-decay."),
-        (full and other, "--fake full needs --objective w2svd."),
-        (not c.sigma_low < c.sigma_high <= 1, "--sigma-low < --sigma-high <= 1 must hold."),
-        (c.condition != "none" and not toy_videos, "--condition needs --model toy --data videos."),
-        (c.ema >= 1, "--ema must be below 1; 0 is off."),
-        (paired and final, "--fake-samples final needs --generator-input rollout."),
-        (c.gt_weight and not paired, "--gt-weight needs --generator-input paired."),
-        (c.gt_weight and c.steps == 1, "--gt-weight needs --steps > 1: one sees pure noise."),
-        (other and terms, "--gt-weight, --gan-weight, --guidance need --objective w2svd."),
-        (c.gan_r1 and not c.gan_weight, "--gan-r1 needs a discriminator, a --gan-weight."),
-        (captions and paired, "A .txt has captions alone: --generator-input rollout."),
-        (captions and (c.gan_weight or needs_x0), "--gan-weight, finetune and lcm need clips."),
-        (c.objective == "regress" and c.steps > 1, "--objective regress is for --steps 1."),
-        (c.height % 16 or c.width % 16, "--height and --width must be multiples of 16."),
-        (c.frames % 4 != 1 or c.frames < 5, "--frames must be 4 k + 1, as 61 or 129."),
-        (hunyuan and c.batch > 1, "--model hunyuan needs --batch 1; see --accumulate."),
-        (hunyuan and c.guidance != 1, "--guidance must be 1: --model hunyuan has it embedded."),
-        (machine.offload and not c.checkpointing, "--offload needs --checkpointing."),
-        (machine.context_parallel > 1 and not hunyuan, "The toy has no --context-parallel."),
-        (c.compile and c.fp8_base, "--compile does not work on --fp8-base: it breaks every graph."),
-    ]
-    for holds, sentence in wrong:
+
+    def refuse_if(holds, sentence):
         if holds:
             raise Refused(sentence)
+
+    for name, value in {**vars(c), **vars(machine)}.items():
+        if type(value) in (int, float):
+            fits = 0 < value < 2**53 or (value == 0 and name in MAY_BE_0)  # False for nan
+            bound = "at least" if name in MAY_BE_0 else "above"
+            refuse_if(not fits, f"{flag(name)} must be {bound} 0, below 2**53.")
+    paired, captions = c.generator_input == "paired", c.data.endswith(".txt")
+    adapter = c.fake == "full" and (c.alpha_weak > 0 or c.fake_weight_decay > 0)
+    refuse_if(adapter, "--fake full has no adapter: --alpha-weak 0 --fake-weight-decay 0.")
+    refuse_if(c.alpha_weak > c.alpha_strong, "--alpha-weak must be at most --alpha-strong.")
+    final = paired and c.fake_samples == "final"
+    refuse_if(final, "--fake-samples final needs --generator-input rollout.")
+    no_clips = captions and (paired or c.gan_weight)
+    refuse_if(no_clips, "A .txt has no clips: --generator-input rollout, --gan-weight 0.")
+    blind = c.gt_weight and (not paired or c.steps == 1)  # one step sees pure noise
+    refuse_if(blind, "--gt-weight needs --generator-input paired and --steps above 1.")
+    refuse_if(not c.sigma_low < c.sigma_high <= 1, "--sigma-low < --sigma-high <= 1 must hold.")
+    refuse_if(c.ema >= 1, "--ema must be below 1; 0 is off.")
+    if c.model != "toy":
+        odd = c.height % 16 or c.width % 16 or c.frames % 4 != 1 or c.frames < 5
+        refuse_if(odd, "--height, --width must be multiples of 16, --frames 4 k + 1, as 61 or 129.")
+        refuse_if(c.batch > 1, "Captions differ in length: --batch must be 1; see --accumulate.")
+    alone = c.fp8_base and (c.compile or machine.shard)
+    refuse_if(alone, "--fp8-base works without --compile and --shard.")
 
 
 # ---- 2. Flow matching ----------------------------------------------------------------------------
@@ -356,7 +299,9 @@ class Roles:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.backbone = backbone
-        self.alpha_weak, self.alpha_strong = alpha_weak, alpha_strong
+        self.alpha_weak = alpha_weak
+        self.alpha_strong = alpha_strong
+        self.offload = False  # see use_checkpointing
         kinds = {"generator": generator, "fake": fake}
         self.copies = {role: copy.copy(backbone) for role in kinds if kinds[role] == "full"}
         for owner in self.copies.values():
@@ -371,14 +316,14 @@ class Roles:
             layer.cast_input_dtype_enabled = False
         # NOTE silent: adding the second adapter froze the first, so gradients are set after both
         backbone.module.requires_grad_(False)
-        self.trained = {role: self._find(role) for role in kinds}
+        self.trained = {role: self._parameters_of(role) for role in kinds}
         for role in self.adapters:
             for parameter in self.trained[role].values():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
         self._switch(None, 0.0)
 
-    def _find(self, role):
+    def _parameters_of(self, role):
         """{name: parameter} that the role trains, without the adapter's name in it."""
         if role in self.copies:
             return dict(self.copies[role].module.named_parameters())
@@ -419,8 +364,8 @@ class Roles:
     fake = functools.partialmethod(_velocity, "fake")
     plain = functools.partialmethod(_velocity, None)  # the backbone as it came
 
-    def checkpoint(self, block, *args, keep=()):
-        """block(*args), recomputed in backward; what the aten operators in `keep` gave is kept."""
+    def checkpoint(self, block, *args):
+        """block(*args), recomputed in backward; what is kept for it may wait in host memory."""
         role, alpha = self.role, self.alpha
 
         def as_now(*args):
@@ -428,12 +373,15 @@ class Roles:
             with self.use(role, alpha):
                 return block(*args)
 
-        select = checkpointing.create_selective_checkpoint_contexts
-        how = {"context_fn": lambda: select(list(keep))} if keep else {}
-        return checkpointing.checkpoint(as_now, *args, use_reentrant=False, **how)
+        kept = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
+        with kept:  # nothing is random in a block, so no state of a generator is kept
+            return checkpointing.checkpoint(
+                as_now, *args, use_reentrant=False, preserve_rng_state=False
+            )
 
-    def use_checkpointing(self):
-        """Keep only the blocks' inputs for the backward, in every role."""
+    def use_checkpointing(self, offload=False):
+        """Keep only the blocks' inputs for the backward, in every role; in host memory if asked."""
+        self.offload = offload
         for backbone in (self.backbone, *self.copies.values()):
             backbone.checkpoint_with(self.checkpoint)
 
@@ -450,9 +398,9 @@ class Roles:
         """Copy {name: tensor}, as in state() or in generator.safetensors, into the parameters."""
         ours = {name.removeprefix("transformer."): x for name, x in self.state(role).items()}
         theirs = {name.removeprefix("transformer."): x for name, x in tensors.items()}
-        shapes = [{(name, x.shape) for name, x in named.items()} for named in (ours, theirs)]
-        if wrong := {name for name, _ in shapes[0] ^ shapes[1]}:
-            raise Refused(f"{len(wrong)} weights do not fit the {role}, as {min(wrong)!r}.")
+        for name in [*ours, *theirs]:
+            if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
+                raise Refused(f"These are no weights of this {role}: {name!r} does not fit.")
         for name, parameter in ours.items():
             parameter.copy_(theirs[name])
 
@@ -501,11 +449,12 @@ class Discriminator:
     softplus; DMD2 reads its fake. ours: no adapter (the figure's arrow starts at the generator).
     """
 
-    def __init__(self, roles, r1=0.0):
+    def __init__(self, roles):
         width, nn = roles.backbone.width, torch.nn
         layers = nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
-        device = next(roles.backbone.module.parameters()).device
-        self.roles, self.r1, self.head = roles, r1, nn.Sequential(*layers).to(device)
+        place = next(roles.backbone.module.parameters()).device
+        self.roles = roles
+        self.head = nn.Sequential(*layers).to(place)
         roles.discriminator = self
         roles.trained["discriminator"] = dict(self.head.named_parameters())
 
@@ -549,7 +498,7 @@ def few_step_sample(velocity, noise, sigmas, cond=None, rng=None):
 
 
 @torch.no_grad()
-def euler_sample(velocity, noise, sigmas, cond=None):
+def euler_sample(velocity, noise, sigmas, cond=None, rng=None):
     """Follow dx = v dsigma from noise (B, ...) down the grid: how the backbone itself samples."""
     x = noise
     for sigma, sigma_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
@@ -573,41 +522,37 @@ def rollout_input(generator, x0, cond, sigmas, rngs, final=False):
     # one exit for the batch, as in Self-Forcing; x0 gives the shape only
     noise = torch.randn(x0.shape, generator=rngs["input"], device=x0.device, dtype=x0.dtype)
     level = int(torch.randint(len(sigmas) - 1, (1,), generator=rngs["exit"], device=x0.device))
-    level = len(sigmas) - 2 if final else level  # drawn in both cases, so that later draws agree
+    if final:
+        level = len(sigmas) - 2
     x_in = few_step_sample(generator, noise, sigmas[: level + 1], cond, rngs["input"])
     return x_in, sigmas[level].expand(len(x0))
 
 
-def fake_step(roles, x_gen, cond, sigma, eps, role="fake"):
+def fake_step(roles, x_gen, cond, sigma, eps):
     """One backward of the fake's loss: it learns to denoise the generator's samples x_gen.
 
     x_gen, eps (B, ...), without gradient, are mixed at sigma (B,). The gradients add up; the caller
     owns the optimizer. Returns {'fake_loss'}; FloatingPointError where something is not finite.
-    With role 'generator' and real samples it is fine-tuning.
     """
-    require_finite(f"the sample in the {role}'s update", x_gen, sigma)
+    require_finite("the sample in the fake's update", x_gen, sigma)
     x_t = add_noise(x_gen, eps, sigma)
-    with roles.use(role):
-        v = getattr(roles, role)(x_t, sigma, cond)
-        require_finite(f"the {role}'s velocity", v, sigma)
+    with roles.use("fake"):
+        v = roles.fake(x_t, sigma, cond)
+        require_finite("the fake's velocity", v, sigma)
         loss = fake_loss(v, x_gen, eps)
         loss.backward()
-    return {f"{role}_loss": loss.detach()}
+    return {"fake_loss": loss.detach()}
 
 
-def discriminator_step(roles, x_gen, x0, cond, sigma, eps, rng=None):
+def discriminator_step(roles, x_gen, x0, cond, sigma, eps):
     """One backward of the discriminator's loss into its head: real x0 against generated x_gen.
 
-    Both (B, ...), noised alike: to sigma (B,) with eps. Its r1 weighs an approximation of R1, the
-    penalty on the logit's gradient: by its change under a little noise from rng, at x_t (peer).
+    Both (B, ...), noised alike: to sigma (B,) with eps. Returns its loss and mean logits.
     """
-    judge, x_t = roles.discriminator, add_noise(x0, eps, sigma)
-    real = judge.logit(x_t, sigma, cond)
-    generated = judge.logit(add_noise(x_gen, eps, sigma), sigma, cond)
-    loss = torch.nn.functional.softplus(torch.cat([-real, generated])).mean() * 2  # two means
-    if judge.r1:
-        near = x_t + 0.01 * torch.randn(x_t.shape, generator=rng, device=x_t.device)
-        loss = loss + judge.r1 * ((judge.logit(near, sigma, cond) - real) / 0.01).square().mean()
+    real = roles.discriminator.logit(add_noise(x0, eps, sigma), sigma, cond)
+    generated = roles.discriminator.logit(add_noise(x_gen, eps, sigma), sigma, cond)
+    softplus = torch.nn.functional.softplus
+    loss = softplus(-real).mean() + softplus(generated).mean()
     loss.backward()
     stats = {"discriminator_loss": loss, "logit_real": real.mean(), "logit_gen": generated.mean()}
     return {name: x.detach() for name, x in stats.items()}
@@ -622,13 +567,14 @@ def generator_step(
     (B,) with eps (B, ...). x0_gt is the real sample behind x_in (paired only), weighed by
     gt_weight, a float or (B,). Gradients, numbers and errors are as in fake_step.
     """
-    gan, stats = 0, {}
+    stats = {}
     with roles.use("generator"):
         x_gen = x0_from_velocity(x_in, roles.generator(x_in, sigma_in, cond), sigma_in)
         require_finite("the generator's sample", x_gen, sigma_in)
         with torch.no_grad():
             x_t = add_noise(x_gen, eps, sigma)
-            v_fake, v_real = roles.fake(x_t, sigma, cond), roles.real(x_t, sigma, cond)
+            v_fake = roles.fake(x_t, sigma, cond)
+            v_real = roles.real(x_t, sigma, cond)
             if guidance != 1:
                 v_real = guided(v_real, roles.real(x_t, sigma, None), guidance)
             require_finite("the fake's velocity", v_fake, sigma)
@@ -638,16 +584,19 @@ def generator_step(
             g = dmd_gradient(x_gen, x0_real, x0_fake)
             if x0_gt is not None:
                 g = g + expand_as(gt_weight, g) * gt_gradient(x0_fake, x0_gt)
-        if gan_weight:  # of a mean over samples, so that peers' weights mean the same here
-            gan, stats["gan_loss"] = roles.discriminator.gradient(x_gen, cond, sigma, eps)
         # NOTE silent: / numel, as in peers' mean(x_gen * stopgrad(g)): clipping, Adam's eps see it
-        g = g / g.numel() + gan_weight * gan
+        g = g / g.numel()
+        if gan_weight:  # of a mean over samples, so that peers' weights mean the same here
+            g_gan, stats["gan_loss"] = roles.discriminator.gradient(x_gen, cond, sigma, eps)
+            g = g + gan_weight * g_gan
         require_finite("the generator's gradient", g, sigma)
         x_gen.backward(g.to(x_gen.dtype))
-    v = [at_least_float32(v).flatten(1) for v in (v_fake, v_real)]
     gap = at_least_float32(x0_fake - x0_real).norm() / at_least_float32(x0_real).norm()
-    stats |= {"relative_gap": gap, "cos_fake_real": torch.cosine_similarity(*v).mean()}
-    return stats | moments("gen", x_gen.detach())
+    v_fake, v_real = (at_least_float32(v).flatten(1) for v in (v_fake, v_real))
+    stats["relative_gap"] = gap
+    stats["cos_fake_real"] = torch.cosine_similarity(v_fake, v_real).mean()
+    stats.update(moments("gen", x_gen.detach()))
+    return stats
 
 
 def moments(name, x):
@@ -658,9 +607,16 @@ def moments(name, x):
     return stats
 
 
+def mean_of(stats):
+    """The mean of a list of dictionaries of numbers, over the forwards of an update."""
+    return {name: sum(one[name] for one in stats) / len(stats) for name in stats[0]}
+
+
 def lr_scale(config, iteration):
-    """Of both learning rates: 1, or falling linearly to .05 at the end."""
-    return 1 - 0.95 * iteration / config.iterations if config.lr_schedule == "linear" else 1.0
+    """The factor of both learning rates: 1, or falling linearly to .05 at the end."""
+    if config.lr_schedule == "linear":
+        return 1 - 0.95 * iteration / config.iterations
+    return 1.0
 
 
 def ema_at(config, iteration):
@@ -671,42 +627,93 @@ def ema_at(config, iteration):
 def alpha_weak_at(config, iteration):
     """alpha_weak of an iteration: constant, or down to 0 at half of the iterations."""
     progress = min(1.0, 2 * iteration / config.iterations)
-    falling = {"constant": 1.0, "linear": 1 - progress}
-    falling["cosine"] = (1 + math.cos(math.pi * progress)) / 2
-    return config.alpha_weak * falling[config.alpha_weak_schedule]
+    if config.alpha_weak_schedule == "cosine":
+        return config.alpha_weak * (1 + math.cos(math.pi * progress)) / 2
+    return config.alpha_weak
+
+
+def rank():
+    """This process's number among those that train together."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def ranks():
+    """How many processes train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def stream_seed(*parts):
+    """A seed of 63 bits, a hash of what it is for, as (seed, iteration, rank, purpose)."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@torch.no_grad()
+def average_gradients(parameters, forwards):
+    """Make each sum of so many forwards' gradients a mean, also over the processes."""
+    if ranks() == 1:
+        for parameter in parameters:
+            parameter.grad /= forwards
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters]) / (forwards * ranks())
+    torch.distributed.all_reduce(flat)  # one buffer: many small ones would take most of a second
+    parts = flat.split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts):
+        parameter.grad.copy_(part.view_as(parameter))
 
 
 MAX_GRAD_NORM = 1.0  # peer. Gradients are clipped to it, which alone bounds them
-FIRST_SEED = 2**32  # of training's streams: apart from samples' on a GPU; a CPU reads 32 bits, 0
 
 
 class State:
-    """All that changes in training: optimizers, average, random streams, counts."""
+    """All that changes in training: optimizers, average, counts. Random streams follow from them.
+
+    Between two iterations it is all that a checkpoint holds. Several processes hold the same one.
+    """
 
     def __init__(self, config, roles, device):
         self.config, self.roles, self.device = config, roles, device
-        self.iteration, self.taken = 0, 0  # updates of the generator; clips read so far
-        self.rank, self.ranks = 0, 1  # of those that read clips of their own; section 9 has more
+        self.iteration = 0  # updates of the generator
+        self.taken = 0  # clips read so far, by all processes
         self.reads = []  # (clip, sigma) of the update at work, for an error to name
+        purposes = ("input", "exit", "level", "noise")
+        self.rngs = {purpose: torch.Generator(device) for purpose in purposes}
         # author-code: betas. No momentum, as the gradients' target moves
-        adam = functools.partial(torch.optim.AdamW, betas=(0.0, 0.999), fused=True)
-        streams = enumerate("data input exit level noise".split(), FIRST_SEED + 1000 * config.seed)
-        self.rngs = {name: torch.Generator(device).manual_seed(i) for i, name in streams}
-        decay = dict.fromkeys(roles.trained, 0.0) | {"fake": config.fake_weight_decay}
-        self.optimizers = {r: adam(roles.parameters(r), weight_decay=decay[r]) for r in decay}
+        how = {"betas": (0.0, 0.999), "fused": True, "weight_decay": 0.0}
+        self.optimizers = {r: torch.optim.AdamW(roles.parameters(r), **how) for r in roles.trained}
+        self.optimizers["fake"].param_groups[0]["weight_decay"] = config.fake_weight_decay
         self.average = {n: p.detach().clone() for n, p in roles.state("generator").items()}
+
+    def seed_streams(self):
+        """Begin an iteration: each process has its own noise, so a resume needs none stored."""
+        for purpose, rng in self.rngs.items():
+            # all processes leave a rollout at one exit: it decides how often the backbone runs
+            shared = purpose == "exit" and self.config.generator_input == "rollout"
+            own = 0 if shared else rank()
+            rng.manual_seed(stream_seed(self.config.seed, self.iteration, own, purpose))
+
+    def read(self, data):
+        """What one update reads, `accumulate` batches: a list of (name, x0 (B, ...), cond)."""
+        batches = []
+        for _ in range(self.config.accumulate):
+            batch = next(data)
+            name, x0 = batch.get("name", "a batch"), batch["x0"]
+            require_finite(f"the data ({name})", x0, 0.0)
+            self.taken += ranks() * len(x0)
+            batches.append((name, x0, batch["cond"]))
+        return batches
 
     def update(self, role, lr):
         """One optimizer step of the role on the mean of the gradients added up; their norm."""
         optimizer, parameters = self.optimizers[role], self.roles.parameters(role)
-        for parameter in parameters:
-            parameter.grad /= self.config.accumulate
+        average_gradients(parameters, self.config.accumulate)
         norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient of the {role} is not finite")
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
+        self.reads = []
         return norm
 
     @torch.no_grad()
@@ -720,12 +727,9 @@ class State:
     def averaged(self):
         """The generator's velocity with its averaged weights; inside, the two are exchanged."""
 
-        @torch.no_grad()
         def exchange():
             for name, parameter in self.roles.state("generator").items():
-                kept = parameter.clone()
-                parameter.copy_(self.average[name])
-                self.average[name].copy_(kept)
+                parameter.data, self.average[name] = self.average[name], parameter.data
 
         exchange()
         try:
@@ -734,18 +738,7 @@ class State:
             exchange()
 
 
-def micro_batches(config, state, data):
-    """What one update reads, `accumulate` times: a name, x0 (B, ...), cond."""
-    state.reads = []
-    for _ in range(config.accumulate):
-        batch = next(data)
-        name, x0 = batch.get("name", "a batch"), batch["x0"]
-        state.taken += state.ranks * len(x0)
-        require_finite(f"the data ({name})", x0, 0.0)
-        yield name, x0, batch["cond"]
-
-
-def generator_input(config, roles, state, x0, cond, final=False):
+def draw_input(config, roles, state, x0, cond, final=False):
     """x_in (B, ...) and its level sigma_in (B,), of the kind that the config names."""
     sigmas = few_step_sigmas(config.steps, config.shift).to(state.device)
     if config.generator_input == "paired":
@@ -753,25 +746,13 @@ def generator_input(config, roles, state, x0, cond, final=False):
     return rollout_input(roles.generator, x0, cond, sigmas, state.rngs, final)
 
 
-@torch.no_grad()
-def generated(config, roles, state, name, x0, cond):
-    """A batch of the generator's samples for the fake: its name, x_gen (B, ...), x0, cond."""
-    final = config.fake_samples == "final"
-    x_in, sigma_in = generator_input(config, roles, state, x0, cond, final)
-    return name, x0_from_velocity(x_in, roles.generator(x_in, sigma_in, cond), sigma_in), x0, cond
-
-
-def losses_noise(config, state, x, name):
+def draw_noise(config, state, name, x):
     """The level sigma (B,) to which x (B, ...) is noised for a loss, and the noise eps (B, ...)."""
-    c, rngs = config, state.rngs
-    sigma = sample_sigma(len(x), c.sigma_low, c.sigma_high, c.sigma_shift, rngs["level"])
+    low, high, shift = config.sigma_low, config.sigma_high, config.sigma_shift
+    sigma = sample_sigma(len(x), low, high, shift, state.rngs["level"])
     state.reads.append((name, sigma))
-    return sigma, torch.randn(x.shape, generator=rngs["noise"], device=x.device, dtype=x.dtype)
-
-
-def mean_of(stats):
-    """The mean of dictionaries of numbers, over the forwards of an update."""
-    return {name: sum(one[name] for one in stats) / len(stats) for name in stats[0]}
+    eps = torch.randn(x.shape, generator=state.rngs["noise"], device=x.device, dtype=x.dtype)
+    return sigma, eps
 
 
 def distil(config, roles, state, data):
@@ -780,60 +761,153 @@ def distil(config, roles, state, data):
     data: an iterator of batches {'x0': (B, ...), 'cond': ..., 'name': ...}. All that has to be kept
     between two iterations is in `state`; logging, files and signals are the caller's.
     """
-    run = config, roles, state
-    terms = {"guidance": config.guidance, "gan_weight": config.gan_weight}
     while state.iteration < config.iterations:
+        state.seed_streams()
         roles.alpha_weak = alpha_weak_at(config, state.iteration)
         lr = lr_scale(config, state.iteration)
+
         warmup = config.fake_warmup if state.iteration == 0 else 0
         for k in range(warmup + config.fake_updates):  # the fake learns the generator's samples
             if k % config.reuse == 0:
-                samples = [generated(*run, *batch) for batch in micro_batches(config, state, data)]
-            state.reads, fake_stats = [], []  # the last update's are yielded
+                samples = []
+                for name, x0, cond in state.read(data):
+                    final = config.fake_samples == "final"
+                    x_in, sigma_in = draw_input(config, roles, state, x0, cond, final)
+                    with torch.no_grad():
+                        v = roles.generator(x_in, sigma_in, cond)
+                    samples.append((name, x0_from_velocity(x_in, v, sigma_in), x0, cond))
+            fake_stats = []  # the last update's are yielded
             for name, x_gen, x0, cond in samples:
-                noise = losses_noise(config, state, x_gen, name)
-                fake_stats.append(fake_step(roles, x_gen, cond, *noise))
+                sigma, eps = draw_noise(config, state, name, x_gen)
+                stats = fake_step(roles, x_gen, cond, sigma, eps)
                 if config.gan_weight:  # the discriminator learns to tell them from real ones
-                    judged = roles, x_gen, x0, cond, *noise, state.rngs["noise"]
-                    fake_stats[-1] |= discriminator_step(*judged)
+                    stats.update(discriminator_step(roles, x_gen, x0, cond, sigma, eps))
+                fake_stats.append(stats)
             fake_norm = state.update("fake", lr * config.fake_lr)
-            if config.gan_weight:
-                state.update("discriminator", lr * config.gan_lr)
+            if config.gan_weight:  # peer: at the fake's rate
+                state.update("discriminator", lr * config.fake_lr)
 
-        stats = []
-        for name, x0, cond in micro_batches(config, state, data):  # the generator's update
-            x_in, sigma_in = generator_input(*run, x0, cond)
-            noise = losses_noise(config, state, x0, name)
-            weight = config.gt_weight * ((sigma_in < 1) | (not config.gt_skip_noise))
-            gt = {"x0_gt": x0 if config.gt_weight else None, "gt_weight": weight}
-            step = generator_step(roles, x_in, sigma_in, cond, *noise, **gt, **terms)
-            stats.append(step | moments("data", x0))
+        generator_stats = []
+        for name, x0, cond in state.read(data):  # the generator moves along g
+            x_in, sigma_in = draw_input(config, roles, state, x0, cond)
+            sigma, eps = draw_noise(config, state, name, x0)
+            stats = generator_step(
+                roles,
+                x_in,
+                sigma_in,
+                cond,
+                sigma,
+                eps,
+                x0_gt=x0 if config.gt_weight else None,
+                gt_weight=config.gt_weight,
+                gan_weight=config.gan_weight,
+                guidance=config.guidance,
+            )
+            stats.update(moments("data", x0))
+            generator_stats.append(stats)
         norm = state.update("generator", lr * config.generator_lr)
         state.update_average()
         state.iteration += 1
-        norms = {"fake_grad_norm": fake_norm, "grad_norm": norm}
-        yield mean_of(fake_stats) | mean_of(stats) | norms | {"alpha_weak": roles.alpha_weak}
+        stats = {**mean_of(fake_stats), **mean_of(generator_stats)}
+        stats.update(fake_grad_norm=fake_norm, grad_norm=norm, alpha_weak=roles.alpha_weak)
+        yield stats
 
 
 # ---- 7. HunyuanVideo (13B) by diffusers ----------------------------------------------------------
-class HunyuanVideo:
-    """diffusers' HunyuanVideoTransformer3DModel behind the contract of Roles."""
+def device():
+    """Where models run: 'cuda', this process's GPU, or 'cpu'."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-    gathered = staticmethod(lambda x: x)  # this process's share of a video's tokens -> all
+
+@contextmanager
+def reading(sentence, *errors):
+    """Refuse what cannot be read inside, with the reason; `errors`: those that here are no bugs."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, *errors) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise Refused(f"{sentence} ({reason}).") from error
+
+
+def load_pipeline(checkpoint, parts, place=None):
+    """diffusers' pipeline of the checkpoint, of which only `parts` are read, by how names begin."""
+    from diffusers import DiffusionPipeline, logging
+
+    logging.disable_progress_bar()  # its bars would cut through ours
+    dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+    with reading(f"--checkpoint {checkpoint} is no pipeline in diffusers' format"):
+        names = DiffusionPipeline.load_config(checkpoint)
+        absent = {name: None for name in names if not name.startswith(("_", "scheduler", *parts))}
+        pipe = DiffusionPipeline.from_pretrained(
+            checkpoint, dtype=dtype, use_safetensors=True, **absent
+        )
+    if pipe.vae:
+        pipe.vae.enable_tiling()
+    return pipe.to(place or device())
+
+
+class HunyuanVideo:
+    """diffusers' HunyuanVideo: all that training, sampling and the plan need to know of a model.
+
+    Sections 3 to 6 need .module, .velocity, .lora_targets, .checkpoint_with, and .features and
+    .width for a discriminator. The rest is for the commands; another model is a class like this.
+    """
+
+    checkpoint = "hunyuanvideo-community/HunyuanVideo"
+    preset = {"checkpointing": True, "log_every": 10}  # not tuned, as nothing was measured
     prompt_template = None  # the pipeline's own; or {"template": "...{}...", "crop_start": tokens}
+    text_limit = 256  # tokens that the text encoder reads
+    renoise = True  # how the generator is sampled: by few_step_sample, not as a backbone by Euler
     # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
     LAYERS = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     LAYERS += r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
-    keep, offload = 0, False  # see checkpoint_with
 
     def __init__(self, module, config):
-        self.module, self.dtype, self.guidance = module, module.dtype, config.embedded_guidance
+        m = module.config
+        self.module, self.config, self.dtype = module, config, module.dtype
+        self.guidance = config.embedded_guidance
         blocks = "single_" if config.lora_targets == "single" else "(single_)?"
         self.lora_targets = rf"{blocks}transformer_blocks\.\d+\.({self.LAYERS})"
-        self.width = module.config.num_attention_heads * module.config.attention_head_dim
-        self.form = module.config.image_condition_type  # None, token_replace or latent_concat
+        self.width = m.num_attention_heads * m.attention_head_dim
+        self.form = m.image_condition_type  # None, token_replace or latent_concat
+        # the VAE makes one of 4 frames, of 8 x 8 pixels; token_replace samples all but the first
+        frames, height, width = config.frames // 4 + 1, config.height // 8, config.width // 8
+        self.video = (m.out_channels, frames, height, width)  # the latents of a whole video
+        given = 1 if self.form == "token_replace" else 0
+        self.shape = (m.out_channels, frames - given, height, width)  # of a sample
+        # image-to-video's encoder reads the picture too, as 576 tokens, thinned out
+        picture = {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
+        self.tokens = frames * height * width // m.patch_size**2 + self.text_limit + picture
         for block in self.blocks:
             block.register_forward_pre_hook(self.without_mask)
+
+    @classmethod
+    def outline(cls, config):
+        """The model of the checkpoint without its weights, on the meta device: for the plan."""
+        import diffusers
+
+        diffusers.utils.logging.set_verbosity_error()
+        Module, found = diffusers.HunyuanVideoTransformer3DModel, {}
+        other = f"--checkpoint {config.checkpoint} is no HunyuanVideo known here"
+        with reading(other, TypeError), torch.device("meta"):
+            if config.checkpoint not in ("", cls.checkpoint):  # the class's defaults
+                found = Module.load_config(config.checkpoint, subfolder="transformer")
+            module = Module.from_config(found).bfloat16()
+        m, kind = module.config, found.get("_class_name", Module.__name__)
+        concat = m.image_condition_type == "latent_concat"
+        reads = 2 * m.out_channels + 1 if concat else m.out_channels
+        if (kind, m.in_channels, m.patch_size_t) != (Module.__name__, reads, 1):
+            raise Refused(f"{other}.")
+        if config.guidance != 1:
+            raise Refused("--guidance must be 1: HunyuanVideo has it embedded.")
+        return cls(module, config)
+
+    def load(self, place=None):
+        """The same model with its weights, frozen; adapters are put into it later."""
+        pipe = load_pipeline(self.config.checkpoint, ("transformer",), place)
+        return type(self)(pipe.transformer.requires_grad_(False), self.config)
 
     @property
     def blocks(self):
@@ -846,55 +920,8 @@ class HunyuanVideo:
         return (*args[:3], None, *args[4:])
 
     def checkpoint_with(self, function):
-        """Recompute blocks by function(block, *args, keep=operators).
-
-        The last `keep` blocks keep the results of attention, the dearest to recompute; with
-        `offload` the blocks' inputs wait in the host's memory. HunyuanTask.load sets both.
-        """
-        names = "flash_attention flash_attention_for_cpu efficient_attention cudnn_attention"
-        kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{n}").default for n in names.split()]
-        late = set(self.blocks[len(self.blocks) - self.keep :])
-
-        def run(block, *args):
-            with torch.autograd.graph.save_on_cpu(True) if self.offload else nullcontext():
-                return function(block, *args, keep=kept if block in late else ())
-
-        self.module.enable_gradient_checkpointing(run)
-
-    def share_tokens(self, group):
-        """Ulysses: each of n processes has a share of the tokens, in attention one of the heads."""
-        from diffusers.models.attention_dispatch import SeqAllToAllDim
-        from diffusers.models.transformers import transformer_hunyuan_video as theirs
-
-        n, rank, module = group.size(), group.rank(), self.module
-        exchange = functools.partial(SeqAllToAllDim.apply, group)  # (x, 2, 1): tokens for heads
-
-        def attention(query, key, value, parallel_config, **_):
-            x = torch.cat([query.to(value.dtype), key.to(value.dtype), value])  # (3 B, t, heads, D)
-            # parallel_config: from before_block, [where text begins]; the text is whole here
-            video, text = x.tensor_split(parallel_config, dim=1)
-            x = torch.cat([exchange(video, 2, 1), text.chunk(n, dim=2)[rank]], dim=1)
-            x = torch.nn.functional.scaled_dot_product_attention(*x.transpose(1, 2).chunk(3))
-            video, text = x.transpose(1, 2).tensor_split(parallel_config, dim=1)  # heads / n
-            return torch.cat([exchange(video, 1, 2), exchange(text.repeat(1, n, 1, 1), 1, 2)], 1)
-
-        def before_block(block, args):  # tokens, text, temb, mask, rope, and of a given frame
-            block.attn.processor._parallel_config = [-args[1].shape[1]]  # where its text begins
-            # NOTE silent: a given frame's tokens, modulated in another way, are the first of all
-            return *args[:6], min(max(0, args[6] - rank * args[0].shape[1]), args[0].shape[1])
-
-        theirs.dispatch_attention_fn = attention  # of every model of this class here
-        for block in self.blocks:
-            block.register_forward_pre_hook(before_block)
-        # NOTE silent: every process has the whole loss, and an exchange's backward adds up the
-        # gradients of all n. So a process gets n times its own tokens' part, and the mean over
-        # processes is right. A slice would leave 1 / n of it, hence the mean of n equal copies
-        self.gathered = lambda x: exchange(x[:, :, None].expand(-1, -1, n, -1), 2, 1)[:, :, 0]
-        module.rope.register_forward_hook(lambda m, args, out: [x.chunk(n)[rank] for x in out])
-        module.x_embedder.register_forward_hook(
-            lambda m, args, out: exchange(out[:, :, None], 1, 2).mean(2)
-        )
-        module.proj_out.register_forward_hook(lambda m, args, out: self.gathered(out))
+        """Run every block as function(block, *args), which recomputes it in backward."""
+        self.module.enable_gradient_checkpointing(function)
 
     def features(self, x_t, sigma, cond):
         """The sample's tokens after the last double-stream block, (B, tokens, width)."""
@@ -906,8 +933,8 @@ class HunyuanVideo:
         finally:
             self.module.single_transformer_blocks = later
             watch.remove()
-        frames = x_t.shape[2] + (self.form == "token_replace")  # the first, which was given
-        return self.gathered(seen[0]).unflatten(1, (frames, -1))[:, -x_t.shape[2] :].flatten(1, 2)
+        tokens = math.prod(x_t.shape[2:]) // self.module.config.patch_size**2
+        return seen[0][:, -tokens:]  # without those of a first frame that was given
 
     def with_image(self, x_t, cond):
         """What the transformer reads: x_t with the first frame's latents, cond['image'], beside it.
@@ -917,18 +944,18 @@ class HunyuanVideo:
         if self.form == "token_replace":
             return torch.cat([cond["image"].to(x_t), x_t], dim=2)
         if self.form == "latent_concat":
-            beside = x_t.new_zeros(len(x_t), x_t.shape[1] + 1, *x_t.shape[2:])  # the last: a mask
-            beside[:, :-1, :1], beside[:, -1:, :1] = cond["image"], 1
-            return torch.cat([x_t, beside], dim=1)
+            image, mask = torch.zeros_like(x_t), torch.zeros_like(x_t[:, :1])
+            image[:, :, :1], mask[:, :, :1] = cond["image"], 1
+            return torch.cat([x_t, image, mask], dim=1)  # (B, 2 C + 1, T, H, W)
         return x_t
 
     def velocity(self, x_t, sigma, cond):
         """x_t: latents (B, C, T, H, W); cond: prompt_embeds (B, L, D), trimmed; pooled (B, P)."""
         text = cond["prompt_embeds"].to(self.dtype)
-        device = x_t.device.type.replace("meta", "cpu")  # the meta device knows no autocast
+        kind = x_t.device.type.replace("meta", "cpu")  # the meta device knows no autocast
         # NOTE silent: without autocast the float32 adapters would compute in float32; with its
         # cache every float32 weight would stay in bf16 too until the end of the forward
-        with torch.autocast(device, self.dtype, self.dtype != torch.float32, cache_enabled=False):
+        with torch.autocast(kind, self.dtype, self.dtype != torch.float32, cache_enabled=False):
             v = self.module(
                 hidden_states=self.with_image(x_t, cond).to(self.dtype),
                 timestep=1000 * sigma.float(),  # NOTE silent: bf16 would round 954.5 to 956
@@ -940,69 +967,65 @@ class HunyuanVideo:
             )[0]
         return v[:, :, -x_t.shape[2] :].to(x_t.dtype)
 
+    @torch.no_grad()
+    def encode_text(self, pipe, caption, first=None):
+        """prompt_embeds (1, L, D), trimmed to the L tokens that count, and pooled (1, P).
 
-@contextmanager
-def reading(sentence, *more):
-    """Refuse what cannot be read inside, with the reason; `more`: errors that here are no bugs."""
-    from safetensors import SafetensorError
+        Image-to-video's encoder reads the first frame too, (1, 3, 1, H, W) in [-1, 1], thinned out
+        by the number that goes with the form; its latents are 'image', (1, C, 1, H, W).
+        """
+        how = {"prompt": caption}
+        if self.prompt_template:
+            how["prompt_template"] = self.prompt_template
+        if self.form:
+            how["image"] = pipe.video_processor.postprocess(first[:, :, 0], output_type="pil")[0]
+            how["image_embed_interleave"] = 4 if self.form == "token_replace" else 2
+        embeds, pooled, mask = pipe.encode_prompt(**how)
+        cond = {"prompt_embeds": embeds[:, mask[0].bool()], "pooled": pooled}
+        if self.form:
+            cond["image"] = self.encode_video(pipe, first)
+        return cond
 
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError, *more) as error:
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise Refused(f"{sentence} ({reason}).") from error
+    @torch.no_grad()
+    def encode_video(self, pipe, video):
+        """A video (1, 3, T, H, W) in [-1, 1] as scaled latents (1, C, T, H, W)."""
+        vae = pipe.vae.float()  # bf16 would round the latents
+        return vae.encode(video.to(pipe.device)).latent_dist.mode() * vae.config.scaling_factor
 
+    def draw(self, sampler, velocity, sigmas, cond, seed):
+        """Sample the latents of a whole video, (1, C, T, H, W); the seed decides it."""
+        rng = torch.Generator(device()).manual_seed(seed)
+        noise = torch.randn(1, *self.video, generator=rng, device=device())
+        noise = noise[:, :, -self.shape[1] :]
+        if self.form:  # as diffusers' image-to-video pipeline begins
+            noise = 0.999 * noise + 0.001 * cond["image"]
+        x0 = sampler(velocity, noise, sigmas, cond, rng)
+        return torch.cat([cond["image"], x0], dim=2) if self.form == "token_replace" else x0
 
-def load_pipeline(checkpoint, without, dtype=None, device=DEVICE):
-    """diffusers' pipeline of the checkpoint; the parts named in `without` stay unread."""
-    import diffusers
+    @torch.no_grad()
+    def decode(self, pipe, x0):
+        """Frames (T', H', W', 3) in [0, 1] of latents (1, C, T, H, W)."""
+        x0 = x0.to(pipe.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
+        frames = pipe.vae.decode(x0, return_dict=False)[0]
+        if not frames.isfinite().all():
+            raise Refused("The sampled video is not finite; nothing is written.")
+        if self.form == "latent_concat":  # the first 4 repeat the picture; diffusers drops them too
+            frames = frames[:, :, 4:]
+        return pipe.video_processor.postprocess_video(frames, output_type="np")[0]
 
-    diffusers.utils.logging.disable_progress_bar()  # its bars would cut through ours
-    dtype = dtype or (torch.bfloat16 if DEVICE == "cuda" else torch.float32)
-    how = {"dtype": dtype, "use_safetensors": True} | dict.fromkeys(without)
-    with reading(f"--checkpoint {checkpoint} is no HunyuanVideo"):
-        pipe = diffusers.DiffusionPipeline.from_pretrained(checkpoint, **how).to(device)
-    if pipe.vae:
-        pipe.vae.enable_tiling()
-    return pipe
-
-
-@torch.no_grad()
-def encode_text(pipe, caption, first=None, form=None):
-    """prompt_embeds (1, L, D), trimmed to the L tokens that count, and pooled (1, P).
-
-    Image-to-video's encoder reads the first frame too, (1, 3, 1, H, W) in [-1, 1], thinned out by
-    the number that goes with the form; its latents are 'image', (1, C, 1, H, W).
-    """
-    own = HunyuanVideo.prompt_template
-    how = {"prompt": caption} | ({"prompt_template": own} if own else {})
-    if form:
-        picture = pipe.video_processor.postprocess(first[:, :, 0], output_type="pil")[0]
-        how |= {"image": picture, "image_embed_interleave": 4 if form == "token_replace" else 2}
-    embeds, pooled, mask = pipe.encode_prompt(**how)
-    text = {"prompt_embeds": embeds[:, mask[0].bool()], "pooled": pooled}
-    return text | {"image": encode_video(pipe, first)} if form else text
-
-
-@torch.no_grad()
-def encode_video(pipe, video):
-    """A video (1, 3, T, H, W) in [-1, 1] as scaled latents (1, C, T, H, W)."""
-    vae = pipe.vae.float()  # bf16 would round the latents
-    return vae.encode(video.to(pipe.device)).latent_dist.mode() * pipe.vae.config.scaling_factor
-
-
-# ---- 8. Files and data ---------------------------------------------------------------------------
-def of_all_ranks(x):
-    """Every process's x, a list; small things only."""
-    every = [x] * RANKS
-    if RANKS > 1:
-        torch.distributed.all_gather_object(every, x)
-    return every
+    def flop(self):
+        """Of a forward: FLOP in linear layers, and in attention."""
+        layers = len(self.blocks) * (4 + 2 * self.module.config.mlp_ratio) * self.width**2
+        return 2 * self.tokens * layers, 4 * self.tokens**2 * self.width * len(self.blocks)
 
 
+MODELS = {"hunyuan": HunyuanVideo}  # beside the toy; `main` takes others
+
+
+# ---- 8. Clips ------------------------------------------------------------------------------------
 @contextmanager
 def atomic_write(path):
-    """A name to write to, which becomes `path` at the end; a failure leaves `path` as it was."""
+    """A temporary name to write to, renamed to `path` at the end; a failure leaves `path` alone."""
     part = path.with_name(f".part-{os.getpid()}-{path.name}")  # others may write it too
     umask = os.umask(0)
     os.umask(umask)
@@ -1022,16 +1045,16 @@ def write_json(path, content):
 
 
 def write_safetensors(path, tensors, info, **metadata):
-    """{name: tensor}, and `info` as one JSON string in the header; whole or not at all."""
+    """Write {name: tensor}, with `info` as one JSON string in the header, whole or not at all."""
     from safetensors.torch import save_file
 
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     with atomic_write(path) as part:
-        save_file(tensors, part, metadata | {"w2svd": json.dumps(info, sort_keys=True)})
+        save_file(tensors, part, {**metadata, "w2svd": json.dumps(info, sort_keys=True)})
 
 
 def read_safetensors(path):
-    """Back: (tensors, info). A file that is missing, damaged or not ours is refused."""
+    """Read (tensors, info) back. A file that is missing, damaged or not ours is refused."""
     from safetensors import safe_open
 
     with reading(f"Delete {path}, not whole or not ours", KeyError), safe_open(path, "pt") as file:
@@ -1039,10 +1062,10 @@ def read_safetensors(path):
         return {name: file.get_tensor(name) for name in file.keys()}, info
 
 
-READING = 3  # raised whenever reading or encoding changes: latents made before are made again
+READING = 4  # raised whenever reading or encoding changes: latents made before are made again
 EXAMPLE = "python w2svd.py train --model hunyuan --data my_clips/"
-LAYOUTS = "a.mp4 with a.txt, metadata.jsonl or .csv (file_name, text), videos.txt with prompt.txt"
-LISTS = ("metadata.jsonl", "metadata.csv", "videos.txt")
+LAYOUTS = "a.mp4 with a.txt, or metadata.jsonl or .csv with file_name and text"
+ENCODERS = ("text", "tokenizer", "image", "vae")  # of a pipeline
 FILMS = ".mp4 .m4v .mov .mkv .webm .avi .gif .wmv .flv .ts .mts .m2ts .mpg .mpeg .3gp .ogv".split()
 # No playlist, which would read other files or a network: ffmpeg guesses the format from the content
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif,ogg"
@@ -1052,71 +1075,83 @@ TONE_MAP = ",zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709"
 TONE_MAP += ",tonemap=mobius:param=.6:desat=0,zscale=t=bt709:m=bt709"
 
 
+@dataclasses.dataclass
+class Clip:
+    """A film with its caption, or a caption alone; or a file of the folder that is no clip."""
+
+    name: str  # within the folder
+    film: Path | None = None
+    caption: str | Path = ""  # or the file that it stands in
+    left_out: str = ""  # why it cannot be used
+    file: Path | None = None  # of its latents and text
+    notes: tuple = ()  # if it was encoded now: what of it is lost
+
+
 def read_text(path):
     """A text, without the mark that Excel begins with; bytes that are no UTF-8 are found later."""
     return path.read_bytes().decode("utf-8-sig", "surrogateescape")
 
 
-def read_list(path):
-    """[(line, row)] of one of LISTS: as dictionaries, but metadata.jsonl's as JSON."""
-    text = read_text(path)
-    if path.suffix == ".csv":
+def files_below(folder):
+    """All files below a folder, through links, and hidden folders; no folder is read twice."""
+    files, entered = [], set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        entered.add(os.path.realpath(place))
+        hidden = [name for name in inner if name.startswith(".") and name != ".w2svd"]
+        files += [Path(place, name) for name in sorted(names + hidden)]
+        inner[:] = sorted(n for n in inner if os.path.realpath(Path(place, n)) not in entered)
+        inner[:] = [name for name in inner if not name.startswith(".")]
+    return files
+
+
+def listed_clips(file, folder):
+    """The clips that a metadata.jsonl or .csv names; a row that names none is left out."""
+    clips, text = [], read_text(file)
+    rows = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if file.suffix == ".csv":
         separator = max(",;\t", key=text.split("\n")[0].count)
-        # an unquoted comma in a caption makes extra cells: "text" is a list, refused by the caller
+        # an unquoted comma in a caption makes further cells: then "text" is a list, refused below
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restkey="text")
-        return [(table.line_num, row) for row in table]
-    if path.name == "videos.txt":
-        both = [x.rstrip().split("\n") for x in (text, read_text(path.with_name("prompt.txt")))]
-        pairs = enumerate(itertools.zip_longest(*both), 1)
-        return [(i, {"file_name": a, "text": b}) for i, (a, b) in pairs if a or b]
-    return [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        with reading(f"{file} cannot be read", csv.Error):
+            rows = [(table.line_num, row) for row in table]
+    for line, row in rows:
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            film = Path(os.path.abspath(file.parent / row["file_name"].strip()))
+            clips.append(Clip(os.path.relpath(film, folder), film, row["text"].strip()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            name = f"{os.path.relpath(file, folder)}, line {line}"
+            clips.append(Clip(name, left_out="no file_name with one text (in quotes)"))
+    return clips
 
 
 def find_clips(data):
-    """[(path, caption)] of a folder, [(None, caption)] of a .txt; {name: reason} of all else.
-
-    A film is named by a list, or has its caption in a .txt beside it, which is returned as a Path.
-    """
-    if Path(data).suffix == ".txt" and Path(data).is_file():
-        return [(None, line) for line in read_text(Path(data)).split("\n") if line.strip()], {}
-    if not data or not Path(data).is_dir():
+    """The clips of a folder, with all that is left out, or the captions of a .txt: [Clip]."""
+    folder, clips = Path(os.path.abspath(data)), []
+    if folder.suffix == ".txt" and folder.is_file():
+        lines = read_text(folder).split("\n")
+        return [Clip(repr(line), caption=line) for line in lines if line.strip()]
+    if not data or not folder.is_dir():
         raise Refused(f"{data!r} is no folder of clips ({LAYOUTS}), nor a .txt: {EXAMPLE}")
-    data, files, seen, clips, left_out = Path(os.path.abspath(data)), [], set(), [], {}
-    for folder, inner, names in os.walk(data, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        shut = {n for n in inner if n[0] == "." or os.path.realpath(Path(folder, n)) in seen}
-        inner[:] = sorted(set(inner) - shut)
-        files += [Path(folder, name) for name in sorted({*names, *shut} - {".w2svd"})]  # to list
-    lists = [file for file in files if file.name in LISTS]
+    files = files_below(folder)
+    lists = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
     for file in lists:
-        with reading(f"{file} cannot be read", csv.Error):
-            rows = read_list(file)
-        for line, row in rows:
-            try:
-                row = row if isinstance(row, dict) else json.loads(row)
-                film, caption = row["file_name"].strip(), row["text"].strip()
-                clips.append((Path(os.path.abspath(file.parent / film)), caption))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                name = f"{file.relative_to(data)}, line {line}"
-                left_out[name] = "no file_name with one text (in quotes)"
-    named = {film for film, _ in clips}
-    films = [f for f in files if f.suffix.lower() in FILMS and f.name[0] != "."]
-    clips += [(film, film.with_suffix(".txt")) for film in films if film not in named]
-    used = {path for film, _ in clips for path in (film, film.with_suffix(".txt"))}
-    used |= {*lists, *(f.with_name("prompt.txt") for f in lists if f.name == "videos.txt")}
-    for file in files:
-        if file not in used:
-            why = "a folder read before" if file.is_dir() else "no clip, nor a caption of one"
-            left_out[os.path.relpath(file, data)] = "hidden" if file.name[0] == "." else why
-    return clips, left_out
+        clips += listed_clips(file, folder)
+    named = {clip.film for clip in clips}
+    films = [f for f in files if f.suffix.lower() in FILMS and f.name[0] != "." and f not in named]
+    clips += [Clip(os.path.relpath(f, folder), f, f.with_suffix(".txt")) for f in films]
+    films = [clip.film for clip in clips if clip.film]
+    used = {*lists, *films, *(film.with_suffix(".txt") for film in films)}
+    rest = [os.path.relpath(file, folder) for file in files if file not in used]
+    return clips + [Clip(name, left_out="no clip, nor a caption of one") for name in rest]
 
 
-def ffmpeg(path, *flags, first=()):
+def ffmpeg(path, *flags):
     """Run ffmpeg on a film: its output, and what it said; ValueError where it fails."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     # the whole path, or a name like 'concat:a' would be read as a protocol
-    command = [get_ffmpeg_exe(), *FFMPEG, *first, "-i", path.resolve(), *flags]
+    command = [get_ffmpeg_exe(), *FFMPEG, "-i", path.resolve(), *flags]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     said = done.stderr.decode(errors="replace")
     if done.returncode:
@@ -1125,21 +1160,18 @@ def ffmpeg(path, *flags, first=()):
 
 
 def look(path):
-    """What ffmpeg says of a film's first frame, upright: sides, width / height, fps, colours."""
+    """What ffmpeg says of a film's first frame, upright: {'s': '64x48', 'sar': '1/1', ...}."""
     _, said = ffmpeg(path, *"-map 0:V:0 -frames:v 1 -vf showinfo -f null -".split())
-    found = re.findall(r"(\w+): *([^\s,]+)", said.partition("config in ")[2])
-    facts = dict(reversed(found))  # of each name the first
-    (w, h), (wide, high) = map(int, facts["s"].split("x")), map(int, facts["sar"].split("/"))
-    aspect = w / h * (wide / high if wide else 1)  # 0 is unknown
-    header = said.partition("\n  Duration: ")[2]  # behind the film's name
-    clock = re.match(r"(\d+):(\d+):([\d.]+)", header) or (0, 0, 0, 0)
-    seconds = 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3])
-    fps = float((re.search(r", ([\d.]+) fps", header) or (0, "inf"))[1])
-    colours = {"matrix": facts["color_space"], "curve": facts["color_trc"]}
-    # WebM's alpha, which only libvpx reads
-    codec = re.search(r"Video: (vp[89])", header) if "alpha_mode" in header else None
-    vpx = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec[1]]] if codec else []
-    return SimpleNamespace(size=(w, h), aspect=aspect, seconds=seconds, fps=fps, vpx=vpx, **colours)
+    facts = {"fps": math.inf}
+    for name, value in re.findall(r"(\w+): *([^\s,]+)", said.partition("config in ")[2]):
+        facts.setdefault(name, value)  # of each name the first
+    rate = re.search(r", ([\d.]+) fps", said.partition("\n  Duration: ")[2])  # behind its name
+    if rate:
+        facts["fps"] = float(rate[1])
+    width, height = facts["size"] = tuple(map(int, facts["s"].split("x")))
+    wide, high = map(int, facts["sar"].split("/"))  # of a pixel; 0 is unknown
+    facts["aspect"] = width / height * (wide / high if wide else 1)
+    return facts
 
 
 def read_clip(path, config):
@@ -1149,353 +1181,216 @@ def read_clip(path, config):
     transparent; resampled, cropped at the centre, resized. ValueError: short, damaged, a still.
     """
     film, w, h, n = look(path), config.width, config.height, config.frames
-    if film.fps < config.fps / 4:
-        raise ValueError(f"{film.fps:g} fps are stills; --fps {config.fps:g} would repeat them")
+    if film["fps"] < config.fps / 4:
+        raise ValueError(f"{film['fps']:g} fps are stills; --fps {config.fps:g} would repeat them")
     # cropped before it is scaled: a picture of 8000 x 2 would be scaled to 192,000 x 48
     crop = f"crop=max(1\\,min(iw\\,ih*{w}/{h}/sar)):max(1\\,min(ih\\,iw*sar*{h}/{w}))"
     chain = f"bwdif=send_frame:deint=interlaced,fps={config.fps},{crop},scale={w}:{h},setsar=1"
-    if film.curve in ("smpte2084", "arib-std-b67"):  # PQ, HLG
+    if film["color_trc"] in ("smpte2084", "arib-std-b67"):  # PQ, HLG
         chain += TONE_MAP
-    elif film.matrix == "unknown" and max(film.size) >= 1280:
+    elif film["color_space"] == "unknown" and max(film["size"]) >= 1280:
         chain = "setparams=colorspace=bt709," + chain  # untagged and large, as players take it
     # NOTE silent: into rgb24 at once, ffmpeg would not interpolate colours
     chain += ",format=gbrap,premultiply=inplace=1"
     flags = f"-v error -xerror -map 0:V:0 -frames:v {n} -f rawvideo -pix_fmt rgb24".split()
-    raw, _ = ffmpeg(path, *flags, "-vf", chain, "-", first=film.vpx)
+    raw, _ = ffmpeg(path, *flags, "-vf", chain, "-")
     if len(raw) < 3 * h * w * n:
         raise ValueError(f"too short: {len(raw) // (3 * h * w)} of {n} frames, {config.fps:g} fps")
     frames = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(n, h, w, 3)
     return frames.permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 
-def encode_clip(pipe, video, caption, form=None):
+def notes_of(film, config):
+    """Sentences about what is lost of a film that look() has seen."""
+    notes, ratio = [], film["aspect"] * config.height / config.width
+    if film["fps"] < 0.9 * config.fps:
+        notes.append(f"frames are repeated, {film['fps']:g} fps become {config.fps:g}")
+    if not 0.8 < ratio < 1.25:  # the same area in the film's own shape
+        height, width = config.height / math.sqrt(ratio), config.width * math.sqrt(ratio)
+        size = f"--height {16 * round(height / 16)} --width {16 * round(width / 16)}"
+        notes.append(f"{min(ratio, 1 / ratio):.0%} of the picture is used; more of it with {size}")
+    return notes
+
+
+def read_caption(caption):
+    """A caption, or the file that it stands in, as one line; ValueError where there is none."""
+    if isinstance(caption, Path):
+        if not caption.exists():
+            raise ValueError(f"it has no caption, {caption.name}")
+        caption = read_text(caption)
+    if caption != caption.encode(errors="replace").decode():
+        raise ValueError("its caption is not UTF-8")
+    return " ".join(line.strip() for line in caption.strip().split("\n"))
+
+
+def latents_file(config, model, clip, caption):
+    """Where a clip's latents and text are kept: a name that hashes all that they depend on."""
+    c, film, folder = config, clip.film, Path(config.data)
+    parts = [READING, caption, c.checkpoint, model.prompt_template]
+    if film:  # what it holds, not its times: a copy is the same film
+        size, MB = film.stat().st_size, 2**20
+        with open(film, "rb") as file:
+            content = hashlib.sha256(file.read(MB))
+            file.seek(max(0, size - MB))
+            content.update(file.read(MB))
+        parts += [clip.name, size, content.hexdigest(), c.height, c.width, c.frames, c.fps]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    name = f"{film.stem[:40] if film else 'caption'}-{digest}.safetensors"
+    beside = folder if film else folder.parent  # a folder of clips, or a .txt
+    return Path(c.cache or beside / ".w2svd").expanduser() / name
+
+
+def encode_clip(model, pipe, video, caption):
     """Text and, of a video (1, 3, T, H, W), scaled latents (C, T, H, W), without a batch."""
-    tensors = encode_text(pipe, caption, None if video is None else video[:, :, :1], form)
+    tensors = model.encode_text(pipe, caption, None if video is None else video[:, :, :1])
     if video is not None:
-        tensors["latents"] = encode_video(pipe, video)
+        tensors["latents"] = model.encode_video(pipe, video)
     for name, x in tensors.items():
         if not x.isfinite().all() or not x.numel():
             raise ValueError(f"its {name} are empty or not finite")
     return {name: x[0] for name, x in tensors.items()}
 
 
-def latents_file(config, path, caption):
-    """Where a clip's latents and text are kept: a name that hashes all that they depend on."""
-    data = Path(config.data)
-    parts = [READING, caption, config.checkpoint, HunyuanVideo.prompt_template]
-    if path:
-        parts += [os.path.relpath(path, data), path.stat().st_size, path.stat().st_mtime_ns]
-        parts += [config.height, config.width, config.frames, config.fps]
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    beside = data if path else data.parent  # a folder of clips, or a .txt
-    folder = Path(config.cache or beside / ".w2svd").expanduser()
-    return folder / f"{path.stem[:40] if path else 'caption'}-{digest}.safetensors"
-
-
-def encode_missing(config, clips, form):
-    """{clip: its file}; [(name, look() at it, tokens)] of those made now; {name: why not}."""
+def encode_missing(config, model, clips):
+    """Find or make each clip's file; a clip that cannot be used is told why."""
     from diffusers.training_utils import free_memory
     from tqdm import tqdm
 
-    files, made, left_out, pipe = {}, [], {}, None
-    for path, caption in tqdm(clips, desc="encode", unit="clip"):
-        name, tensors = os.path.relpath(path, config.data) if path else repr(caption), None
+    pipe = None
+    for clip in tqdm([clip for clip in clips if not clip.left_out], desc="encode", unit="clip"):
         try:
-            if isinstance(caption, Path) and not caption.exists():
-                raise ValueError(f"it has no caption, {caption.name}")
-            text = read_text(caption) if isinstance(caption, Path) else caption
-            if text != text.encode(errors="replace").decode():
-                raise ValueError("its caption is not UTF-8")
-            text = " ".join(line.strip() for line in text.strip().split("\n"))
-            file = latents_file(config, path, text)
-            if not file.exists():
-                video = read_clip(path, config) if path else None
-                pipe = pipe or load_pipeline(config.checkpoint, ("transformer",))
-                tensors = encode_clip(pipe, video, text, form)
+            caption, video, notes = read_caption(clip.caption), None, []
+            clip.file = latents_file(config, model, clip, caption)
+            if clip.file.exists():
+                continue
+            if clip.film:
+                notes = notes_of(look(clip.film), config)
+                video = read_clip(clip.film, config)
+            pipe = pipe or load_pipeline(config.checkpoint, ENCODERS)
+            tensors = encode_clip(model, pipe, video, caption)
         except (Refused, ImportError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # each clip is an island: the others go on
-            left_out[name] = (str(error).strip().splitlines() or [repr(error)])[-1]
+            clip.left_out = (str(error).strip().splitlines() or [repr(error)])[-1]
             continue
-        files[path, caption] = file
-        if tensors:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_safetensors(file, tensors, {"source": name, "caption": text})
-            tokens = 0 if form else len(tensors["prompt_embeds"])  # with form the picture's too
-            made.append((name, path and look(path), tokens))
+        if not model.form and len(tensors["prompt_embeds"]) >= model.text_limit:
+            notes.append(f"the text encoder reads {model.text_limit} tokens: its end is unread")
+        clip.notes = ("encoded", *notes)
+        clip.file.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(clip.file, tensors, {"source": clip.name, "caption": caption})
     del pipe
     free_memory()
-    return files, made, left_out
 
 
-def encoded_clips(config, form=None):
+def encoded_clips(config, model):
     """The files of all clips that can be used, encoded where they are missing; says what is not."""
-    clips, left_out = find_clips(config.data)
-    c, found, made = config, {}, []
-    for files, new, unusable in of_all_ranks(encode_missing(c, clips[RANK::RANKS], form)):
-        found, made, left_out = found | files, made + new, left_out | unusable
-    # in the folder's order; one that is listed twice is one clip
-    files = list(dict.fromkeys(found[clip] for clip in clips if clip in found))
-    print(f"{c.data}: {len(files)} clips, {len(made)} encoded now")
-    films = {name: film for name, film, _ in made if film}
-    if films:
-        seconds, used = sum(film.seconds for film in films.values()), len(films) * c.frames / c.fps
-        ratios = sorted(film.aspect * c.height / c.width for film in films.values())
-        kept = sum(min(x, 1 / x) for x in ratios) / len(films)
-        print(f"  used: {used:.1f} of {seconds:.1f} s, {kept:.0%} of the picture")
-        scale = math.sqrt(ratios[len(films) // 2])  # the same area in the films' own shape
-        height, width = 16 * round(c.height / scale / 16), 16 * round(c.width * scale / 16)
-        if kept < 0.8 and (height, width) != (c.height, c.width):
-            print(f"  more of it with --height {height} --width {width}")
-    for name, film in films.items():
-        if film.fps < 0.9 * c.fps:
-            print(f"  {name}: frames are repeated, {film.fps:g} fps become {c.fps:g}")
-    if cut := sum(tokens >= 256 for *_, tokens in made):
-        print(f"  the text encoder reads 256 tokens: {cut} captions are longer, their ends unread")
-    for name, reason in left_out.items():
-        print(f"  left out, {name}: {reason}")
+    clips = find_clips(config.data)
+    mine = clips[rank() :: ranks()]  # several processes share the work
+    encode_missing(config, model, mine)
+    for first, share in enumerate(gather(mine)):
+        clips[first :: ranks()] = share
+    used = [clip for clip in clips if not clip.left_out]
+    new = sum("encoded" in clip.notes for clip in used)
+    print(f"{config.data}: {len(used)} clips, {new} encoded now")
+    for note in dict.fromkeys(note for clip in used for note in clip.notes[1:]):
+        names = [clip.name for clip in used if note in clip.notes]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"  {names[0]}{more}: {note}")
+    for clip in clips:
+        if clip.left_out:
+            print(f"  left out, {clip.name}: {clip.left_out}")
+    files = list(dict.fromkeys(clip.file for clip in used))  # one that is listed twice is one clip
     if not files:
         needs = f"a folder needs {LAYOUTS}; a .txt a caption in each line"
-        raise Refused(f"Nothing in {c.data} can be used: {needs}.", status=1)
+        raise Refused(f"Nothing in {config.data} can be used: {needs}.", status=1)
+    for file in files:
+        if not file.exists():
+            raise Refused(f"Process {rank()} does not see {file}: name a shared disk as --cache.")
     return files
 
 
-def sampling(config):
-    """A generator's steps, its shift, and whether it is sampled by Euler, as a backbone is."""
-    flow = config.objective == "finetune" and config.model == "hunyuan"
-    return (28, 7.0, True) if flow else (config.steps, config.shift, False)
+# ---- 9. Training ---------------------------------------------------------------------------------
+class VideoTask:
+    """A video model and a folder of clips: a task, as `train` needs it. A task has
 
-
-class HunyuanTask:
-    """HunyuanVideo and a folder of clips: a task, which is a model and its data. A task has
-
-    .backbone (see Roles), whose weights come with .load(...); .device; .shape of a sample; .clips,
-    the files; .batches(rng, taken, rank, ranks), endless {'x0': (B, ...), 'cond', 'name'}, every
-    ranks-th one from number taken + rank on; .prepare() for what must follow the adapters;
-    .costs(...) for the plan; .on_log(step, generator) for pictures on the way, .finish(run) ->
-    (result, table) at the end; .sample(...), a command.
+    .backbone (see Roles), whose weights come with .load(machine); .device; .clips, files or
+    nothing; .batches(taken, rank, ranks), endless {'x0': (B, ...), 'cond', 'name'}, every ranks-th
+    one from number taken + rank on; .on_log(step, generator) for pictures on the way; and
+    .finish(folder, generator) -> (result, table) at the end.
     """
 
-    device = DEVICE
-
-    def __init__(self, config):
-        import diffusers
-
-        diffusers.utils.logging.set_verbosity_error()
-        Model, self.config, found = diffusers.HunyuanVideoTransformer3DModel, config, {}
-        other = f"--checkpoint {config.checkpoint} is no HunyuanVideo known here"
-        with reading(other, TypeError), torch.device("meta"):  # shapes and no numbers, for the plan
-            if config.checkpoint != HUNYUAN:  # whose config is the class's defaults
-                found = Model.load_config(config.checkpoint, subfolder="transformer")
-            self.backbone = HunyuanVideo(Model.from_config(found).bfloat16(), config)
-        m, self.form = self.backbone.module.config, self.backbone.form
-        channels, kind = m.out_channels, found.get("_class_name", Model.__name__)
-        reads = 2 * channels + 1 if self.form == "latent_concat" else channels
-        if (kind, m.in_channels, m.patch_size_t) != (Model.__name__, reads, 1):
-            raise Refused(f"{other}.")
-        if self.form and ".txt" in (config.data[-4:], config.sample_prompts[-4:]):
+    def __init__(self, config, Model):
+        self.config, self.device, self.backbone = config, device(), Model.outline(config)
+        if self.backbone.form and ".txt" in (config.data[-4:], config.sample_prompts[-4:]):
             raise Refused("--data, --sample-prompts: a .txt has no first frames; name a folder.")
-        # the VAE makes one of 4 frames, of 8 x 8 pixels; token_replace samples all but the first
-        self.video = (channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
-        self.shape = (channels, self.video[1] - (self.form == "token_replace"), *self.video[2:])
-        self.tokens = math.prod(self.video[1:]) // m.patch_size**2
 
-    def load(self, split=False, keep=0, offload=False):
-        """Encode what is missing, then read the weights; keep, offload: see checkpoint_with."""
-        if DEVICE == "cpu" and self.backbone.module.num_parameters() > 1e9:
-            raise Refused(f"HunyuanVideo needs a GPU and torch finds none; on a GPU: {EXAMPLE}")
-        c = self.config
+    def load(self, machine=Machine()):
+        """Encode what is missing, then read the weights."""
+        c, model = self.config, self.backbone
+        if self.device == "cpu" and model.module.num_parameters() > 1e9:
+            raise Refused(f"A model of this size needs a GPU; torch finds none. There: {EXAMPLE}")
         shown = dataclasses.replace(c, data=c.sample_prompts)
-        prompts = encoded_clips(shown, self.form) if c.sample_prompts else []
-        self.clips = encoded_clips(c, self.form)
-        draw = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(0))
-        self.filmed = (prompts or [self.clips[i] for i in draw])[:4]
-        self.load_weights(split)
-        self.backbone.keep, self.backbone.offload = keep, offload
+        prompts = encoded_clips(shown, model) if c.sample_prompts else []
+        self.clips = encoded_clips(c, model)
+        some = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(0))
+        self.filmed = (prompts or [self.clips[i] for i in some])[:4]
+        # a backbone that will be split may be too large for one GPU
+        self.backbone = model.load("cpu" if machine.shard else self.device)
 
-    def load_weights(self, split=False):
-        # a full copy beside it would not fit: split_over_ranks moves the parts there
-        full = "full" in (self.config.generator, self.config.fake)
-        device = "cpu" if full and split else DEVICE
-        pipe = load_pipeline(self.config.checkpoint, (*TEXT, "vae"), device=device)
-        self.backbone = HunyuanVideo(pipe.transformer.requires_grad_(False), self.config)
+    def read(self, file):
+        """A clip's file as a batch of one; x0 is 0 where there is a caption alone."""
+        tensors, info = read_safetensors(file)
+        cond = {name: x[None].to(self.device) for name, x in tensors.items()}
+        shape = self.backbone.shape
+        x0 = cond.pop("latents", torch.zeros(1, *shape, device=self.device))
+        x0 = x0[:, :, -shape[1] :]  # without a frame that is given
+        return {"x0": x0, "cond": cond, "name": file.name, "caption": info["caption"]}
 
-    def prepare(self):
-        """What must follow the adapters: the base's weights in 8 bits, compilation."""
-        if self.config.fp8_base:  # NOTE silent: before them, the adapters would be 8 bits too
-            self.backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, self.backbone.dtype)
-        if self.config.compile:  # 2 kinds of block, 3 roles and none, gradient, lengths of text
-            torch._dynamo.config.recompile_limit = 64
-            for block in self.backbone.blocks:
-                block.compile()
-
-    def read(self, clip):
-        """A clip as a batch of one; x0 is 0 where there is a caption alone."""
-        tensors, info = read_safetensors(clip)
-        cond = {name: x[None].to(DEVICE) for name, x in tensors.items()}
-        x0 = cond.pop("latents", torch.zeros(1, *self.shape, device=DEVICE))
-        x0 = x0[:, :, -self.shape[1] :]
-        return {"x0": x0, "cond": cond, "name": clip.name, "caption": info["caption"]}
-
-    def batches(self, rng, taken=0, rank=0, ranks=1):
-        """Each clip once an epoch, in an order made of seed and epoch, not of rng; endless."""
+    def batches(self, taken=0, rank=0, ranks=1):
+        """Each clip once an epoch, in an order made of seed and epoch; endless."""
+        n, epoch = len(self.clips), -1
         for count in itertools.count(taken + rank, ranks):
-            epoch, place = divmod(count, len(self.clips))
-            order = torch.Generator().manual_seed((1_000_003 * self.config.seed + epoch) % 2**63)
-            permutation = torch.randperm(len(self.clips), generator=order)
-            yield self.read(self.clips[permutation[place]])
+            if count // n != epoch:
+                epoch = count // n
+                seed = stream_seed(self.config.seed, epoch, 0, "order")
+                order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            yield self.read(self.clips[order[count % n]])
 
-    def learning(self):
-        """How many blocks a backward goes through: it ends at the first one with an adapter."""
-        c, module = self.config, self.backbone.module
-        single = c.lora_targets == "single" and "full" not in (c.generator, c.fake)
-        return len(module.single_transformer_blocks if single else self.backbone.blocks)
-
-    def memory(self, generator, fake, tokens, machine):
-        """GiB on a GPU of so many tokens, by line; blocks that keep attention; GiB in the host."""
-        c, module, GiB = self.config, self.backbone.module, 2**30
-        n, width, gpus = len(self.backbone.blocks), self.backbone.width, machine.parts(c)
-        full = generator * (c.generator == "full") + fake * (c.fake == "full")
-        share = full / gpus + generator + fake - full  # adapters stay whole on each GPU
-        student = generator / (gpus if c.generator == "full" else 1)
-        if c.fp8_base:  # the plan's model has no other use
-            module.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
-        frozen = [p for p in module.parameters() if not p.requires_grad]
-        base, one = sum(p.nbytes for p in frozen) / GiB, 2 * tokens * width / GiB
-        # it is read as bf16; copies are made there before the split
-        host = (2 * sum(p.numel() for p in frozen) + 4 * full * (gpus > 1)) / GiB
-        # one: a bf16 tensor of all tokens. A block's backward keeps 37.2 (simulated), exchanges 4
-        kept = (37.2 + 4 * (machine.context_parallel > 1)) * one
-        inputs = self.learning() + n * (c.gan_weight > 0) / 3
-        lines = {
-            "backbone, frozen": base / gpus + 3 * base / n * (gpus > 1),  # blocks being gathered
-            "generator and fake, float32": 4 * share / GiB,
-            "Adam, average": (8 * share + 4 * student) / GiB,
-            "gradients": 4 * max(student, share - student) / GiB,  # of one update at a time
-            "inputs of the blocks": (2 if machine.offload else inputs) * one * c.checkpointing,
-            "a block at work": kept * (1 if c.checkpointing else self.learning()),
-            "CUDA, fragments": 1.6,  # with expandable segments
-        }
-        result = one + 4 * tokens * module.config.num_attention_heads / GiB  # and float32 sums
-        # a twentieth stays free, as no GPU has checked this; copies, which gather more, keep none
-        # a discriminator runs the double-stream blocks once more: then only the others keep
-        most = len(module.single_transformer_blocks) if c.gan_weight else self.learning()
-        if full or c.compile or not c.checkpointing:
-            most = 0
-        keep = max(0, min(most, int((0.95 * machine.room() - sum(lines.values())) / result)))
-        lines["attention's results"] = keep * result
-        pinned = inputs * 2 ** math.ceil(math.log2(one))  # torch rounds up to powers of two
-        return lines, keep, max(host, machine.offload * pinned)
-
-    def costs(self, forwards, backwards, generator, fake, machine=MACHINE):
-        """Memory, time and disk by formulas: simulated or published figures, nothing measured."""
-        c, m = self.config, self.backbone.module.config
-        n, width = len(self.backbone.blocks), self.backbone.width
-        text = 256 + {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
-        tokens, context = self.tokens + text, machine.context_parallel
-        counts = {"GPUs": machine.gpus, "tokens": self.tokens, "heads": m.num_attention_heads}
-        for name, count in counts.items():
-            if count % context:
-                raise Refused(f"--context-parallel {context} must divide the {count} {name}.")
-        memory, keep, host = self.memory(generator, fake, self.tokens / context + text, machine)
-        # PFLOP of a forward. A backward takes as much in frozen linear layers, and 2.5 times as
-        # much in attention, whose kernel recomputes a product; checkpointing one more forward
-        linear = 2 * tokens * n * (4 + 2 * m.mlp_ratio) * width**2 / 1e15
-        attention = 4 * tokens**2 * width * n / 1e15
-        forward, share = linear + attention, self.learning() / n
-        linear *= c.accumulate * (forwards + backwards * (1 + share * (1 + c.checkpointing)))
-        again = c.checkpointing * (share - keep / n)  # what is kept is not computed again
-        attention *= c.accumulate * (forwards + backwards * (1 + 2.5 * share + again))
-        # on an H100 in TFLOP/s, published: 650 in large products, 550 in cuDNN's attention
-        seconds = (linear / 650 + attention / 550) * 1e3 / context
-        saves = 2 if c.generator == "full" else c.iterations // c.save_every
-        # two checkpoints and the one being written; the generators
-        saved = 3 * (4 * generator + 3 * fake) + (saves + 1) * generator
-        return {
-            "GPU memory, GiB": memory,
-            "in all, GiB": sum(memory.values()),
-            "at the least, GiB": sum(memory.values()) - memory["attention's results"],
-            "blocks that keep attention's results": keep,
-            "hours on H100": seconds * c.iterations / 3600,
-            "seconds an iteration": seconds,
-            "clips an update": c.accumulate * machine.gpus // context,
-            "PFLOP an iteration": (linear + attention) / context,
-            "forwards' worth of an iteration": (linear + attention) / forward,
-            "disk for the run, GiB": 4 * saved / 2**30,
-            "download, once, GB": 42 if c.checkpoint == HUNYUAN else 0,
-            "host memory of each process, GiB": host,
-            "attention": "cuDNN's on Hopper, which the hours assume; else torch's choice",
-            "tokens": tokens,
-        }
-
-    def complete(self, x0, cond):
-        """A sample (B, C, T, H, W) with the given first frame in front, where that is not in it."""
-        return torch.cat([cond["image"], x0], dim=2) if self.form == "token_replace" else x0
-
-    def draw(self, velocity, sigmas, cond, seed, euler=False):
-        """Latents of a whole video, (1, C, T, H, W); the seed decides it."""
-        rng = torch.Generator(DEVICE).manual_seed(seed)
-        noise = torch.randn(1, *self.video, generator=rng, device=DEVICE)[:, :, -self.shape[1] :]
-        if self.form:  # as diffusers' image-to-video pipeline begins
-            noise = 0.999 * noise + 0.001 * cond["image"]
-        given = velocity, noise, sigmas, cond
-        return self.complete(euler_sample(*given) if euler else few_step_sample(*given, rng), cond)
-
-    @torch.no_grad()
-    def decode(self, pipe, x0):
-        """Frames (T', H', W', 3) in [0, 1] of latents (1, C, T, H, W)."""
-        x0 = x0.to(pipe.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
-        frames = pipe.vae.decode(x0, return_dict=False)[0]
-        if not frames.isfinite().all():
-            raise Refused("The sampled video is not finite; nothing is written.")
-        # the first 4 repeat the picture; diffusers drops them too
-        frames = frames[:, :, 4:] if self.form == "latent_concat" else frames
-        return pipe.video_processor.postprocess_video(frames, output_type="np")[0]
-
-    def film(self, path, *how, **more):
-        """Draw a video and write it as .mp4. The VAE comes and goes."""
+    def film(self, latents):
+        """Decode {path: latents} and write them as .mp4."""
         import imageio.v3 as iio
 
-        x0 = self.draw(*how, **more)
-        if RANK:
-            return
-        frames = self.decode(load_pipeline(self.config.checkpoint, (*TEXT, "transformer")), x0)
-        path.parent.mkdir(exist_ok=True)
-        with atomic_write(path) as part:
-            video = (frames * 255).round().astype("uint8")
-            iio.imwrite(part, video, plugin="FFMPEG", fps=self.config.fps)
+        decoder = load_pipeline(self.config.checkpoint, ("vae",))
+        for path, x0 in latents.items():
+            frames = (self.backbone.decode(decoder, x0) * 255).round().astype("uint8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as part:
+                iio.imwrite(part, frames, plugin="FFMPEG", fps=self.config.fps)
 
     def on_log(self, step, generator):
         """Film up to four prompts at the start and at every save, always from the same noise."""
-        c, (steps, shift, flow) = self.config, sampling(self.config)
-        sigmas = few_step_sigmas(steps, shift)
+        c, model, drawn = self.config, self.backbone, {}
         if step % c.save_every and step != c.iterations:
             return
-        for i, clip in enumerate(self.filmed):
-            one = self.read(clip)
-            words = re.sub(r"\W+", "-", one["caption"])[:60].strip("-")
-            path = Path(c.out) / f"samples/{step:06}-{i}-{words}.mp4"
-            self.film(path, generator, sigmas, one["cond"], c.seed, euler=flow)
+        sigmas = few_step_sigmas(c.steps, c.shift)
+        sampler = few_step_sample if model.renoise else euler_sample
+        for i, file in enumerate(self.filmed):
+            clip = self.read(file)
+            words = re.sub(r"\W+", "-", clip["caption"])[:60].strip("-")
+            path, cond = Path(c.out) / f"samples/{step:06}-{i}-{words}.mp4", clip["cond"]
+            drawn[path] = model.draw(sampler, generator, sigmas, cond, c.seed)
             if step == 0:
-                beside = path.with_stem(f"{path.stem}-backbone")
-                self.film(beside, self.backbone.velocity, sigmas, one["cond"], c.seed, euler=True)
+                path = path.with_stem(f"{path.stem}-backbone")
+                drawn[path] = model.draw(euler_sample, model.velocity, sigmas, cond, c.seed)
+        if rank() == 0:
+            self.film(drawn)
 
-    def finish(self, run):
-        """No exact answer here: the last logged numbers."""
-        last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
-        flags = '--prompt "..."' + " --image face.png" * bool(self.form)
-        table = f"now: python w2svd.py sample --run {run.folder} {flags} --out video.mp4"
-        return {"student": last | {"steps": run.config.steps}}, table
-
-    def first_frame(self, path):
-        """A picture, cropped and resized to the video's size: (1, 3, 1, H, W) in [-1, 1]."""
-        from diffusers.image_processor import VaeImageProcessor
-        from diffusers.utils import load_image
-
-        with reading(f"--image {path} is no picture"):
-            picture = load_image(str(path))
-        size = self.config.height, self.config.width
-        return VaeImageProcessor().preprocess(picture, *size, resize_mode="crop")[:, :, None]
+    def finish(self, folder, generator):
+        """No exact answer here: the last logged numbers, and what to do next."""
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        image = "--image face.png " if self.backbone.form else ""
+        now = f'python w2svd.py sample --run {folder} {image}--prompt "..." --out video.mp4'
+        return {"student": {**last, "steps": self.config.steps}}, f"now: {now}"
 
     def student(self, tensors, info):
         """The velocity of a stored generator, in place of the backbone's."""
@@ -1506,255 +1401,188 @@ class HunyuanTask:
         roles.load("generator", tensors)
         return roles.generator
 
-    def sample(self, tensors, info, out, seed, prompt=None, image=None, steps=0, **avoid):
-        """A video of the prompt, of the image on; `avoid`: negative_prompt, and cfg, its weight."""
+    def first_frame(self, path):
+        """A picture, cropped and resized to the video's size: (1, 3, 1, H, W) in [-1, 1]."""
+        from diffusers.image_processor import VaeImageProcessor
+        from diffusers.utils import load_image
+
+        with reading(f"--image {path} is no picture"):
+            picture = load_image(path)
+        size = self.config.height, self.config.width
+        return VaeImageProcessor().preprocess(picture, *size, resize_mode="crop")[:, :, None]
+
+    def sample(self, tensors, info, out, seed, prompt=None, image=None, steps=0):
+        """A video of the prompt; image-to-video: of the image on."""
         from diffusers.training_utils import free_memory
 
-        if prompt is None or (image is None) != (self.form is None) or out.suffix != ".mp4":
-            image = "an --image" if self.form else "no --image"
-            raise Refused(f"This checkpoint needs a --prompt, {image}, and an .mp4 as --out.")
+        model, needs = self.backbone, "an --image" if self.backbone.form else "no --image"
+        if prompt is None or (image is None) != (model.form is None) or out.suffix != ".mp4":
+            raise Refused(f"This checkpoint needs a --prompt, {needs}, and an .mp4 as --out.")
         first = self.first_frame(image) if image else None
-        pipe = load_pipeline(self.config.checkpoint, ("transformer", *["vae"] * (image is None)))
-        cond = encode_text(pipe, prompt, first, self.form)
-        if avoid:
-            black = None if first is None else 0 * first - 1
-            avoided = encode_text(pipe, avoid.get("negative_prompt", ""), black, self.form)
-            avoided["image"] = cond.get("image")  # shown all the same
+        pipe = load_pipeline(self.config.checkpoint, ENCODERS)
+        cond = model.encode_text(pipe, prompt, first)
         del pipe
         free_memory()  # before the transformer comes
-        self.load_weights()
+        self.backbone = model.load()
         sigmas = few_step_sigmas(steps, info["shift"]) if steps else torch.tensor(info["sigmas"])
+        sampler = few_step_sample if info["renoise"] else euler_sample
         student = self.student(tensors, info)
-
-        def away(x_t, sigma, cond):  # at twice the evaluations
-            v, v_avoided = student(x_t, sigma, cond), student(x_t, sigma, avoided)
-            return guided(v, v_avoided, avoid.get("cfg", 2.0))
-
-        self.film(out, away if avoid else student, sigmas, cond, seed, euler=info["euler"])
+        self.film({out: self.backbone.draw(sampler, student, sigmas, cond, seed)})
         return f"wrote {out}"
 
 
-# ---- 9. Training ---------------------------------------------------------------------------------
-def join_ranks():
-    """Under torchrun: take this process's GPU and meet the others; the first alone speaks."""
-    if RANKS > 1 and not torch.distributed.is_initialized():
-        if DEVICE == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # a long wait is one for clips to be encoded; torchrun ends all processes when one dies
-        backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
-        # at the end, what still refers to the group would end the process by an error
-        atexit.register(lambda: (gc.collect(), torch.distributed.destroy_process_group()))
-        # after an error it would wait for others, which wait for this process
-        sys.excepthook = lambda *error: (sys.__excepthook__(*error), os._exit(1))
-        if RANK:
-            sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
-
-
-def is_split(x):
-    """Whether each process holds only a part of x: a DTensor, whose import takes a second."""
-    return hasattr(x, "full_tensor")
-
-
-def mean_over_ranks(x):
-    """x becomes its mean over the processes; FSDP2 has averaged a split weight's gradient."""
-    if RANKS > 1 and not is_split(x):
-        torch.distributed.all_reduce(x)
-        x /= RANKS
-    return x
-
-
-def in_one_piece(x):
-    """A tensor, of which each process may hold a part, in one piece."""
-    return x.detach().full_tensor() if is_split(x) else x.detach()
-
-
-class StateOfRanks(State):
-    """A State whose clips and noise `context` processes in a row share, and all its gradients."""
-
-    def __init__(self, config, roles, device, context=1):
-        super().__init__(config, roles, device)
-        self.rank, self.ranks = RANK // context, RANKS // context
-        for name, rng in self.rngs.items():
-            # one exit for all, as it decides how often the split backbone is gathered
-            if name != "exit" or config.generator_input == "paired":
-                rng.manual_seed(rng.initial_seed() + 2**20 * self.rank)
-
-    def update(self, role, lr):
-        for parameter in self.roles.parameters(role):
-            mean_over_ranks(parameter.grad)
-        return in_one_piece(super().update(role, lr))
-
-
-def split_over_ranks(roles):
-    """Of frozen weights and of whole copies each process keeps a part (FSDP2).
-
-    A block's weights are gathered when it runs and dropped after it. Adapters stay whole in every
-    process, where `mean_over_ranks` keeps them equal. Optimizers come after this.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    warnings.filterwarnings("ignore", "FSDP2-wrapped .* returned a view")  # none is written to
-    adapters = {p for role in roles.trained.keys() - roles.copies for p in roles.parameters(role)}
-    for backbone in (roles.backbone, *roles.copies.values()):
-        for module in (*backbone.blocks, backbone.module):  # the last: all that is in no block
-            # NOTE silent: by default a root keeps what it gathered until a backward; a copy's would
-            # be stale after `averaged` exchanged it. The base's stays, for `features`' backward
-            drop = module is not roles.backbone.module
-            fully_shard(module, ignored_params=adapters, reshard_after_forward=drop)
-    for role in roles.copies:
-        roles.trained[role] = roles._find(role)
-    for parameter in adapters:
-        parameter.data = parameter.data.to(DEVICE)
-
-
-def split_as(x, like):
-    """A copy of the whole tensor x, where and as `like` is."""
-    if is_split(like) and x.ndim:
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
-    return x.to(like.device, copy=True)
-
-
-def write_by_first(path, tensors, info):
-    """write_safetensors of tensors that may be split: all processes gather, the first writes."""
-    gathered = ((name, in_one_piece(x)) for name, x in tensors.items())  # lazy: one at a time
-    kept = {name: x.cpu() for name, x in gathered if RANK == 0}  # gathered by every process
-    if RANK == 0:
-        write_safetensors(path, kept, info)
-
-
-def check_ranks(config, state):
-    """Stop where processes differ in what they share: trained weights, exits, a group's noise."""
-    marks = [state.iteration, state.taken]
-    marks += [state.rngs["exit"].get_state().sum()] if config.generator_input == "rollout" else []
-    for role in state.optimizers:
-        marks += [p.detach().sum() for p in state.roles.parameters(role) if not is_split(p)]
-    noise = [rng.get_state().sum() for rng in state.rngs.values()]
-    every = of_all_ranks((tuple(map(float, marks)), (state.rank, *map(float, noise))))
-    of_all, of_a_group = map(set, zip(*every))
-    if len(of_all) > 1 or len(of_a_group) > state.ranks:  # as many noises as groups
-        raise RuntimeError("the processes have drifted apart; a bug, since all must do the same")
-
-
-def load_task(config):
+def load_task(config, models=MODELS):
     """The model and data that `config` names, as a task."""
     if config.model == "toy":
         import toy
 
         return toy.task(config)
-    return HunyuanTask(config)
+    return VideoTask(config, models[config.model])
 
 
-def consistency_step(roles, average, x0, cond, sigma, sigma_next, eps):
-    """One backward of LCM's loss: mean |x0_generator(x_t, sigma) - x0_average(x_s, sigma_next)|^2.
+def join_processes():
+    """Under torchrun: take this process's GPU and meet the others; the first alone speaks."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or torch.distributed.is_initialized():
+        return
+    if device() == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if device() == "cuda" else "gloo"
+    # a long wait is one for clips to be encoded; torchrun ends all processes when one dies
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if rank():
+        sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
 
-    One Euler step of the backbone leads from x_t, x0 (B, ...) noised to sigma (B,), to x_s at
-    sigma_next just below it; both shall show the same sample. At 0 it is x_s itself.
-    paper: the baseline. peer: its loss, here a plain mean square of x0.
+
+def gather(x):
+    """Every process's x, a list; small things only."""
+    every = [x] * ranks()
+    if ranks() > 1:
+        torch.distributed.all_gather_object(every, x)
+    return every
+
+
+def shard_backbone(roles):
+    """Split the frozen backbone over the GPUs of each node (FSDP2); what is trained stays whole.
+
+    A block's weights are gathered when it runs and dropped after it. Optimizers come after this.
     """
-    x_t = add_noise(x0, eps, sigma)
-    with roles.use("generator"):
-        with torch.no_grad():
-            x_s = x0_from_velocity(x_t, roles.plain(x_t, sigma, cond), sigma - sigma_next)
-            goal = x0_from_velocity(x_s, average(x_s, sigma_next, cond), sigma_next)
-        x0_now = x0_from_velocity(x_t, roles.generator(x_t, sigma, cond), sigma)
-        require_finite("the generator's sample", x0_now, sigma)
-        loss = torch.nn.functional.mse_loss(at_least_float32(x0_now), at_least_float32(goal))
-        loss.backward()
-    return {"generator_loss": loss.detach()}
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped .* returned a view")  # none is written to
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks()))
+    mesh = init_device_mesh(device(), (ranks() // local, local), mesh_dim_names=("node", "gpu"))
+    trained = {p for role in roles.trained for p in roles.parameters(role)}
+    for module in (*roles.backbone.blocks, roles.backbone.module):  # the last: all in no block
+        fully_shard(module, mesh=mesh, ignored_params=trained)
+    for parameter in trained:
+        parameter.data = parameter.data.to(device())
 
 
-def without_fake(config, roles, state, data):
-    """The same loop for the other objectives, of the data or the backbone alone.
-
-    finetune: flow matching of the data. lcm: see above. regress: at pure noise, flow matching of
-    where the backbone's 28 Euler steps lead from it (peer: DMD2 warms one step up so).
-    """
-    n = config.steps * math.ceil(50 / config.steps)  # LCM's levels, the generator's among them
-    grid = few_step_sigmas(n, config.shift).to(state.device)  # peer: 50 levels of 1000
-
-    def average(*args):
-        with state.averaged() as generator:
-            return generator(*args)
-
-    while state.iteration < config.iterations:
-        stats = []
-        for name, x0, cond in micro_batches(config, state, data):
-            sigma, eps = losses_noise(config, state, x0, name)
-            if config.objective == "regress":
-                sigma.fill_(1)  # pure noise; state.reads holds the same tensor
-                x0 = euler_sample(roles.plain, eps, few_step_sigmas(28, config.shift), cond)
-            if config.objective == "lcm":
-                k = torch.randint(n, sigma.shape, generator=state.rngs["level"], device=x0.device)
-                state.reads[-1] = name, grid[k]
-                step = consistency_step(roles, average, x0, cond, grid[k], grid[k + 1], eps)
-            else:
-                step = fake_step(roles, x0, cond, sigma, eps, role="generator")
-            stats.append(step | moments("data", x0))
-        norm = state.update("generator", lr_scale(config, state.iteration) * config.generator_lr)
-        state.update_average()
-        state.iteration += 1
-        yield mean_of(stats) | {"grad_norm": norm}
+def build_roles(config, backbone, machine):
+    """The roles of a run, ready for optimizers. The order matters."""
+    torch.manual_seed(config.seed)
+    alphas = config.alpha_weak, config.alpha_strong
+    roles = Roles(backbone, config.lora_rank, *alphas, config.generator, config.fake)
+    if config.gan_weight:
+        Discriminator(roles)
+    if config.checkpointing:
+        roles.use_checkpointing(machine.offload)
+    if config.fp8_base:  # NOTE silent: before the adapters, these would be 8 bits too
+        backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, backbone.dtype)
+    if config.compile:  # 2 kinds of block, 3 roles and none, gradient, lengths of text
+        torch._dynamo.config.recompile_limit = 64
+        for block in backbone.blocks:
+            block.compile()
+    if machine.shard:
+        shard_backbone(roles)
+    return roles
 
 
-def memory_mb(device):
-    """Peak memory in MB so far: of the process on a CPU, what torch has reserved on a GPU."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+def evaluations(config):
+    """Forwards of an iteration of `distil` without and with gradient, in the mean."""
+    c = config
+    rollout = (c.steps - 1) / 2 if c.generator_input == "rollout" else 0  # the mean exit
+    draw = c.steps if c.fake_samples == "final" else 1 + rollout  # of the fake's samples
+    forwards = math.ceil(c.fake_updates / c.reuse) * draw + rollout + 2 + (c.guidance != 1)
+    if c.gan_weight:  # its features are a third of a forward
+        return forwards + 2 / 3 * c.fake_updates, c.fake_updates + 4 / 3
+    return forwards, c.fake_updates + 1
 
 
-def commit():
-    """The git commit of this file, for config.json; or git's word on why there is none."""
-    return subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
-
-
-def plan(config, task, machine=MACHINE):
-    """What a run takes: its costs first, then the numbers that follow from the config."""
-    backbone = sum(p.numel() for p in task.backbone.module.parameters())
+def plan(config, model, machine=Machine(), loop=distil):
+    """What a run takes, by formulas: simulated or published figures, nothing measured."""
+    c, GiB = config, 2**30
     with torch.device("meta"):  # nothing is loaded yet; load() brings one without these adapters
-        roles = Roles(task.backbone, config.lora_rank, 0.0, 1.0, config.generator, config.fake)
-    rollout = (config.steps - 1) / 2 if config.generator_input == "rollout" else 0  # the mean exit
-    fake_rollout = 2 * rollout if config.fake_samples == "final" else rollout
-    draws = math.ceil(config.fake_updates / config.reuse)  # of the fake's samples
-    forwards = draws * (1 + fake_rollout) + rollout + 2 + (config.guidance != 1)
-    backwards = config.fake_updates + 1
-    trained = [sum(p.numel() for p in roles.parameters(r)) for r in ("generator", "fake")]
-    if config.gan_weight:  # its features are a third of a forward
-        looks = config.fake_updates * (2 + (config.gan_r1 > 0))
-        forwards, backwards = forwards + looks / 3, backwards + 1 / 3
-    if config.objective != "w2svd":
-        forwards, backwards = {"finetune": 0, "lcm": 2, "regress": 28}[config.objective], 1
+        roles = Roles(model, c.lora_rank, 0.0, 1.0, c.generator, c.fake)
+    generator, fake = (sum(p.numel() for p in roles.parameters(r)) for r in ("generator", "fake"))
+    frozen = [p for p in model.module.parameters() if not p.requires_grad]
+    parameters = sum(p.numel() for p in frozen)
     names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return task.costs(forwards, backwards, *trained, machine) | {
-        "backbone_parameters": backbone,
-        "generator_parameters": trained[0],
-        "fake_parameters": trained[1],
-        "forwards an iteration": {"without gradient": forwards, "with gradient": backwards},
-        "sample_shape": list(task.shape),
-        "sigmas": [round(x, 6) for x in few_step_sigmas(config.steps, config.shift).tolist()],
-        "versions": {"python": sys.version.split()[0], **versions},
-        "commit": commit(),
+    about = {
+        "parameters: backbone, generator, fake": [parameters, generator, fake],
+        "sigmas": [round(x, 6) for x in few_step_sigmas(c.steps, c.shift).tolist()],
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "commit": subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD'),
+    }
+    if c.model == "toy":  # too small to plan for
+        return about
+    learning = [any(p.requires_grad for p in block.parameters()) for block in model.blocks]
+    n, tensor = len(learning), 2 * model.tokens * model.width  # bytes of all tokens, in bf16
+    reached = n - learning.index(True) if any(learning) else n  # blocks of a backward
+    base = sum(p.nbytes for p in frozen) * (0.645 if c.fp8_base else 1)  # at 13B 15.4 GiB of 23.9
+    kept = 37.2 if c.checkpointing else 25.6 * reached + 11.6  # by blocks at work, simulated
+    memory = {
+        "backbone, frozen": base / ranks() + 3 * base / n if machine.shard else base,
+        "generator and fake, float32": 4 * (generator + fake),
+        "Adam, average": 8 * (generator + fake) + 4 * generator,
+        "gradients": 4 * max(generator, fake),  # of one update at a time
+        "inputs of the blocks": (2 if machine.offload else reached) * tensor,
+        "blocks at work": kept * tensor,
+        "CUDA, fragments": 1.6 * GiB,  # with expandable segments
+    }
+    forwards, backwards = loop.evaluations(c) if hasattr(loop, "evaluations") else evaluations(c)
+    # a backward takes as much as a forward in frozen linear layers and, as its kernel recomputes a
+    # product, 2.5 times as much in attention; checkpointing takes one more forward
+    share = reached / n
+    again = forwards + backwards * (1 + share if c.checkpointing else 1)
+    linear, attention = model.flop()
+    linear *= 1.028 * c.accumulate * (again + backwards * share)  # adapters: 2.8 %
+    attention *= c.accumulate * (again + backwards * 2.5 * share)
+    moved = 179 * tensor * n * c.accumulate * (again + backwards * 2 * share)  # element-wise work
+    # on an H100, published: 650 TFLOP/s in large products, 550 in cuDNN's attention, 3 TB/s
+    seconds = linear / 650e12 + attention / 550e12 + moved / 3e12
+    saves = 2 if c.generator == "full" else c.iterations // c.save_every
+    stored = 4 * (3 * (4 * generator + 3 * fake) + (saves + 1) * generator)  # 3 checkpoints
+    return {
+        **{f"GiB, {name}": x / GiB for name, x in memory.items()},
+        "GiB in all": sum(memory.values()) / GiB,
+        "GiB of host memory a process": (2 * parameters + machine.offload * reached * tensor) / GiB,
+        "GiB of disk": stored / GiB,
+        "seconds an iteration on an H100": seconds,
+        "hours": seconds * c.iterations / 3600,
+        "PFLOP an iteration": (linear + attention) / 1e15,
+        "clips an update": c.accumulate * ranks(),
+        **about,
     }
 
 
-def show(items, indent=""):
-    """Print a dictionary, a line an item; dictionaries in it are indented."""
-    for name, value in items.items():
-        if isinstance(value, dict):
-            print(f"{indent}{name}:")
-            show(value, indent + "  ")
-        else:
-            number = f"{value:.4g}" if isinstance(value, float) else value
-            print(f"{indent + name:50} {number}")
+def check_fit(need, room):
+    """Refuse a run that does not fit into so many GiB or, if these are 0, the GPU here."""
+    if not room and device() == "cuda":
+        room = torch.cuda.mem_get_info()[1] / 2**30
+    if 0 < room < need:
+        cure = "--frames, --height, --width, --lora-rank; --checkpointing, --offload, --fp8-base"
+        raise Refused(f"{need:.2f} GiB do not fit into {room:.2f}; less need smaller {cure}.", 1)
+
+
+def memory_mb(place):
+    """Peak memory in MB so far: of the process on a CPU, what torch has reserved on a GPU."""
+    if torch.device(place).type == "cuda":
+        return torch.cuda.max_memory_reserved(place) / 2**20
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def read_run(folder):
@@ -1763,169 +1591,153 @@ def read_run(folder):
         return Config(**json.loads((Path(folder) / "config.json").read_text())["config"])
 
 
-def save_generator(path, config, state, base_sum):
-    """The average in float32 under diffusers' names; the header has all that sampling needs."""
-    names = "model data checkpoint objective alpha_weak alpha_strong guidance".split()
-    info = {name: getattr(config, name) for name in (*names, "embedded_guidance", "seed")}
-    steps, shift, flow = sampling(config)
-    info |= {"kind": config.generator, "rank": config.lora_rank, "lora_alpha": config.lora_rank}
-    info |= {"sigmas": few_step_sigmas(steps, shift).tolist(), "steps": steps, "shift": shift}
-    info |= {"euler": flow, "step": state.iteration, "base_sum": base_sum}
-    prefix = "transformer." if config.generator == "lora" else ""
-    write_by_first(path, {prefix + name: x for name, x in state.average.items()}, info)
-
-
 def base_sum(roles):
     """The sum over about eight frozen tensors, to show that they did not move."""
-    frozen = [p for p in roles.backbone.module.parameters() if not p.requires_grad]
-    return sum(float(in_one_piece(p).double().sum()) for p in frozen[:: max(1, len(frozen) // 8)])
+    frozen = [p.detach() for p in roles.backbone.module.parameters() if not p.requires_grad]
+    some = frozen[:: max(1, len(frozen) // 8)]
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in some]  # if it is split
+    return sum(float(p.double().sum()) for p in whole)
 
 
-def pack(state):
-    """All of a State as one flat {name: tensor}, for a checkpoint."""
-    flat = {f"average/{name}": x for name, x in state.average.items()}
-    streams = {f"rng/{state.rank}/{name}": rng.get_state() for name, rng in state.rngs.items()}
-    flat |= {name: x for one in of_all_ranks(streams) for name, x in one.items()}
+def held_tensors(state):
+    """All tensors that a State holds, {name: tensor}, Adam's also before its first step."""
+    held = {f"average/{name}": x for name, x in state.average.items()}
     for role, optimizer in state.optimizers.items():
         for name, parameter in state.roles.state(role).items():
-            flat[f"{role}/{name}"] = parameter
-            for slot, x in optimizer.state[parameter].items():
-                flat[f"optimizer/{role}/{name}/{slot}"] = x
-    return flat
+            held[f"{role}/{name}"] = parameter
+            adam = optimizer.state[parameter]
+            if not adam:
+                adam["step"] = torch.zeros((), device=parameter.device)
+                adam["exp_avg"] = torch.zeros_like(parameter)
+                adam["exp_avg_sq"] = torch.zeros_like(parameter)
+            held.update({f"optimizer/{role}/{name}/{slot}": x for slot, x in adam.items()})
+    return held
 
 
-@torch.no_grad()
-def unpack(state, flat, iteration, taken):
-    """Put the tensors of pack(), and the counts, into a State."""
-    state.iteration, state.taken = iteration, taken
-    for name, x in state.average.items():
-        x.copy_(split_as(flat[f"average/{name}"], x))
-    for name, rng in state.rngs.items():
-        shared = name == "exit" and state.config.generator_input == "rollout"
-        seen = flat.get(f"rng/{0 if shared else state.rank}/{name}")
-        if seen is None:  # there were fewer processes
-            seen = rng.manual_seed(rng.initial_seed() + 1009 * iteration).get_state()
-        rng.set_state(seen)
-    for role, optimizer in state.optimizers.items():
-        for name, parameter in state.roles.state(role).items():
-            parameter.copy_(split_as(flat[f"{role}/{name}"], parameter))
-            slots = {n: f"optimizer/{role}/{name}/{n}" for n in ("step", "exp_avg", "exp_avg_sq")}
-            slots = {n: flat[key] for n, key in slots.items() if key in flat}  # none before its use
-            optimizer.state[parameter] = {n: split_as(x, parameter) for n, x in slots.items()}
+class Run:
+    """A run's folder and state: what is saved, read back, compared between processes, drawn."""
+
+    def __init__(self, config, machine, task):
+        self.config, self.machine, self.task = config, machine, task
+        self.folder = Path(config.out)
+        self.state = State(config, build_roles(config, task.backbone, machine), task.device)
+        self.base = base_sum(self.state.roles)
+        names = "\n".join(file.name for file in task.clips)
+        # the names themselves may be too many for a file's header
+        self.data = [len(task.clips), hashlib.sha256(names.encode()).hexdigest()]
+
+    def due(self, every):
+        """Whether this iteration is one of every so many, or the last."""
+        step = self.state.iteration
+        return step == self.config.iterations or step % every == 0
+
+    def picture(self):
+        """Let the task draw: in the first process, or in all if the backbone is split."""
+        if rank() == 0 or self.machine.shard:
+            with self.state.averaged() as generator:
+                self.task.on_log(self.state.iteration, generator)
+
+    def check_processes(self):
+        """Stop where processes differ in what they share: counts and trained weights."""
+        marks = [self.state.iteration, self.state.taken]
+        for role in self.state.optimizers:
+            marks += [float(p.detach().sum()) for p in self.state.roles.parameters(role)]
+        if len(set(map(tuple, gather(marks)))) > 1:
+            raise RuntimeError("the processes have drifted apart; a bug: all must do the same")
+
+    def save_generator(self, path):
+        """Save the average under diffusers' names; the header has all that sampling needs."""
+        c = self.config
+        names = ("model", "data", "checkpoint", "alpha_weak", "alpha_strong", "guidance", "seed")
+        info = {name: getattr(c, name) for name in (*names, "embedded_guidance", "steps", "shift")}
+        info.update(kind=c.generator, rank=c.lora_rank, lora_alpha=c.lora_rank)
+        info.update(sigmas=few_step_sigmas(c.steps, c.shift).tolist(), step=self.state.iteration)
+        info.update(base_sum=self.base, renoise=self.task.backbone.renoise)
+        prefix = "transformer." if c.generator == "lora" else ""
+        average = {prefix + name: x for name, x in self.state.average.items()}
+        write_safetensors(path, average, info)
+
+    def save(self):
+        """Save the generator, and a checkpoint to resume from, of which the newest two stay."""
+        if rank():
+            return
+        state, name = self.state, f"{self.state.iteration:06}.safetensors"
+        self.save_generator(self.folder / f"generator-{name}")
+        info = {"iteration": state.iteration, "taken": state.taken, "base_sum": self.base}
+        info.update(data=self.data, clips_an_update=self.config.accumulate * ranks())
+        info.update(metrics_bytes=(self.folder / "metrics.jsonl").stat().st_size)
+        write_safetensors(self.folder / f"checkpoint-{name}", held_tensors(state), info)
+        full = self.config.generator == "full"
+        for kind in ("checkpoint", "generator") if full else ("checkpoint",):
+            for path in sorted(self.folder.glob(f"{kind}-*"))[:-2]:
+                path.unlink()
+
+    @torch.no_grad()
+    def restore(self):
+        """Go on from the newest checkpoint that can be read; returns how long the log was then."""
+        for path in sorted(self.folder.glob("checkpoint-*"), reverse=True):
+            try:
+                tensors, info = read_safetensors(path)
+            except Refused as damage:
+                print(f"w2svd: {damage} The one before it, or the beginning, is used.")
+                continue
+            # close, not equal: another kind of GPU adds up in another order
+            if not math.isclose(info["base_sum"], self.base, rel_tol=1e-9):
+                raise Refused(f"{path} was made from another backbone; see --checkpoint, --cache.")
+            if info["iteration"] > self.config.iterations:
+                raise Refused(f"{path} was saved later: --iterations cannot be less.")
+            for name, x in held_tensors(self.state).items():
+                x.copy_(tensors[name])
+            self.state.iteration, self.state.taken = info["iteration"], info["taken"]
+            print(f"{path.name}: it goes on from iteration {self.state.iteration}")
+            then, now = info["clips_an_update"], self.config.accumulate * ranks()
+            if then != now:
+                print(f"w2svd: an update read {then} clips, now {now}.")
+            if info["data"] != self.data:
+                clips = f"{info['data'][0]} clips then, {self.data[0]} now"
+                print(f"w2svd: the data have changed: {clips}.")
+            return info["metrics_bytes"]
+        print(f"w2svd: there is no checkpoint in {self.folder}: from the beginning.")
+        return 0
 
 
-def save(folder, config, state, base_sum, clips):
-    """Write the generator, and a checkpoint to resume from, of which the newest two stay."""
-    step = f"{state.iteration:06}.safetensors"
-    save_generator(folder / f"generator-{step}", config, state, base_sum)
-    info = {"iteration": state.iteration, "taken": state.taken, "base_sum": base_sum}
-    info |= {"clips_an_update": config.accumulate * state.ranks}
-    info |= {"rates": {n: getattr(config, n) for n in ("generator_lr", "fake_lr")}, "clips": clips}
-    info |= {"metrics_bytes": (folder / "metrics.jsonl").stat().st_size}
-    write_by_first(folder / f"checkpoint-{step}", pack(state), info)
-    if RANK:
-        return
-    for kind in ("checkpoint", "generator") if config.generator == "full" else ("checkpoint",):
-        for path in sorted(folder.glob(f"{kind}-*"))[:-2]:
-            path.unlink()
-
-
-def restore(folder, state, base_sum, clips):
-    """Put the newest checkpoint that can be read into `state`; its header, or {} without any."""
-    for path in sorted(folder.glob("checkpoint-*"), reverse=True):
-        try:
-            tensors, info = read_safetensors(path)
-        except Refused as damage:
-            print(f"w2svd: {damage} The one before it, or the beginning, is used.", file=sys.stderr)
-            continue
-        # close, not equal: another kind of GPU adds up in another order
-        if not math.isclose(info["base_sum"], base_sum, rel_tol=1e-9):
-            raise Refused(f"{path} was made from another backbone; see --checkpoint or --cache.")
-        if info["iteration"] > state.config.iterations:
-            raise Refused(f"{path} was saved later: --iterations cannot be less.")
-        unpack(state, tensors, info["iteration"], info["taken"])
-        print(f"{path.name}: it goes on from iteration {state.iteration}")
-        then, now = info.get("clips_an_update"), state.config.accumulate * state.ranks
-        if then not in (None, now):
-            print(f"w2svd: an update read {then} clips, now {now}; see --help, the machine.")
-        gone, new = set(info["clips"]) - set(clips), set(clips) - set(info["clips"])
-        if info["clips"] != clips:
-            print(f"w2svd: the data have changed: {len(gone)} clips gone, {len(new)} new.")
-        return info
-    print(f"w2svd: there is no checkpoint in {folder}: from the beginning.", file=sys.stderr)
-    return {}
+def log_line(stats, state, seconds, pflop):
+    """An iteration's numbers as floats, the processes' means, with ratios, time and speed."""
+    numbers = torch.tensor([float(x) for x in stats.values()], dtype=torch.float64)
+    if ranks() > 1:
+        torch.distributed.all_reduce(numbers)
+    line = {"step": state.iteration, **dict(zip(stats, (numbers / ranks()).tolist()))}
+    for name in ("std", "motion"):
+        if line.get(f"data_{name}"):  # 0 of captions alone
+            line[f"{name}_ratio"] = line[f"gen_{name}"] / line[f"data_{name}"]
+    left = seconds * (state.config.iterations - state.iteration)
+    line.update(seconds=seconds, hours_left=left / 3600, memory_mb=memory_mb(state.device))
+    if pflop:
+        line["tflops"] = 1e3 * pflop / seconds
+    return line
 
 
 @contextmanager
-def signals():
-    """A list that holds SIGTERM or SIGINT once it came; the second one ends the process at once."""
+def stopping():
+    """A list that holds SIGTERM or SIGINT once it came; a second one ends the process at once."""
     stop = []
 
-    def note(number, _):
-        if stop and RANKS == 1:  # torchrun may send a second one
+    def on_signal(number, _):
+        if stop and ranks() == 1:  # torchrun may send a second one
             os._exit(128 + number)
         stop.append(number)
 
-    with ExitStack() as at_the_end:  # the handlers before come back
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before = signal.signal(number, note)
-            at_the_end.callback(signal.signal, number, before)
-        yield stop
-
-
-def card_tflops():
-    """What a large product of bf16 matrices reaches here, in TFLOP/s: the most to hope for."""
-    from torch.utils.benchmark import Timer
-
-    n = 8192 if DEVICE == "cuda" else 512
-    a = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16)
-    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-    return 2 * n**3 / timer.timeit(500 if DEVICE == "cuda" else 20).mean / 1e12
-
-
-def measured(iterations, state, pflop=None):
-    """Each iteration's numbers as floats, the ranks' means, with ratios, its time and its speed.
-
-    Refused, with what was read, if one is not finite.
-    """
-    card, tick = card_tflops() if pflop else None, time.perf_counter()
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        for stats in iterations:
-            numbers = torch.tensor([float(x) for x in stats.values()], dtype=torch.float64)
-            line = dict(zip(stats, mean_over_ranks(numbers).tolist()))
-            # the data of captions alone are 0
-            known = [n for n in ("std", "motion") if f"gen_{n}" in line and line[f"data_{n}"]]
-            line |= {f"{n}_ratio": line[f"gen_{n}"] / line[f"data_{n}"] for n in known}
-            seconds, left = time.perf_counter() - tick, state.config.iterations - state.iteration
-            line |= {"seconds": seconds, "hours_left": seconds * left / 3600}
-            line["memory_mb"] = memory_mb(state.device)
-            if pflop:
-                tflops = 1e3 * pflop / seconds
-                line |= {"tflops": tflops, "share_of_card": tflops / card}
-            yield line
-            tick = time.perf_counter()
-    except FloatingPointError as error:
-        clips = [f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads]
-        where = f"in iteration {state.iteration + 1}: {error}"
-        where += f"; it read {', '.join(clips)}" if clips else ""
-        cure = "take lower rates, or leave out that clip, and go on with --resume, or anew"
-        raise Refused(f"Stopped {where}; {cure}.") from error
-
-
-def check_machine(machine, numbers, dry_run):
-    """Refuse a run that does not fit into the GPU here, or into as many GiB as were named."""
-    if machine.gpus != RANKS and not dry_run:
-        raise Refused(f"--gpus {machine.gpus} needs --dry-run, or torchrun to start so many.")
-    need, room = numbers.get("in all, GiB", 0.0), machine.room()
-    if need > room > 0:
-        cure = "fewer --frames, a smaller --height, --width, --lora-rank; --checkpointing"
-        cure += " and --offload; on one GPU --fp8-base; or more --gpus, --context-parallel"
-        raise Refused(f"{need:.1f} GiB do not fit into {room:.1f}; less need {cure}.", status=1)
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def prefer_cudnn():
     """Inside, also in backward, cuDNN's attention is first on Hopper: the fastest (published)."""
-    if DEVICE == "cpu" or torch.cuda.get_device_capability() < (9, 0):
+    if device() == "cpu" or torch.cuda.get_device_capability()[0] != 9:
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -1933,104 +1745,71 @@ def prefer_cudnn():
     return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
 
 
-def trained_roles(config, task, split, context=1):
-    """The roles of a run, ready for optimizers."""
-    torch.manual_seed(config.seed)
-    alphas = config.alpha_weak, config.alpha_strong
-    roles = Roles(task.backbone, config.lora_rank, *alphas, config.generator, config.fake)
-    if config.gan_weight:
-        Discriminator(roles, config.gan_r1)
-    if config.checkpointing:
-        roles.use_checkpointing()
-    task.prepare()
-    if context > 1:
-        group, _ = torch.distributed.new_subgroups(context)
-        for backbone in (roles.backbone, *roles.copies.values()):
-            backbone.share_tokens(group)
-    if split:
-        split_over_ranks(roles)
-    return roles
-
-
-def open_log(folder, config, before):
-    """metrics.jsonl, cut back to where the checkpoint was made; other rates are a line in it."""
-    if RANK:
-        return open(os.devnull, "a")
-    log = open(folder / "metrics.jsonl", "a")
-    log.truncate(min(before.get("metrics_bytes", 0), os.path.getsize(log.name)))
-    rates = {n: [then, getattr(config, n)] for n, then in before.get("rates", {}).items()}
-    changed = {name: pair for name, pair in rates.items() if pair[0] != pair[1]}
-    if changed and before["iteration"] < config.iterations:
-        print(json.dumps({"step": before["iteration"], "changed": changed}), file=log, flush=True)
-    return log
-
-
-def train(config, machine=MACHINE, resume=False, dry_run=False):  # noqa: C901
-    """Distil: the whole run, from the backbone to result.json."""
+def iterate(run, loop, pflop):
+    """Run the loop: yields each iteration's numbers, and the signal that came to a process or 0."""
     from tqdm import tqdm
 
-    started, folder = time.perf_counter(), Path(config.out)
-    context, split = machine.context_parallel, machine.parts(config) > 1
-    task = load_task(config)
-    numbers = plan(config, task, machine)
-    show({"plan": numbers, "config": vars(config), "machine": vars(machine)})
-    check_machine(machine, numbers, dry_run)
+    config, state, tick = run.config, run.state, time.perf_counter()
+    data = run.task.batches(state.taken, rank(), ranks())
+    bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
+    with bar, prefer_cudnn(), stopping() as stop:
+        try:
+            for stats in loop(config, state.roles, state, data):
+                line = log_line(stats, state, time.perf_counter() - tick, pflop)
+                bar.set_postfix({name: line[name] for name in list(stats)[:2]}, refresh=False)
+                bar.update()
+                yield line, max(gather(stop[0] if stop else 0))
+                tick = time.perf_counter()
+        except FloatingPointError as error:
+            clips = [f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads]
+            where = f"in iteration {state.iteration + 1}: {error}; it read {', '.join(clips)}"
+            cure = "take lower rates, or leave out that clip, and go on with --resume, or anew"
+            raise Refused(f"Stopped {where}; {cure}.") from error
+
+
+def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, models=MODELS):
+    """The whole run, from the backbone to result.json. The loop has distil's signature."""
+    started, folder, task = time.perf_counter(), Path(config.out), load_task(config, models)
+    numbers = plan(config, task.backbone, machine, loop)
+    for name, value in {**numbers, "config": vars(config), "machine": vars(machine)}.items():
+        print(f"{name:38} {f'{value:.4g}' if isinstance(value, float) else value}")
+    check_fit(numbers.get("GiB in all", 0.0), machine.gpu_memory)
     if dry_run:
         return
-    task.load(split, numbers.get("blocks that keep attention's results"), machine.offload)
+    task.load(machine)
     folder.mkdir(parents=True, exist_ok=True)
-    if RANK == 0:
-        for half in (*folder.rglob(".tmp*"), *folder.rglob(".part-*")):
-            half.unlink()  # of a save that was killed
-    roles = trained_roles(config, task, split, context)
-    state, base = StateOfRanks(config, roles, task.device, context), base_sum(roles)
-    clips = [clip.name for clip in task.clips]
-    before = restore(folder, state, base, clips) if resume else {}
-    check_ranks(config, state)
-    if RANK == 0:
-        write_json(folder / "config.json", {"config": dataclasses.asdict(config), "plan": numbers})
-    log = open_log(folder, config, before)
-
-    def picture():
-        if RANK == 0 or split or context > 1:  # all take part in a forward that is split
-            with state.averaged() as generator:
-                task.on_log(state.iteration, generator)
-
-    def due(every):
-        return state.iteration == config.iterations or state.iteration % every == 0
-
-    picture()  # of the beginning; after a resume the checkpoint's, which may be missing
-    data = task.batches(state.rngs["data"], state.taken, state.rank, state.ranks)
-    bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
-    with log, bar, prefer_cudnn(), signals() as stop:
-        loop = distil if config.objective == "w2svd" else without_fake
-        iterations = loop(config, roles, state, data)
-        for line in measured(iterations, state, numbers.get("PFLOP an iteration")):
-            bar.set_postfix(dict(itertools.islice(line.items(), 2)), refresh=False)
-            bar.update()
-            stopped = max(of_all_ranks(stop[0] if stop else 0))
-            if due(config.log_every):
-                print(json.dumps({"step": state.iteration, **line}), file=log, flush=True)
-            if due(config.save_every) or stopped or state.iteration < 3:
-                check_ranks(config, state)
-            if due(config.save_every) or stopped:
-                save(folder, config, state, base, clips)
-            if due(config.log_every) or due(config.save_every):
-                picture()  # last, as it may fail
+    for half in folder.rglob(".part-*"):
+        half.unlink(missing_ok=True)  # of a save that was killed
+    run = Run(config, machine, task)
+    log_bytes = run.restore() if resume else 0
+    run.check_processes()
+    if rank() == 0:
+        write_json(folder / "config.json", {"config": vars(config), "plan": numbers})
+    with open(os.devnull if rank() else folder / "metrics.jsonl", "a") as log:
+        if rank() == 0:
+            log.truncate(min(log_bytes, log.tell()))  # to where the checkpoint was made
+        run.picture()  # of the beginning; after a resume the checkpoint's, which may be missing
+        for line, stopped in iterate(run, loop, numbers.get("PFLOP an iteration")):
+            if run.due(config.log_every):
+                print(json.dumps(line), file=log, flush=True)
+            if run.due(config.save_every) or stopped or run.state.iteration < 3:
+                run.check_processes()
+            if run.due(config.save_every) or stopped:
+                run.save()
+            if run.due(config.log_every) or run.due(config.save_every):
+                run.picture()  # last, as it may fail
             if stopped:
-                of_all_ranks(None)  # torchrun would end a process that still writes
+                gather(None)  # torchrun would end a process that still writes
                 raise KeyboardInterrupt(stopped)
-    if base_sum(roles) != base:
+    if base_sum(run.state.roles) != run.base:
         raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
-    save_generator(folder / "generator.safetensors", config, state, base)
-    if RANK:
-        return
-    with state.averaged() as generator:
-        run = SimpleNamespace(folder=folder, config=config, generator=generator)
-        result, table = task.finish(run)
-    result |= {"seconds": time.perf_counter() - started, "peak_rss_mb": memory_mb("cpu")}
-    write_json(folder / "result.json", result | {"seed": config.seed})
-    print(table)
+    if rank() == 0:
+        run.save_generator(folder / "generator.safetensors")
+        with run.state.averaged() as generator:
+            result, table = task.finish(folder, generator)
+        result.update(seconds=time.perf_counter() - started, peak_rss_mb=memory_mb("cpu"))
+        write_json(folder / "result.json", {**result, "seed": config.seed})
+        print(table)
 
 
 # ---- 10. Sample, export, command line ------------------------------------------------------------
@@ -2045,19 +1824,19 @@ def read_generator(run, at=None):
     return read_safetensors(path)
 
 
-def sample(run, out, seed, at=None, **given):
+def sample(run, out, seed=0, at=None, models=MODELS, **given):
     """Draw samples of a run's generator, with the grid of its header, into `out`."""
     config, out = read_run(run), Path(out)
-    for name, x in given.items():
-        if (name == "n") != (config.model == "toy"):  # all others are hunyuan's
-            raise Refused(f"{flag(name)} does not fit {run}, a run of --model {config.model}.")
-        if x != getattr(config, name, x):
-            print(f"{flag(name)} {x}: {run} was trained with {getattr(config, name)}")
-    config = dataclasses.replace(config, **{n: given.pop(n) for n in SIZES if n in given})
-    asked = {"seed": seed, "steps": given.get("steps", config.steps), "gt_weight": 0.0}
-    check(dataclasses.replace(config, **asked))  # a --gt-weight would refuse --steps 1
+    sizes = {"height", "width", "frames", "checkpoint"}
+    allowed = {"n"} if config.model == "toy" else {"prompt", "image", "steps", *sizes}
+    for name in given.keys() - allowed:
+        raise Refused(f"{flag(name)} does not fit {run}, a run of --model {config.model}.")
+    config = dataclasses.replace(config, **{n: given.pop(n) for n in sizes & given.keys()})
+    steps = given.get("steps", config.steps)
+    check(dataclasses.replace(config, seed=seed, steps=steps, gt_weight=0.0))
     out.parent.mkdir(parents=True, exist_ok=True)
-    print(load_task(config).sample(*read_generator(run, at), out, seed, **given))
+    with prefer_cudnn():
+        print(load_task(config, models).sample(*read_generator(run, at), out, seed, **given))
 
 
 CARD = """---
@@ -2065,124 +1844,55 @@ base_model: {checkpoint}
 license: other
 tags: [step-distillation, w2svd]
 ---
-# HunyuanVideo in {steps} steps, by w2svd (W2SVD, arXiv 2503.13319)
+# {checkpoint} in {steps} steps, by w2svd (W2SVD, arXiv 2503.13319)
 
-Objective: {objective}; generator: {kind}, fake: {fake}, adapters of rank {rank}, alpha_weak
-{alpha_weak}; {step} updates, seed {seed}. The base model's licence goes for these weights.
-
-"""
-DIFFUSERS = """For diffusers alone: other programs apply none of it, silently.
-{warning}
+Generator: {generator}, fake: {fake}, adapters of rank {rank}, alpha_weak {alpha_weak}; {step}
+updates, seed {seed}. The base model's licence goes for these weights.
+For diffusers alone: other programs apply none of it, silently; notebooks/to_comfyui.py converts it.
+A second LoRA switches this one off, until `pipe.set_adapters(["w2svd", "other"])`.
 
     import torch
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
     from diffusers.utils import export_to_video, load_image
     pipe = DiffusionPipeline.from_pretrained("{checkpoint}", dtype=torch.bfloat16)
-    {load}
+    pipe.load_lora_weights("this folder", "w2svd")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("this folder/scheduler")
     pipe.to("cuda").vae.enable_tiling()
     torch.manual_seed(0)  # the renoising draws from torch's global generator
     size = dict(height={height}, width={width})
     video = pipe(prompt="a woman talks", num_inference_steps={steps}, num_frames={frames}, **size,
-                 {image}guidance_scale={embedded_guidance},
+                 {image}guidance_scale={guidance_scale},
                  generator=torch.Generator().manual_seed(0)).frames[0]
     export_to_video(video, "talk.mp4", fps={fps:g})
 """
-SECOND = 'A second LoRA switches this one off, until `pipe.set_adapters(["w2svd", "other"])`.'
-ROUNDED = "In bfloat16 it is off by {:.1%} of what was learnt; exported and read as float32 by 0."
-LORA = 'pipe.load_lora_weights("this folder", "w2svd")'
-MERGED = 'pipe.transformer = pipe.transformer.from_pretrained("this folder", dtype=torch.bfloat16)'
 IMAGE = 'image=pipe.video_processor.resize(load_image("a.png"), **size, resize_mode="crop"), '
-COMFYUI = """For ComfyUI, kijai's wrapper, and musubi-tuner after its `convert_lora.py --target
-default`; not for diffusers, which refuses it. Image-to-video was not tried there.
-
-In ComfyUI: LoraLoaderModelOnly at strength 1; ModelSamplingSD3, shift {shift:g}, that feeds
-BasicScheduler (simple, {steps} steps), or ManualSigmas {sigmas}; KSamplerSelect lcm; FluxGuidance
-{embedded_guidance:g}; BasicGuider; SamplerCustomAdvanced. What spoils the video without a word: a
-BasicScheduler on the loader itself, FluxGuidance's 3.5, the sampler euler, KSampler's cfg of 8.
-"""
-# HunyuanVideo's own layers, as ComfyUI names them, out of diffusers' parts
-DOUBLE = {
-    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "img_attn_proj": ("attn.to_out.0",),
-    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "txt_attn_proj": ("attn.to_add_out",),
-    "img_mlp.fc1": ("ff.net.0.proj",),
-    "img_mlp.fc2": ("ff.net.2",),
-    "txt_mlp.fc1": ("ff_context.net.0.proj",),
-    "txt_mlp.fc2": ("ff_context.net.2",),
-}
-SINGLE = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",)}
 
 
-def to_comfyui(tensors):
-    """The adapter under the original names. Fused layers: A stacked, B block-diagonal, exact."""
-    converted = {}
-    for kind, i in sorted({tuple(name.split(".")[1:3]) for name in tensors}):
-        theirs = "single_blocks" if kind.startswith("single") else "double_blocks"
-        for layer, parts in (SINGLE if kind.startswith("single") else DOUBLE).items():
-            names = [f"transformer.{kind}.{i}.{part}" for part in parts]
-            A, B = ([tensors[f"{name}.lora_{x}.weight"] for name in names] for x in "AB")
-            layer, A = f"diffusion_model.{theirs}.{i}.{layer}", torch.cat(A)
-            converted[f"{layer}.lora_A.weight"] = A
-            converted[f"{layer}.lora_B.weight"] = torch.block_diag(*B)
-            # alpha is the stacked rank: strength 1; without it some readers apply a third
-            converted[f"{layer}.alpha"] = torch.tensor(float(len(A)))
-    return converted
+def export(run, out, at=None, checkpoint="", dtype="float32", format="diffusers", models=MODELS):
+    """Write a run's LoRA for diffusers: the weights, the scheduler with its grid, a card."""
+    from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
 
-
-@torch.no_grad()
-def merge(module, tensors):
-    """Put the generator into the module, W + B A in float32; the share that bf16 would lose."""
-    weights, lost, learnt = dict(module.named_parameters()), 0.0, 0.0
-    for name, x in tensors.items():
-        if "lora_A" in name:
-            x = tensors[name.replace("lora_A", "lora_B")] @ x  # alpha equals the rank
-            name = name.removeprefix("transformer.").replace("lora_A.", "")
-            x += weights[name]
-        if "lora_B" not in name:  # B went in with its A
-            lost += float((x.bfloat16() - x).square().sum())
-            learnt += float((x - weights[name]).square().sum())
-            weights[name].copy_(x)
-    return math.sqrt(lost / learnt) if learnt else 0.0
-
-
-def export(run, format, out, at=None, checkpoint="", dtype="float32"):
-    """Write a run's generator for diffusers, ComfyUI or as a whole transformer, with a card."""
     config, (tensors, info), out = read_run(run), read_generator(run, at), Path(out)
     config = dataclasses.replace(config, checkpoint=checkpoint or config.checkpoint)
-    if config.model != "hunyuan":
-        raise Refused(f"Only runs of --model hunyuan are exported, not of {config.model}.")
-    if (info["kind"] == "full" and format != "merged") or (info["euler"] and format == "comfyui"):
-        raise Refused("Trained in full, or as a stage before: --format merged, for diffusers.")
+    if config.model == "toy" or info["kind"] == "full":
+        merge = "the toy has no program, and notebooks/05_at_scale.ipynb merges a full generator"
+        raise Refused(f"Only a video model's LoRA is exported: {merge}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"{out} is in use: name a new folder as --out.")
-    task, dtype = load_task(config), getattr(torch, dtype)
-    said = {"load": LORA, "warning": SECOND, "image": IMAGE if task.form else ""}
+    model = load_task(config, models).backbone
     out.mkdir(parents=True, exist_ok=True)
-    if format == "merged":
-        pipe = load_pipeline(config.checkpoint, (*TEXT, "vae"), torch.float32, "cpu")
-        said |= {"load": MERGED, "warning": ROUNDED.format(merge(pipe.transformer, tensors))}
-        print(said["warning"])
-        pipe.transformer.to(dtype).save_pretrained(out)
-    else:
-        tensors = {n: x.to(dtype) for n, x in tensors.items()}
-    if format == "comfyui":
-        write_safetensors(out / "w2svd_comfyui.safetensors", to_comfyui(tensors), info)
-    elif format == "diffusers":
-        lora = {"transformer.r": info["rank"], "transformer.lora_alpha": info["lora_alpha"]}
-        lora = json.dumps(lora | {"transformer.target_modules": task.backbone.lora_targets})
-        path = out / "pytorch_lora_weights.safetensors"
-        write_safetensors(path, tensors, info, lora_adapter_metadata=lora)
-    if format != "comfyui":
-        from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
-
-        scheduler = Scheduler(shift=info["shift"], stochastic_sampling=not info["euler"])
-        scheduler.save_pretrained(out / "scheduler")
-    said |= dataclasses.asdict(config) | info | {"checkpoint": config.checkpoint}
-    said |= {"sigmas": ", ".join(f"{x:.6g}" for x in info["sigmas"])}
-    card = CARD + (COMFYUI if format == "comfyui" else DIFFUSERS)
-    (out / "README.md").write_text(card.format(**said), encoding="utf-8")
+    lora = {"r": info["rank"], "lora_alpha": info["lora_alpha"]}
+    lora.update(target_modules=model.lora_targets, rank_pattern={}, alpha_pattern={})
+    lora = json.dumps({f"transformer.{name}": x for name, x in lora.items()})
+    tensors = {name: x.to(getattr(torch, dtype)) for name, x in tensors.items()}
+    path = out / "pytorch_lora_weights.safetensors"
+    write_safetensors(path, tensors, info, lora_adapter_metadata=lora)
+    scheduler = Scheduler(shift=info["shift"], stochastic_sampling=info["renoise"])
+    scheduler.save_pretrained(out / "scheduler")
+    about = {**vars(config), **info, "checkpoint": config.checkpoint, "image_form": model.form}
+    write_json(out / "w2svd.json", about)  # for notebooks/to_comfyui.py
+    about.update(image=IMAGE if model.form else "", guidance_scale=model.guidance)
+    (out / "README.md").write_text(CARD.format(**about), encoding="utf-8")
     print(f"wrote {out} ({format})")
 
 
@@ -2191,142 +1901,138 @@ class Parser(argparse.ArgumentParser):
         raise Refused(f"{message}; see {self.prog} --help.")
 
 
-def add_settings(command, settings, names=()):
-    """A flag for each line of Config or Machine, or for those named, under its heading."""
-    forms = {t: {"type": t, "metavar": t.__name__[0].upper()} for t in (int, float, str)}
-    forms[bool] = {"action": argparse.BooleanOptionalAction}
+def add_settings(command, settings, models, names=()):
+    """A flag for each line of Config or Machine, or for those named."""
     for field in dataclasses.fields(settings):
-        name, default = field.name, field.default
-        if field.metadata["group"]:
-            group = command.add_argument_group(field.metadata["group"])
-        values = [f"{preset}: {p[name]}" for preset, p in PRESETS.items() if name in p]
-        values = [str(default)] * (default != "") + values
-        text = field.metadata["text"] + (f" [{'; '.join(values)}]" if values else "")
+        name, kind, how = field.name, field.type, {"choices": get_args(field.type)}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif kind in (int, float, str):
+            how = {"type": kind, "metavar": kind.__name__[0].upper()}
+        values = {
+            model: Model.preset[name] for model, Model in models.items() if name in Model.preset
+        }
+        text = f"{field.metadata['text']} [{field.default}] {values or ''}".replace("%", "%%")
         if not names or name in names:
-            how = forms.get(field.type) or {"choices": get_args(field.type)}
-            group.add_argument(flag(name), help=text.replace("%", "%%"), **how)
+            command.add_argument(flag(name), help=text, **how)
 
 
-def parse(argv):
+def parse(argv, models=MODELS):
     """What was given, a dictionary, by the flags of the four commands; the rest is absent."""
     top = Parser(prog="w2svd.py", description=__doc__.split("\n\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
     how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    how |= {"usage": "%(prog)s [--flag VALUE ...]"}
+    how["usage"] = "%(prog)s [--flag VALUE ...]"
     trains = commands.add_parser("train", help="distil a backbone", **how)
     trains.add_argument("--resume", action="store_true", help="go on in --out, with its settings")
     trains.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    add_settings(trains, Config)
-    add_settings(trains, Machine)
+    add_settings(trains, Config, models)
+    add_settings(trains, Machine, models)
     encodes = commands.add_parser("encode", help="clips into latents and text, once", **how)
-    encodes.add_argument("--model", choices=("hunyuan",), default="hunyuan", help="its clips")
-    add_settings(encodes, Config, "data checkpoint height width frames fps cache".split())
+    names = ("model", "data", "checkpoint", "height", "width", "frames", "fps", "cache")
+    add_settings(encodes, Config, models, names)
     samples = commands.add_parser("sample", help="sample a run", **how)
-    exports = commands.add_parser("export", help="a HunyuanVideo run for other programs", **how)
+    exports = commands.add_parser("export", help="a LoRA for diffusers", **how)
     for one in (samples, exports):
         one.add_argument("--run", required=True, help="a run folder, as runs/mine")
         one.add_argument("--out", required=True, help="sample: a file; export: a new folder")
         one.add_argument("--at", type=int, help="the generator of that iteration [the newest]")
-        one.add_argument("--checkpoint", help="hunyuan: where the backbone lies now [as trained]")
-    samples.add_argument("--seed", type=int, default=0, help="of the noise [0]")
+        one.add_argument("--checkpoint", help="where the backbone lies now [as trained]")
+    samples.add_argument("--seed", type=int, help="of the noise [0]")
     samples.add_argument("--n", type=int, help="toy: number of samples [1000]")
-    samples.add_argument("--prompt", help="hunyuan: what to show")
-    samples.add_argument("--image", help="hunyuan, image-to-video: the first frame")
-    samples.add_argument("--negative-prompt", help="hunyuan: what to avoid, at twice the time")
-    samples.add_argument("--cfg", type=float, help="hunyuan: weight of the negative prompt [2]")
+    samples.add_argument("--prompt", help="what to show; or a .txt of prompts, with a folder --out")
+    samples.add_argument("--image", help="image-to-video: the first frame")
     for name in ("height", "width", "frames", "steps"):
-        samples.add_argument(f"--{name}", type=int, help="hunyuan: [as trained]")
+        samples.add_argument(f"--{name}", type=int, help="not the toy's [as trained]")
     exports.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32]")
-    formats = ("diffusers", "comfyui", "merged")
-    exports.add_argument("--format", required=True, choices=formats, help="merged: all weights")
+    exports.add_argument("--format", choices=("diffusers",), help="others: see notebooks/")
     given, unknown = top.parse_known_args(argv)
     if unknown:
         raise Refused(f"There is no {unknown[0]}; see w2svd.py {given.command} --help.")
     return vars(given)
 
 
-def absolute(model, given):
-    """What was given with whole paths, so that a run can be resumed from elsewhere."""
-    names = ("checkpoint", "cache", "sample_prompts", *["data"] * (model != "toy"))
-    paths = {name: Path(given[name]) for name in names if given.get(name)}
-    return given | {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
-
-
-def resumed(given):
-    """The run's own Config with the given changes."""
-    if not given.get("out"):
+def resolve(given, resume=False, models=MODELS):
+    """A whole Config: the preset in a free folder, or a run's own, and over it what was given."""
+    if resume and "out" not in given:
         raise Refused("--resume needs the run's folder as --out.")
-    base = read_run(given["out"])
-    given = absolute(base.model, given)
-    may = set(RESUMABLE.split())
-    if base.model == "toy":
-        may -= {"data"}  # another mixture, not a moved folder
-    if {base.alpha_weak_schedule, base.lr_schedule} != {"constant"}:
-        may -= {"iterations"}  # a schedule depends on them
-    fixed = [n for n in sorted(given.keys() - may) if given[n] != getattr(base, n)]
-    if fixed:
-        was = ", ".join(f"{flag(n)} {getattr(base, n)}" for n in fixed)
-        raise Refused(f"{given['out']} was made with {was}, which --resume cannot change.")
-    return dataclasses.replace(base, **given)
+    config = read_run(given["out"]) if resume else Config(model=given.get("model", "toy"))
+    for name in ("checkpoint", "cache", "sample_prompts", "data"):  # it may go on from elsewhere
+        path = Path(given.get(name) or "-")
+        if path.exists() and (name, config.model) != ("data", "toy"):
+            given[name] = str(path.resolve())
+    if resume:
+        scheduled = config.alpha_weak_schedule != "constant" or config.lr_schedule != "constant"
+        fixed = {"iterations"} if scheduled else set()
+        fixed |= {"data"} if config.model == "toy" else set()  # another mixture
+        for name, value in given.items():
+            was = getattr(config, name)
+            if value != was and (name in fixed or name not in RESUMABLE):
+                raise Refused(f"--resume cannot change {flag(name)}, which was {was}.")
+        return dataclasses.replace(config, **given)
+    if config.model == "toy":
+        from toy import preset
 
-
-def resolve(given):
-    """A whole Config: defaults, the model's preset, the given settings, a free run folder."""
-    model = given.get("model", Config.model)
-    given = absolute(model, given)
-    data = given.get("data", PRESETS[model].get("data", ""))
-    kind = f"{model} captions" if data.endswith(".txt") else f"{model} {data}"
-    preset = PRESETS[model] | PRESETS.get(kind, {})
-    preset |= PRESETS.get(f"{kind} {given.get('objective')}", {})
+        preset = preset(given.get("data", "ring"))
+    else:
+        Model = models[config.model]
+        preset = {"checkpoint": Model.checkpoint, **Model.preset}
+    # where another setting rules a preset's or default's out
+    if given.get("data", "").endswith(".txt"):  # there is nothing to pair
+        preset.update(generator_input="rollout", fake_samples="final")
     if given.get("fake") == "full":  # real is the plain backbone; a decay would pull weights to 0
-        preset |= {"alpha_weak": 0.0, "fake_weight_decay": 0.0}
+        preset.update(alpha_weak=0.0, fake_weight_decay=0.0)
     if given.get("generator_input") == "paired":  # its last exit nearly shows x0: learn from all
-        preset |= {"fake_samples": "all"}
-    config = Config(**preset | given)
-    out, k = config.out or f"runs/{model}", 2
+        preset.update(fake_samples="all")
+    config = dataclasses.replace(config, **{**preset, **given})
+    out, k = config.out or f"runs/{config.model}", 2
     while Path(out).is_file() or any(Path(out).glob("[!.]*")):
         if config.out:
             raise Refused(f"{out} is in use: name another --out, or, if it is a run, --resume.")
-        out, k = f"runs/{model}-{k}", k + 1
+        out, k = f"runs/{config.model}-{k}", k + 1
     return dataclasses.replace(config, out=out)
 
 
-def main(argv=None):
-    """Run a command; 0, or another status after a sentence about what failed."""
-    from safetensors import SafetensorError
+def run_command(argv, models, loop):
+    """Parse and run one of the four commands."""
+    given = parse(argv, models)
+    command = given.pop("command")
+    if command in ("sample", "export"):
+        return {"sample": sample, "export": export}[command](**given, models=models)
+    resume, dry_run = given.pop("resume", False), given.pop("dry_run", False)
+    machine = Machine(**{name: given.pop(name) for name in vars(Machine()) if name in given})
+    join_processes()
+    config = resolve(given, resume, models) if rank() == 0 else None
+    config = gather(config)[0]  # the first one's, for which alone a new folder is free
+    check(config, machine)
+    if command == "train":
+        train(config, machine, resume, dry_run, loop, models)
+    else:
+        encoded_clips(config, load_task(config, models).backbone)
 
+
+def main(argv=None, models=MODELS, loop=distil):
+    """Run a command; 0, or another status after a sentence about what failed."""
     status, again = 2, "--resume --out goes on with a run; where none is yet, repeat the command."
     try:
-        given = parse(argv)
-        command = given.pop("command")
-        how = {name: given.pop(name) for name in ("resume", "dry_run") if name in given}
-        machine = Machine(**{name: given.pop(name) for name in vars(MACHINE) if name in given})
-        if command in ("sample", "export"):
-            (sample if command == "sample" else export)(**given)
-            return 0
-        join_ranks()
-        config = (resumed if how.get("resume") else resolve)(given) if RANK == 0 else None
-        config = of_all_ranks(config)[0]  # the first, for which alone a new folder is free
-        check(config, machine)
-        if command == "train":
-            train(config, machine, **how)
-        else:
-            encoded_clips(config, load_task(config).form)
+        run_command(argv, models, loop)
         return 0
     except Refused as error:
         reason, status = error, error.status
     except torch.OutOfMemoryError:
-        reason = "out of GPU memory; give a smaller --gpu-memory, or see the plan of --dry-run."
+        reason = "out of GPU memory: see the plan of --dry-run, and what needs less."
     except ImportError as error:
         reason = f"{error}: pip install -r requirements.txt; the toy needs toy/ beside this file."
-    except (OSError, SafetensorError) as error:  # no space left, a folder that went away
-        reason = (str(error) or repr(error)).splitlines()[0]
-        reason += f"; what was written before is whole: {again}"
+    except OSError as error:  # no space left, a folder that went away
+        reason = f"{error}; what was written before is whole: {again}"
     except KeyboardInterrupt as stop:
-        reason = f"stopped; {again}"
-        status = 128 + (stop.args or [signal.SIGINT])[0]
+        reason, status = f"stopped; {again}", 128 + (stop.args or [signal.SIGINT])[0]
+    except Exception:  # a bug
+        if ranks() == 1:
+            raise
+        reason, status = traceback.format_exc(), 1
     print(f"w2svd: {reason}", file=sys.stderr, flush=True)
-    if RANKS > 1:  # torchrun ends the others, for whom a clean end would wait
+    if ranks() > 1:  # torchrun ends the others, for whom a clean end would wait
         os._exit(status)
     return status
 

@@ -1,5 +1,5 @@
 """The exact-answer playground: mixtures, a tiny DiT, metrics and pictures for w2svd.py."""
 
-from toy.tasks import task
+from toy.tasks import preset, task
 
-__all__ = ["task"]
+__all__ = ["preset", "task"]

@@ -6,6 +6,7 @@ named after a hash of everything that its bits depend on.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import sys
 import tempfile
@@ -20,7 +21,6 @@ from toy.dit import DiT
 from toy.metrics import Metrics, annulus, gaussian, square, still
 from toy.mixtures import GivenFirstFrame, KeptFirstFrame
 from w2svd import (
-    FIRST_SEED,
     Refused,
     Roles,
     add_noise,
@@ -31,8 +31,52 @@ from w2svd import (
     memory_mb,
     read_safetensors,
     sample_sigma,
+    stream_seed,
     write_safetensors,
 )
+
+# The presets, by --data. Trials, and why the ring's shift is .5: toy/README.md
+RING = dict(  # expect a KL of .10, in 50 seconds on 2 CPU cores
+    data="ring",
+    generator_input="rollout",
+    fake_samples="final",
+    shift=0.5,
+    reuse=5,
+    lora_rank=16,
+    generator_lr=1e-3,
+    fake_lr=2e-3,
+    lr_schedule="linear",
+    fake_weight_decay=0.1,
+    ema=0.98,
+    batch=1536,
+    iterations=240,
+    log_every=20,
+    save_every=120,
+)
+# expect 1.0: its modes are closer, so they are lost at less noise
+GRID = dict(RING, data="grid", shift=0.3, reuse=3, batch=1024, iterations=360)
+VIDEOS = dict(  # expect .5; a clip's motion is decided at high noise, hence both shifts
+    RING,
+    data="videos",
+    shift=5.0,
+    sigma_shift=5.0,
+    generator_lr=5e-4,
+    fake_lr=1e-3,
+    batch=64,
+    iterations=350,
+    log_every=25,
+    save_every=175,
+)
+FORMS = ("first-frame", "first-frame-concat")  # of clips that are given their first frame
+PRESETS = {"ring": RING, "grid": GRID, "videos": VIDEOS}
+PRESETS |= {f"videos-{form}": dict(VIDEOS, data=f"videos-{form}") for form in FORMS}
+
+
+def preset(data):
+    """The settings of a mixture; a data set that is not one is refused."""
+    if data not in PRESETS:
+        raise Refused(f"--data must be one of {', '.join(PRESETS)}, not {data!r}.")
+    return dict(PRESETS[data])
 
 
 @dataclass(frozen=True)
@@ -72,20 +116,22 @@ RECIPES = {
         shift=3.0,
     ),
 }
-for form in ("first-frame", "first-frame-concat"):  # it shows the look: no captions beside it
-    how = {"labels": 0, "iterations": 2000, "condition": form}
-    RECIPES[f"videos {form}"] = dataclasses.replace(RECIPES["videos"], **how)
 SAMPLES = {"ring": 16384, "grid": 16384, "videos": 4096}  # measured; videos: fewer, for time
 IMPOSTORS = {"ring": annulus, "grid": square, "videos": gaussian}
 # the grids among which Euler's best is looked for
 SHIFTS = {"ring": (0.2, 0.3, 0.5, 0.7, 1.0, 2.0, 5.0), "videos": (3.0, 5.0, 7.0, 10.0)}
 SHIFTS["grid"] = SHIFTS["ring"]
+for form in FORMS:
+    name, how = f"videos-{form}", {"labels": 0, "iterations": 2000, "condition": form}
+    RECIPES[name] = dataclasses.replace(RECIPES["videos"], **how)  # the frame shows the look
+    SAMPLES[name], IMPOSTORS[name], SHIFTS[name] = SAMPLES["videos"], still, SHIFTS["videos"]
 
 
 class Backbone:
     """A DiT behind the contract of w2svd.Roles."""
 
     lora_targets = DiT.lora_targets
+    renoise = True  # as HunyuanVideo: a student is sampled by few_step_sample
 
     def __init__(self, module):
         self.module = module
@@ -179,7 +225,7 @@ def train_backbone(mixture, recipe, seed):
     expected gradient without the noise, so a minute is enough for a backbone worth distilling.
     """
     torch.manual_seed(seed)
-    rng = torch.Generator().manual_seed(FIRST_SEED + 1000 * seed + 999)
+    rng = torch.Generator().manual_seed(stream_seed(seed, 0, 0, "backbone"))
     module = build(mixture, recipe)
     if module.embed.in_features > recipe.width:
         start_at_principal_components(module, mixture, rng)
@@ -244,7 +290,7 @@ def cached_backbone(mixture, recipe, config):
 
 
 class Task:
-    """What w2svd.train() needs of a model and its data; see section 8 there.
+    """What w2svd.train() needs of a model and its data; see VideoTask there.
 
     The backbone has learnt `learnt`, which is the mixture itself unless the data have moved since.
     """
@@ -259,25 +305,24 @@ class Task:
             raise Refused("--guidance needs captions; of the toys, --data videos alone has them.")
         if config.fp8_base or config.compile or config.lora_targets != "all":
             flags = "--fp8-base, --compile and --lora-targets"
-            raise Refused(f"{flags} are HunyuanVideo's; the toy has none of them.")
+            raise Refused(f"{flags} are for video models; the toy has none of them.")
         self.backbone = BACKBONES[recipe.condition](build(self.mixture, self.recipe))
         self.sigmas = few_step_sigmas(config.steps, config.shift)
 
-    def load(self, *_):
+    def load(self, machine=None):
         """The trained backbone: a minute without a cache."""
+        if machine and machine.shard:
+            raise Refused("--shard is for large backbones; the toy's is not split.")
         module = cached_backbone(self.learnt, self.recipe, self.config)
         self.backbone.module = module.requires_grad_(False)
 
-    def costs(self, *_):
-        return {}  # too small to plan for
-
-    def prepare(self):
-        """Nothing has to follow the adapters."""
-
-    def batches(self, rng, *_):
-        while True:
+    def batches(self, taken=0, rank=0, ranks=1):
+        """Every ranks-th batch from number taken / batch + rank on, each from a stream of its own."""
+        for number in itertools.count(taken // self.config.batch + rank, ranks):
+            rng = torch.Generator().manual_seed(stream_seed(self.config.seed, number, 0, "data"))
             cond = conditions(self.data, self.recipe, self.config.batch, rng)
-            yield {"x0": self.data.sample(self.config.batch, rng, cond), "cond": cond}
+            x0 = self.data.sample(self.config.batch, rng, cond)
+            yield {"x0": x0, "cond": cond, "name": f"batch {number}"}
 
     def start(self, n, seed):
         """Conditions and noise of n samples, the same for every method."""
@@ -310,7 +355,7 @@ class Task:
         samples = self.few_step(generator, self.sigmas, n, seed=1)
         write_safetensors(folder / f"{step:06}.safetensors", {"samples": samples}, {"step": step})
 
-    def finish(self, run):
+    def finish(self, folder, generator):
         """Measure student and backbone against the exact mixture; pictures, result.json, table.
 
         First frames are exact, so the KL of whole clips is the mean KL of what follows them.
@@ -320,7 +365,7 @@ class Task:
         measure, rng = Metrics(self.mixture, n), torch.Generator().manual_seed(5)
         cond, _ = self.start(n, seed=2)
         samples = {"exact": self.whole(self.data.sample(n, rng, cond), cond)}
-        make = IMPOSTORS[data] if self.recipe.condition == "none" else still
+        make = IMPOSTORS[data]
         impostor = make.__name__
         samples[impostor] = make(self.mixture, n, rng)
         euler, same_grid = {}, {}
@@ -333,7 +378,7 @@ class Task:
                 same = measure(self.euler(k, self.config.shift, n))
                 same_grid[str(k)] = {"shift": self.config.shift, **same}
         student = f"student, {steps} step{'s' * (steps > 1)}"
-        samples[student] = self.few_step(run.generator, self.sigmas, n, seed=2)
+        samples[student] = self.few_step(generator, self.sigmas, n, seed=2)
         result = {
             "student": {"steps": steps, **measure(samples[student])},
             "euler": euler,
@@ -344,8 +389,8 @@ class Task:
         rows = [result["floor"], result["impostor"], *euler.values(), result["student"]]
         kl = {name: row["kl"] for name, row in zip(samples, rows)}
         shown = {name: x for name, x in samples.items() if name != impostor}
-        self.pictures(run.folder, shown, kl, student)
-        now = f"now: python w2svd.py sample --run {run.folder} --out samples.png"
+        self.pictures(folder, shown, kl, student)
+        now = f"now: python w2svd.py sample --run {folder} --out samples.png"
         return result, f"{table(result)}\n{now}"
 
     def euler(self, steps, shift, n):
@@ -444,8 +489,7 @@ def task(config):
     """The toy that config.data names."""
     # so small a network gains nothing from more threads, and waits for them on a busy machine
     torch.set_num_threads(1)
-    if config.data not in SAMPLES:
-        raise Refused(f"--data must be one of {', '.join(SAMPLES)}, not {config.data!r}.")
-    if config.condition != "none":  # blobs that begin at the centre: the frame leaves motion open
-        return Task(config, RECIPES[f"videos {config.condition}"], mixtures.videos(centred=0.0))
-    return Task(config, RECIPES[config.data], getattr(mixtures, config.data)())
+    recipe = RECIPES[preset(config.data)["data"]]
+    if recipe.condition != "none":  # blobs that begin at the centre: the frame leaves motion open
+        return Task(config, recipe, mixtures.videos(centred=0.0))
+    return Task(config, recipe, getattr(mixtures, config.data)())
