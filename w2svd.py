@@ -890,7 +890,7 @@ class HunyuanVideo:
 
         diffusers.utils.logging.set_verbosity_error()
         Module, found = diffusers.HunyuanVideoTransformer3DModel, {}
-        other = f"--checkpoint {config.checkpoint} is no HunyuanVideo known here"
+        other = f"--checkpoint {config.checkpoint} is no HunyuanVideo in diffusers' format"
         with reading(other, TypeError), torch.device("meta"):
             if config.checkpoint not in ("", cls.checkpoint):  # the class's defaults
                 found = Module.load_config(config.checkpoint, subfolder="transformer")
@@ -2013,6 +2013,8 @@ def run_command(argv, models, loop):
 
 def main(argv=None, models=MODELS, loop=distil):
     """Run a command; 0, or another status after a sentence about what failed."""
+    from safetensors import SafetensorError
+
     status, again = 2, "--resume --out goes on with a run; where none is yet, repeat the command."
     try:
         run_command(argv, models, loop)
@@ -2023,7 +2025,7 @@ def main(argv=None, models=MODELS, loop=distil):
         reason = "out of GPU memory: see the plan of --dry-run, and what needs less."
     except ImportError as error:
         reason = f"{error}: pip install -r requirements.txt; the toy needs toy/ beside this file."
-    except OSError as error:  # no space left, a folder that went away
+    except (OSError, SafetensorError) as error:  # no space left, a folder that went away
         reason = f"{error}; what was written before is whole: {again}"
     except KeyboardInterrupt as stop:
         reason, status = f"stopped; {again}", 128 + (stop.args or [signal.SIGINT])[0]
