@@ -875,8 +875,8 @@ class HunyuanVideo:
         # the VAE makes one of 4 frames, of 8 x 8 pixels; token_replace samples all but the first
         frames, height, width = config.frames // 4 + 1, config.height // 8, config.width // 8
         self.video = (m.out_channels, frames, height, width)  # the latents of a whole video
-        given = 1 if self.form == "token_replace" else 0
-        self.shape = (m.out_channels, frames - given, height, width)  # of a sample
+        sampled = frames - 1 if self.form == "token_replace" else frames
+        self.shape = (m.out_channels, sampled, height, width)  # of a sample
         # image-to-video's encoder reads the picture too, as 576 tokens, thinned out
         picture = {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
         self.tokens = frames * height * width // m.patch_size**2 + self.text_limit + picture
@@ -1486,7 +1486,7 @@ def build_roles(config, backbone, machine):
     roles = Roles(backbone, config.lora_rank, *alphas, config.generator, config.fake)
     if config.gan_weight:
         Discriminator(roles)
-    if config.checkpointing:
+    if config.checkpointing or machine.offload:
         roles.use_checkpointing(machine.offload)
     if config.fp8_base:  # NOTE silent: before the adapters, these would be 8 bits too
         backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, backbone.dtype)
@@ -1504,10 +1504,39 @@ def evaluations(config):
     c = config
     rollout = (c.steps - 1) / 2 if c.generator_input == "rollout" else 0  # the mean exit
     draw = c.steps if c.fake_samples == "final" else 1 + rollout  # of the fake's samples
-    forwards = math.ceil(c.fake_updates / c.reuse) * draw + rollout + 2 + (c.guidance != 1)
+    forwards = math.ceil(c.fake_updates / c.reuse) * draw + rollout + 2
+    if c.guidance != 1:
+        forwards += 1
     if c.gan_weight:  # its features are a third of a forward
         return forwards + 2 / 3 * c.fake_updates, c.fake_updates + 4 / 3
     return forwards, c.fake_updates + 1
+
+
+def memory_plan(config, model, machine, generator, fake):
+    """GiB on each GPU by line, simulated; and how many blocks a backward goes through."""
+    c, n, tensor = config, len(model.blocks), 2 * model.tokens * model.width / 2**30
+    learning = [any(p.requires_grad for p in block.parameters()) for block in model.blocks]
+    reached = n - learning.index(True) if any(learning) else n  # it ends at the first adapter
+    frozen = sum(p.numel() for p in model.module.parameters() if not p.requires_grad)
+    base = (1.29 if c.fp8_base else 2) * frozen / 2**30  # some stay in bf16: 15.4 GiB at 13B
+    trained = (generator + fake) / 2**30
+    lines = {
+        "backbone, frozen": base,
+        "generator and fake, float32": 4 * trained,
+        "Adam, average": 8 * trained + 4 * generator / 2**30,
+        "gradients": 4 * max(generator, fake) / 2**30,  # of one update at a time
+        "inputs of the blocks": (reached + n / 3 if c.gan_weight else reached) * tensor,
+        "a block at work": 37.2 * tensor,  # what its backward needs
+        "CUDA, fragments": 1.6,  # with expandable segments
+    }
+    if machine.shard:  # three blocks are gathered at a time
+        lines["backbone, frozen"] = base / ranks() + 3 * base / n
+    if machine.offload:
+        lines["inputs of the blocks"] = 2 * tensor
+    elif not c.checkpointing:
+        lines["inputs of the blocks"] = 25.6 * reached * tensor
+        lines["a block at work"] = 11.6 * tensor
+    return lines, reached
 
 
 def plan(config, model, machine=Machine(), loop=distil):
@@ -1527,20 +1556,8 @@ def plan(config, model, machine=Machine(), loop=distil):
     }
     if c.model == "toy":  # too small to plan for
         return about
-    learning = [any(p.requires_grad for p in block.parameters()) for block in model.blocks]
-    n, tensor = len(learning), 2 * model.tokens * model.width  # bytes of all tokens, in bf16
-    reached = n - learning.index(True) if any(learning) else n  # blocks of a backward
-    base = sum(p.nbytes for p in frozen) * (0.645 if c.fp8_base else 1)  # at 13B 15.4 GiB of 23.9
-    kept = 37.2 if c.checkpointing else 25.6 * reached + 11.6  # by blocks at work, simulated
-    memory = {
-        "backbone, frozen": base / ranks() + 3 * base / n if machine.shard else base,
-        "generator and fake, float32": 4 * (generator + fake),
-        "Adam, average": 8 * (generator + fake) + 4 * generator,
-        "gradients": 4 * max(generator, fake),  # of one update at a time
-        "inputs of the blocks": (2 if machine.offload else reached) * tensor,
-        "blocks at work": kept * tensor,
-        "CUDA, fragments": 1.6 * GiB,  # with expandable segments
-    }
+    n, tensor = len(model.blocks), 2 * model.tokens * model.width  # bytes, of all tokens in bf16
+    memory, reached = memory_plan(c, model, machine, generator, fake)
     forwards, backwards = loop.evaluations(c) if hasattr(loop, "evaluations") else evaluations(c)
     # a backward takes as much as a forward in frozen linear layers and, as its kernel recomputes a
     # product, 2.5 times as much in attention; checkpointing takes one more forward
@@ -1552,12 +1569,13 @@ def plan(config, model, machine=Machine(), loop=distil):
     moved = 179 * tensor * n * c.accumulate * (again + backwards * 2 * share)  # element-wise work
     # on an H100, published: 650 TFLOP/s in large products, 550 in cuDNN's attention, 3 TB/s
     seconds = linear / 650e12 + attention / 550e12 + moved / 3e12
+    waiting = reached * tensor / GiB if machine.offload else 0
     saves = 2 if c.generator == "full" else c.iterations // c.save_every
     stored = 4 * (3 * (4 * generator + 3 * fake) + (saves + 1) * generator)  # 3 checkpoints
     return {
-        **{f"GiB, {name}": x / GiB for name, x in memory.items()},
-        "GiB in all": sum(memory.values()) / GiB,
-        "GiB of host memory a process": (2 * parameters + machine.offload * reached * tensor) / GiB,
+        **{f"GiB, {name}": x for name, x in memory.items()},
+        "GiB in all": sum(memory.values()),
+        "GiB of host memory": 2 * parameters / GiB + waiting,
         "GiB of disk": stored / GiB,
         "seconds an iteration on an H100": seconds,
         "hours": seconds * c.iterations / 3600,
@@ -1644,6 +1662,21 @@ class Run:
             marks += [float(p.detach().sum()) for p in self.state.roles.parameters(role)]
         if len(set(map(tuple, gather(marks)))) > 1:
             raise RuntimeError("the processes have drifted apart; a bug: all must do the same")
+
+    def after_iteration(self, line, log, stopped):
+        """Log, compare, save and draw where it is due; end the run after a signal."""
+        c = self.config
+        if self.due(c.log_every):
+            print(json.dumps(line), file=log, flush=True)
+        if self.due(c.save_every) or stopped or self.state.iteration < 3:
+            self.check_processes()
+        if self.due(c.save_every) or stopped:
+            self.save()
+        if self.due(c.log_every) or self.due(c.save_every):
+            self.picture()  # last, as it may fail
+        if stopped:
+            gather(None)  # torchrun would end a process that still writes
+            raise KeyboardInterrupt(stopped)
 
     def save_generator(self, path):
         """Save the average under diffusers' names; the header has all that sampling needs."""
@@ -1790,17 +1823,7 @@ def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, m
             log.truncate(min(log_bytes, log.tell()))  # to where the checkpoint was made
         run.picture()  # of the beginning; after a resume the checkpoint's, which may be missing
         for line, stopped in iterate(run, loop, numbers.get("PFLOP an iteration")):
-            if run.due(config.log_every):
-                print(json.dumps(line), file=log, flush=True)
-            if run.due(config.save_every) or stopped or run.state.iteration < 3:
-                run.check_processes()
-            if run.due(config.save_every) or stopped:
-                run.save()
-            if run.due(config.log_every) or run.due(config.save_every):
-                run.picture()  # last, as it may fail
-            if stopped:
-                gather(None)  # torchrun would end a process that still writes
-                raise KeyboardInterrupt(stopped)
+            run.after_iteration(line, log, stopped)
     if base_sum(run.state.roles) != run.base:
         raise RuntimeError("the frozen backbone moved; a bug, since nothing may train it")
     if rank() == 0:
@@ -1846,10 +1869,10 @@ tags: [step-distillation, w2svd]
 ---
 # {checkpoint} in {steps} steps, by w2svd (W2SVD, arXiv 2503.13319)
 
-Generator: {generator}, fake: {fake}, adapters of rank {rank}, alpha_weak {alpha_weak}; {step}
-updates, seed {seed}. The base model's licence goes for these weights.
-For diffusers alone: other programs apply none of it, silently; notebooks/to_comfyui.py converts it.
-A second LoRA switches this one off, until `pipe.set_adapters(["w2svd", "other"])`.
+Generator {generator}, fake {fake}, rank {rank}, alpha_weak {alpha_weak}; {step} updates, seed
+{seed}. The base model's licence goes for these weights. For diffusers alone: other programs apply
+none of it, silently (notebooks/to_comfyui.py converts it). A second LoRA switches it off, until
+`pipe.set_adapters(["w2svd", "other"])`.
 
     import torch
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -1909,12 +1932,12 @@ def add_settings(command, settings, models, names=()):
             how = {"action": argparse.BooleanOptionalAction}
         elif kind in (int, float, str):
             how = {"type": kind, "metavar": kind.__name__[0].upper()}
-        values = {
-            model: Model.preset[name] for model, Model in models.items() if name in Model.preset
-        }
-        text = f"{field.metadata['text']} [{field.default}] {values or ''}".replace("%", "%%")
+        text = f"{field.metadata['text']} [{field.default}]"
+        for model, Model in models.items():
+            if name in Model.preset:
+                text += f" [{model}: {Model.preset[name]}]"
         if not names or name in names:
-            command.add_argument(flag(name), help=text, **how)
+            command.add_argument(flag(name), help=text.replace("%", "%%"), **how)
 
 
 def parse(argv, models=MODELS):
@@ -1940,7 +1963,7 @@ def parse(argv, models=MODELS):
         one.add_argument("--checkpoint", help="where the backbone lies now [as trained]")
     samples.add_argument("--seed", type=int, help="of the noise [0]")
     samples.add_argument("--n", type=int, help="toy: number of samples [1000]")
-    samples.add_argument("--prompt", help="what to show; or a .txt of prompts, with a folder --out")
+    samples.add_argument("--prompt", help="what to show")
     samples.add_argument("--image", help="image-to-video: the first frame")
     for name in ("height", "width", "frames", "steps"):
         samples.add_argument(f"--{name}", type=int, help="not the toy's [as trained]")
@@ -1952,31 +1975,39 @@ def parse(argv, models=MODELS):
     return vars(given)
 
 
+def resumed(given):
+    """A run's own Config with what was given, if that may change."""
+    config, fixed = read_run(given["out"]), set()
+    if config.alpha_weak_schedule != "constant" or config.lr_schedule != "constant":
+        fixed.add("iterations")  # a schedule depends on them
+    if config.model == "toy":
+        fixed.add("data")  # another mixture, not a folder that has moved
+    for name, value in given.items():
+        was = getattr(config, name)
+        if value != was and (name in fixed or name not in RESUMABLE):
+            raise Refused(f"--resume cannot change {flag(name)}, which was {was}.")
+    return dataclasses.replace(config, **given)
+
+
 def resolve(given, resume=False, models=MODELS):
-    """A whole Config: the preset in a free folder, or a run's own, and over it what was given."""
-    if resume and "out" not in given:
-        raise Refused("--resume needs the run's folder as --out.")
-    config = read_run(given["out"]) if resume else Config(model=given.get("model", "toy"))
+    """A whole Config: the model's preset, what was given, a free run folder; or the run's own."""
+    model = given.get("model", Config.model)
+    if resume:
+        if "out" not in given:
+            raise Refused("--resume needs the run's folder as --out.")
+        model = read_run(given["out"]).model
     for name in ("checkpoint", "cache", "sample_prompts", "data"):  # it may go on from elsewhere
         path = Path(given.get(name) or "-")
-        if path.exists() and (name, config.model) != ("data", "toy"):
+        if path.exists() and (name, model) != ("data", "toy"):
             given[name] = str(path.resolve())
     if resume:
-        scheduled = config.alpha_weak_schedule != "constant" or config.lr_schedule != "constant"
-        fixed = {"iterations"} if scheduled else set()
-        fixed |= {"data"} if config.model == "toy" else set()  # another mixture
-        for name, value in given.items():
-            was = getattr(config, name)
-            if value != was and (name in fixed or name not in RESUMABLE):
-                raise Refused(f"--resume cannot change {flag(name)}, which was {was}.")
-        return dataclasses.replace(config, **given)
-    if config.model == "toy":
-        from toy import preset
+        return resumed(given)
+    if model == "toy":
+        import toy
 
-        preset = preset(given.get("data", "ring"))
+        preset = toy.preset(given.get("data", "ring"))
     else:
-        Model = models[config.model]
-        preset = {"checkpoint": Model.checkpoint, **Model.preset}
+        preset = {"checkpoint": models[model].checkpoint, **models[model].preset}
     # where another setting rules a preset's or default's out
     if given.get("data", "").endswith(".txt"):  # there is nothing to pair
         preset.update(generator_input="rollout", fake_samples="final")
@@ -1984,12 +2015,12 @@ def resolve(given, resume=False, models=MODELS):
         preset.update(alpha_weak=0.0, fake_weight_decay=0.0)
     if given.get("generator_input") == "paired":  # its last exit nearly shows x0: learn from all
         preset.update(fake_samples="all")
-    config = dataclasses.replace(config, **{**preset, **given})
-    out, k = config.out or f"runs/{config.model}", 2
+    config = Config(**{**preset, **given})
+    out, k = config.out or f"runs/{model}", 2
     while Path(out).is_file() or any(Path(out).glob("[!.]*")):
         if config.out:
             raise Refused(f"{out} is in use: name another --out, or, if it is a run, --resume.")
-        out, k = f"runs/{config.model}-{k}", k + 1
+        out, k = f"runs/{model}-{k}", k + 1
     return dataclasses.replace(config, out=out)
 
 
