@@ -1542,6 +1542,7 @@ def memory_plan(config, model, machine, generator, fake):
 def plan(config, model, machine=Machine(), loop=distil):
     """What a run takes, by formulas: simulated or published figures, nothing measured."""
     c, GiB = config, 2**30
+    forwards, backwards = loop.evaluations(c) if hasattr(loop, "evaluations") else evaluations(c)
     with torch.device("meta"):  # nothing is loaded yet; load() brings one without these adapters
         roles = Roles(model, c.lora_rank, 0.0, 1.0, c.generator, c.fake)
     generator, fake = (sum(p.numel() for p in roles.parameters(r)) for r in ("generator", "fake"))
@@ -1558,7 +1559,6 @@ def plan(config, model, machine=Machine(), loop=distil):
         return about
     n, tensor = len(model.blocks), 2 * model.tokens * model.width  # bytes, of all tokens in bf16
     memory, reached = memory_plan(c, model, machine, generator, fake)
-    forwards, backwards = loop.evaluations(c) if hasattr(loop, "evaluations") else evaluations(c)
     # a backward takes as much as a forward in frozen linear layers and, as its kernel recomputes a
     # product, 2.5 times as much in attention; checkpointing takes one more forward
     share = reached / n
@@ -1635,9 +1635,9 @@ def held_tensors(state):
 class Run:
     """A run's folder and state: what is saved, read back, compared between processes, drawn."""
 
-    def __init__(self, config, machine, task):
+    def __init__(self, config, machine, task, loop=distil):
         self.config, self.machine, self.task = config, machine, task
-        self.folder = Path(config.out)
+        self.folder, self.loop = Path(config.out), loop.__name__
         self.state = State(config, build_roles(config, task.backbone, machine), task.device)
         self.base = base_sum(self.state.roles)
         names = "\n".join(file.name for file in task.clips)
@@ -1697,7 +1697,9 @@ class Run:
         state, name = self.state, f"{self.state.iteration:06}.safetensors"
         self.save_generator(self.folder / f"generator-{name}")
         info = {"iteration": state.iteration, "taken": state.taken, "base_sum": self.base}
-        info.update(data=self.data, clips_an_update=self.config.accumulate * ranks())
+        info.update(
+            loop=self.loop, data=self.data, clips_an_update=self.config.accumulate * ranks()
+        )
         info.update(metrics_bytes=(self.folder / "metrics.jsonl").stat().st_size)
         write_safetensors(self.folder / f"checkpoint-{name}", held_tensors(state), info)
         full = self.config.generator == "full"
@@ -1717,6 +1719,8 @@ class Run:
             # close, not equal: another kind of GPU adds up in another order
             if not math.isclose(info["base_sum"], self.base, rel_tol=1e-9):
                 raise Refused(f"{path} was made from another backbone; see --checkpoint, --cache.")
+            if info["loop"] != self.loop:
+                raise Refused(f"{path} was trained by {info['loop']}, not by {self.loop}.")
             if info["iteration"] > self.config.iterations:
                 raise Refused(f"{path} was saved later: --iterations cannot be less.")
             for name, x in held_tensors(self.state).items():
@@ -1813,7 +1817,7 @@ def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, m
     folder.mkdir(parents=True, exist_ok=True)
     for half in folder.rglob(".part-*"):
         half.unlink(missing_ok=True)  # of a save that was killed
-    run = Run(config, machine, task)
+    run = Run(config, machine, task, loop)
     log_bytes = run.restore() if resume else 0
     run.check_processes()
     if rank() == 0:
