@@ -1070,6 +1070,8 @@ FILMS = ".mp4 .m4v .mov .mkv .webm .avi .gif .wmv .flv .ts .mts .m2ts .mpg .mpeg
 # No playlist, which would read other files or a network: ffmpeg guesses the format from the content
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif,ogg"
 FFMPEG = f"-hide_banner -protocol_whitelist file -format_whitelist {FORMATS} -timelimit 600".split()
+BT709 = "-vf scale=out_color_matrix=bt709 -colorspace bt709".split()  # of films that are written
+BT709 += "-color_primaries bt709 -color_trc bt709".split()
 # HDR to SDR: 203 nits are white, as ITU-R BT.2408 has it; what is above .6 is compressed
 TONE_MAP = ",zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709"
 TONE_MAP += ",tonemap=mobius:param=.6:desat=0,zscale=t=bt709:m=bt709"
@@ -1096,11 +1098,13 @@ def files_below(folder):
     """All files below a folder, through links, and hidden folders; no folder is read twice."""
     files, entered = [], set()
     for place, inner, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in entered:
+            inner.clear()
+            continue
         entered.add(os.path.realpath(place))
         hidden = [name for name in inner if name.startswith(".") and name != ".w2svd"]
         files += [Path(place, name) for name in sorted(names + hidden)]
-        inner[:] = sorted(n for n in inner if os.path.realpath(Path(place, n)) not in entered)
-        inner[:] = [name for name in inner if not name.startswith(".")]
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
     return files
 
 
@@ -1226,7 +1230,8 @@ def read_caption(caption):
 def latents_file(config, model, clip, caption):
     """Where a clip's latents and text are kept: a name that hashes all that they depend on."""
     c, film, folder = config, clip.film, Path(config.data)
-    parts = [READING, caption, c.checkpoint, model.prompt_template]
+    made_by = {name: x for name, x in model.module.config.items() if not name.startswith("_")}
+    parts = [READING, caption, made_by, model.prompt_template]
     if film:  # what it holds, not its times: a copy is the same film
         size, MB = film.stat().st_size, 2**20
         with open(film, "rb") as file:
@@ -1284,7 +1289,7 @@ def encode_missing(config, model, clips):
 
 def encoded_clips(config, model):
     """The files of all clips that can be used, encoded where they are missing; says what is not."""
-    clips = find_clips(config.data)
+    clips = gather(find_clips(config.data) if rank() == 0 else None)[0]
     mine = clips[rank() :: ranks()]  # several processes share the work
     encode_missing(config, model, mine)
     for first, share in enumerate(gather(mine)):
@@ -1365,7 +1370,7 @@ class VideoTask:
             frames = (self.backbone.decode(decoder, x0) * 255).round().astype("uint8")
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as part:
-                iio.imwrite(part, frames, plugin="FFMPEG", fps=self.config.fps)
+                iio.imwrite(part, frames, plugin="FFMPEG", fps=self.config.fps, output_params=BT709)
 
     def on_log(self, step, generator):
         """Film up to four prompts at the start and at every save, always from the same noise."""
@@ -1461,6 +1466,11 @@ def gather(x):
     return every
 
 
+def gpus_of_a_node():
+    """How many processes torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks()))
+
+
 def shard_backbone(roles):
     """Split the frozen backbone over the GPUs of each node (FSDP2); what is trained stays whole.
 
@@ -1470,8 +1480,8 @@ def shard_backbone(roles):
     from torch.distributed.fsdp import fully_shard
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped .* returned a view")  # none is written to
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks()))
-    mesh = init_device_mesh(device(), (ranks() // local, local), mesh_dim_names=("node", "gpu"))
+    shape = ranks() // gpus_of_a_node(), gpus_of_a_node()
+    mesh = init_device_mesh(device(), shape, mesh_dim_names=("node", "gpu"))
     trained = {p for role in roles.trained for p in roles.parameters(role)}
     for module in (*roles.backbone.blocks, roles.backbone.module):  # the last: all in no block
         fully_shard(module, mesh=mesh, ignored_params=trained)
@@ -1516,7 +1526,9 @@ def memory_plan(config, model, machine, generator, fake):
     """GiB on each GPU by line, simulated; and how many blocks a backward goes through."""
     c, n, tensor = config, len(model.blocks), 2 * model.tokens * model.width / 2**30
     learning = [any(p.requires_grad for p in block.parameters()) for block in model.blocks]
-    reached = n - learning.index(True) if any(learning) else n  # it ends at the first adapter
+    reached = n
+    if "full" not in (c.generator, c.fake):
+        reached -= learning.index(True)  # a backward ends at the first adapter
     frozen = sum(p.numel() for p in model.module.parameters() if not p.requires_grad)
     base = (1.29 if c.fp8_base else 2) * frozen / 2**30  # some stay in bf16: 15.4 GiB at 13B
     trained = (generator + fake) / 2**30
@@ -1530,7 +1542,7 @@ def memory_plan(config, model, machine, generator, fake):
         "CUDA, fragments": 1.6,  # with expandable segments
     }
     if machine.shard:  # three blocks are gathered at a time
-        lines["backbone, frozen"] = base / ranks() + 3 * base / n
+        lines["backbone, frozen"] = base / gpus_of_a_node() + 3 * base / n
     if machine.offload:
         lines["inputs of the blocks"] = 2 * tensor
     elif not c.checkpointing:
@@ -1598,9 +1610,12 @@ def memory_mb(place):
     """Peak memory in MB so far: of the process on a CPU, what torch has reserved on a GPU."""
     if torch.device(place).type == "cuda":
         return torch.cuda.max_memory_reserved(place) / 2**20
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def read_run(folder):
@@ -1799,7 +1814,8 @@ def iterate(run, loop, pflop):
                 tick = time.perf_counter()
         except FloatingPointError as error:
             clips = [f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads]
-            where = f"in iteration {state.iteration + 1}: {error}; it read {', '.join(clips)}"
+            where = f"in iteration {state.iteration + 1}: {error}"
+            where += f"; it read {', '.join(clips)}" if clips else ""
             cure = "take lower rates, or leave out that clip, and go on with --resume, or anew"
             raise Refused(f"Stopped {where}; {cure}.") from error
 
@@ -2002,7 +2018,8 @@ def resolve(given, resume=False, models=MODELS):
         model = read_run(given["out"]).model
     for name in ("checkpoint", "cache", "sample_prompts", "data"):  # it may go on from elsewhere
         path = Path(given.get(name) or "-")
-        if path.exists() and (name, model) != ("data", "toy"):
+        own = name == "cache" and name in given  # it is made where it is missing
+        if own or path.exists() and (name, model) != ("data", "toy"):
             given[name] = str(path.resolve())
     if resume:
         return resumed(given)
