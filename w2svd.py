@@ -8,7 +8,7 @@ that of the generator's own samples, learnt on the way by a FAKE DiT. Both score
 samples, where the two densities overlap. W2SVD makes the two DiTs out of one frozen backbone that
 carries one LoRA (a small trained term: W + alpha B A in place of a linear layer's W), weakly in the
 real DiT and strongly in the fake one, so that the real one leans a little towards the samples that
-it has to judge; with the generator an adapter too (ours), one backbone serves all three.
+it has to judge; the generator is a second LoRA (ours), so one backbone serves all three.
 
     role         backbone    adapter 'generator'    adapter 'fake'
     generator    frozen      1, trained             off
@@ -86,7 +86,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal, get_args
 
-# NOTE silent, here and below: without it nothing fails. Here fragments would take 9 GiB at 544p;
+# NOTE silent marks what no error would reveal if it were lost. Here: 9 GiB of fragments at 544p;
 # torch reads it when it is imported
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -96,7 +96,7 @@ from torch.utils import checkpoint as checkpointing
 # ---- 1. Config -----------------------------------------------------------------------------------
 
 
-class Refused(ValueError):
+class Refused(Exception):
     """What the user asked for cannot be done: one sentence with the cure, and an exit status."""
 
     def __init__(self, sentence, status=2):
@@ -127,49 +127,51 @@ class Config:
 
     # model and data
     model: str = setting("toy", "what to distil / ours")
-    data: str = setting("", "toy: a mixture; else a folder of clips, or a .txt of captions / ours")
+    data: str = setting("", "a mixture; or a folder of clips, or a .txt / ours")
     checkpoint: str = setting("", "hub id, or a folder in diffusers' format / ours")
     height: int = setting(480, "of a clip in pixels, a multiple of 16 / ours")
     width: int = setting(832, "of a clip in pixels, a multiple of 16 / ours")
     frames: int = setting(61, "of a clip, 4k + 1: 61 or 129 / ours")
     fps: float = setting(24.0, "clips are resampled to it / paper")
-    cache: str = setting("", "where latents or the toy's backbones are kept; see README / ours")
+    cache: str = setting("", "where latents or the toy's backbones are kept / ours")
 
     # the generator
     steps: int = setting(4, "evaluations of the finished generator / paper: 4, 1")
-    shift: float = setting(5.0, "of the few-step grid: 1, .9375, .8333, .625 / author-code")
+    shift: float = setting(5.0, "of the grid: 1, .9375, .8333, .625 / author-code")
     generator: Literal["lora", "full"] = setting("lora", "full: a copy / ours, author-code")
     generator_input: Input = setting("paired", "noised real sample, or from noise / paper, peer")
-    ema: float = setting(0.995, "decay of the generator's average, in the end; 0 is off / ours")
+    ema: float = setting(0.995, "decay of the generator's average; 0 is off / ours")
 
     # real and fake
     fake: Literal["lora", "full"] = setting("lora", "full: a copy, real = backbone / paper, peer")
-    alpha_weak: float = setting(0.25, "the fake adapter's weight in the real DiT; 0: DMD / paper")
+    alpha_weak: float = setting(0.25, "fake adapter's weight in the real DiT; 0: DMD / paper")
     alpha_weak_schedule: Schedule = setting("constant", "to 0 at half of the run / peer: DMDR")
-    alpha_strong: float = setting(1.0, "the fake adapter's weight in the fake DiT / author-code")
-    fake_samples: Literal["all", "final"] = setting("all", "of a rollout's exits / ours")
-    fake_updates: int = setting(5, "for each update of the generator / author-code, peer")
+    alpha_strong: float = setting(1.0, "its weight in the fake DiT / author-code")
+    fake_samples: Literal["all", "final"] = setting(
+        "all", "the fake learns any exit, or the last / ours"
+    )
+    fake_updates: int = setting(5, "for each update of the generator / author-code")
     reuse: int = setting(1, "fake updates that share the generator's samples / ours")
     fake_warmup: int = setting(0, "fake updates before the generator's first one / ours")
-    fake_weight_decay: float = setting(0.0, "pulls its adapter to 0, to the backbone / ours")
+    fake_weight_decay: float = setting(0.0, "pulls its adapter to 0 / ours")
 
     # losses
-    gt_weight: float = setting(0.0, "motion for quality (paper); .05 / author-code")
-    gan_weight: float = setting(0.0, "of the discriminator's term; .003 to .03 / paper, peer")
-    guidance: float = setting(1.0, "of the real DiT; 1 is off, which others call 0 / peer")
-    embedded_guidance: float = setting(6.0, "read by a guidance-distilled backbone / peer")
-    sigma_low: float = setting(0.02, "both losses read x_t at U[low, high], shifted / author-code")
+    gt_weight: float = setting(0.0, "sharper, but less motion; .05 / paper, author-code")
+    gan_weight: float = setting(0.0, "of the discriminator; .003 to .03 / paper, peer")
+    guidance: float = setting(1.0, "of the real DiT; 1 is off, elsewhere 0 / peer")
+    embedded_guidance: float = setting(6.0, "a guidance-distilled model's / peer")
+    sigma_low: float = setting(0.02, "losses read U[low, high], shifted / author-code")
     sigma_high: float = setting(0.98, "see --sigma-low / author-code")
-    sigma_shift: float = setting(1.0, "raise for more noise, more global shape / author-code")
+    sigma_shift: float = setting(1.0, "raise for more noise, global shape / author-code")
 
     # training
     lora_rank: int = setting(64, "of both adapters; their alpha is the rank / ours")
-    lora_targets: Literal["all", "single"] = setting("all", "single: late blocks / author-code")
-    generator_lr: float = setting(2e-5, "lower it where samples drift or collapse / ours")
-    fake_lr: float = setting(2e-5, "raise it where the relative gap keeps growing / ours")
+    lora_targets: Literal["all", "single"] = setting("all", "single: late ones / author-code")
+    generator_lr: float = setting(2e-5, "lower it if samples drift or collapse / ours")
+    fake_lr: float = setting(2e-5, "raise it if the relative gap grows / ours")
     lr_schedule: Literal["constant", "linear"] = setting("constant", "linear: to 5 % / ours")
     batch: int = setting(1, "samples in a forward / ours")
-    accumulate: int = setting(1, "forwards in an update; one batch in memory at a time / ours")
+    accumulate: int = setting(1, "forwards in an update, one at a time / ours")
     iterations: int = setting(1000, "updates of the generator / peer: 600 to 1000")
     seed: int = setting(0, "the same seed, the same bits on the same machine / ours")
 
@@ -182,21 +184,21 @@ class Config:
     out: str = setting("", "run folder; the next free runs/<model>-k if empty / ours")
     log_every: int = setting(50, "iterations between lines of metrics.jsonl / ours")
     save_every: int = setting(250, "iterations between checkpoints / ours")
-    sample_prompts: str = setting("", "a .txt, of which 4 are filmed at each save / ours")
+    sample_prompts: str = setting("", "a .txt; 4 are filmed at each save / ours")
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """Where a run takes place. It is not stored with the run: with --resume give it again."""
 
-    gpu_memory: float = setting(0.0, "GiB of each to plan for; 0: of the one here, if any / ours")
-    shard: bool = setting(False, "split the frozen backbone over the GPUs of a node / ours")
-    offload: bool = setting(False, "blocks' inputs wait in host memory: 720p on 80 GB / ours")
+    gpu_memory: float = setting(0.0, "GiB to plan for; 0: of the one here / ours")
+    shard: bool = setting(False, "split the backbone over a node's GPUs / ours")
+    offload: bool = setting(False, "blocks' inputs wait in host memory / ours")
 
 
 MAY_BE_0 = {"alpha_weak", "ema", "gt_weight", "gan_weight", "guidance", "embedded_guidance", "seed"}
 MAY_BE_0 |= {"sigma_low", "fake_warmup", "fake_weight_decay", "gpu_memory"}
-# what --resume may change: no number depends on it (compile: hardly), or a message says so
+# what --resume may change
 RESUMABLE = {"out", "data", "checkpoint", "cache", "iterations", "log_every", "save_every"}
 RESUMABLE |= {"sample_prompts", "checkpointing", "compile", "generator_lr", "fake_lr"}
 
@@ -278,7 +280,7 @@ def few_step_sigmas(steps, shift):
 
 def sample_sigma(n, low, high, shift, rng):
     """n noise levels, uniform in [low, high] and then shifted, (n,), on the device of rng."""
-    # not clamped: [.02, .98] is [.093, .996] at shift 5. peer: U[0, 1], shifted, then clamped
+    # not clamped (shift 5 gives .093 to .996); peers draw U[0, 1], shift, then clamp
     u = torch.rand(n, generator=rng, device=rng.device)
     return shift_sigma(low + (high - low) * u, shift)
 
@@ -289,7 +291,7 @@ class Roles:
 
     W_generator = W + B_g A_g,  W_fake = W + alpha_strong B A,  W_real = W + alpha_weak B A.
     `backbone` has .module, .velocity(x_t, sigma, cond), .lora_targets (a regular expression),
-    .checkpoint_with(function) and, to be judged, .features(x_t, sigma, cond) of .width numbers;
+    .checkpoint_with(function) and, for a discriminator, .features(x_t, sigma, cond) of .width;
     cond None is unconditional. A role trained in 'full' owns a copy of the backbone, whose velocity
     must run its .module; with a full fake the real DiT is the plain one. `alpha_weak` may change.
     """
@@ -374,7 +376,7 @@ class Roles:
                 return block(*args)
 
         kept = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
-        with kept:  # nothing is random in a block, so no state of a generator is kept
+        with kept:  # blocks draw no random numbers: no state of theirs to keep
             return checkpointing.checkpoint(
                 as_now, *args, use_reentrant=False, preserve_rng_state=False
             )
@@ -446,7 +448,7 @@ class Discriminator:
     """Real or generated? A logit for noised samples: a trained head on the frozen backbone.
 
     paper: features after the last double-stream block (figure; no author's code exists). peer:
-    softplus; DMD2 reads its fake. ours: no adapter (the figure's arrow starts at the generator).
+    softplus; DMD2 reads its fake. ours: no adapter is on when features are read.
     """
 
     def __init__(self, roles):
@@ -584,7 +586,7 @@ def generator_step(
             g = dmd_gradient(x_gen, x0_real, x0_fake)
             if x0_gt is not None:
                 g = g + expand_as(gt_weight, g) * gt_gradient(x0_fake, x0_gt)
-        # NOTE silent: / numel, as in peers' mean(x_gen * stopgrad(g)): clipping, Adam's eps see it
+        # NOTE silent: the scale of peers' mean(x_gen * stopgrad(g)), seen by clipping, Adam's eps
         g = g / g.numel()
         if gan_weight:  # of a mean over samples, so that peers' weights mean the same here
             g_gan, stats["gan_loss"] = roles.discriminator.gradient(x_gen, cond, sigma, eps)
@@ -650,7 +652,7 @@ def stream_seed(*parts):
 
 @torch.no_grad()
 def average_gradients(parameters, forwards):
-    """Make each sum of so many forwards' gradients a mean, also over the processes."""
+    """Divide the summed gradients by the forwards, and average them over the processes."""
     if ranks() == 1:
         for parameter in parameters:
             parameter.grad /= forwards
@@ -662,7 +664,7 @@ def average_gradients(parameters, forwards):
         parameter.grad.copy_(part.view_as(parameter))
 
 
-MAX_GRAD_NORM = 1.0  # peer. Gradients are clipped to it, which alone bounds them
+MAX_GRAD_NORM = 1.0  # peer. Gradients are clipped to it
 
 
 class State:
@@ -675,7 +677,7 @@ class State:
         self.config, self.roles, self.device = config, roles, device
         self.iteration = 0  # updates of the generator
         self.taken = 0  # clips read so far, by all processes
-        self.reads = []  # (clip, sigma) of the update at work, for an error to name
+        self.reads = []  # (clip, sigma) of the current update, for error messages
         purposes = ("input", "exit", "level", "noise")
         self.rngs = {purpose: torch.Generator(device) for purpose in purposes}
         # author-code: betas. No momentum, as the gradients' target moves
@@ -704,7 +706,7 @@ class State:
         return batches
 
     def update(self, role, lr):
-        """One optimizer step of the role on the mean of the gradients added up; their norm."""
+        """Average the role's gradients, clip them, take one optimizer step; returns the norm."""
         optimizer, parameters = self.optimizers[role], self.roles.parameters(role)
         average_gradients(parameters, self.config.accumulate)
         norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
@@ -821,7 +823,7 @@ def device():
 
 @contextmanager
 def reading(sentence, *errors):
-    """Refuse what cannot be read inside, with the reason; `errors`: those that here are no bugs."""
+    """Refuse what cannot be read inside, with the reason; `errors`: further kinds to expect."""
     from safetensors import SafetensorError
 
     try:
@@ -839,7 +841,8 @@ def load_pipeline(checkpoint, parts, place=None):
     dtype = torch.bfloat16 if device() == "cuda" else torch.float32
     with reading(f"--checkpoint {checkpoint} is no pipeline in diffusers' format"):
         names = DiffusionPipeline.load_config(checkpoint)
-        absent = {name: None for name in names if not name.startswith(("_", "scheduler", *parts))}
+        read = ("_", "scheduler", *parts)
+        absent = {name: None for name in names if not name.startswith(read)}  # None: not loaded
         pipe = DiffusionPipeline.from_pretrained(
             checkpoint, dtype=dtype, use_safetensors=True, **absent
         )
@@ -1062,7 +1065,7 @@ def read_safetensors(path):
         return {name: file.get_tensor(name) for name in file.keys()}, info
 
 
-READING = 4  # raised whenever reading or encoding changes: latents made before are made again
+READING = 4  # the cache's version: raise it when reading or encoding changes
 EXAMPLE = "python w2svd.py train --model hunyuan --data my_clips/"
 LAYOUTS = "a.mp4 with a.txt, or metadata.jsonl or .csv with file_name and text"
 ENCODERS = ("text", "tokenizer", "image", "vae")  # of a pipeline
@@ -1102,6 +1105,7 @@ def files_below(folder):
             inner.clear()
             continue
         entered.add(os.path.realpath(place))
+        # listed like files, so that they are reported as left out
         hidden = [name for name in inner if name.startswith(".") and name != ".w2svd"]
         files += [Path(place, name) for name in sorted(names + hidden)]
         inner[:] = sorted(name for name in inner if not name.startswith("."))
@@ -1316,7 +1320,7 @@ def encoded_clips(config, model):
 
 # ---- 9. Training ---------------------------------------------------------------------------------
 class VideoTask:
-    """A video model and a folder of clips: a task, as `train` needs it. A task has
+    """A video model and a folder of clips. A task, as `train` needs it, has:
 
     .backbone (see Roles), whose weights come with .load(machine); .device; .clips, files or
     nothing; .batches(taken, rank, ranks), endless {'x0': (B, ...), 'cond', 'name'}, every ranks-th
@@ -1332,6 +1336,8 @@ class VideoTask:
     def load(self, machine=Machine()):
         """Encode what is missing, then read the weights."""
         c, model = self.config, self.backbone
+        if machine.shard and ranks() == 1:
+            raise Refused("--shard splits the backbone over processes: start them by torchrun.")
         if self.device == "cpu" and model.module.num_parameters() > 1e9:
             raise Refused(f"A model of this size needs a GPU; torch finds none. There: {EXAMPLE}")
         shown = dataclasses.replace(c, data=c.sample_prompts)
@@ -1392,10 +1398,10 @@ class VideoTask:
 
     def finish(self, folder, generator):
         """No exact answer here: the last logged numbers, and what to do next."""
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        lines = (folder / "metrics.jsonl").read_text().splitlines() or ["{}"]
         image = "--image face.png " if self.backbone.form else ""
         now = f'python w2svd.py sample --run {folder} {image}--prompt "..." --out video.mp4'
-        return {"student": {**last, "steps": self.config.steps}}, f"now: {now}"
+        return {"student": {**json.loads(lines[-1]), "steps": self.config.steps}}, f"now: {now}"
 
     def student(self, tensors, info):
         """The velocity of a stored generator, in place of the backbone's."""
@@ -1500,7 +1506,7 @@ def build_roles(config, backbone, machine):
         roles.use_checkpointing(machine.offload)
     if config.fp8_base:  # NOTE silent: before the adapters, these would be 8 bits too
         backbone.module.enable_layerwise_casting(torch.float8_e4m3fn, backbone.dtype)
-    if config.compile:  # 2 kinds of block, 3 roles and none, gradient, lengths of text
+    if config.compile:  # a graph for each kind of block, role, gradient or none, length of text
         torch._dynamo.config.recompile_limit = 64
         for block in backbone.blocks:
             block.compile()
@@ -1574,7 +1580,8 @@ def plan(config, model, machine=Machine(), loop=distil):
     # a backward takes as much as a forward in frozen linear layers and, as its kernel recomputes a
     # product, 2.5 times as much in attention; checkpointing takes one more forward
     share = reached / n
-    again = forwards + backwards * (1 + share if c.checkpointing else 1)
+    recomputed = share if c.checkpointing or machine.offload else 0
+    again = forwards + backwards * (1 + recomputed)
     linear, attention = model.flop()
     linear *= 1.028 * c.accumulate * (again + backwards * share)  # adapters: 2.8 %
     attention *= c.accumulate * (again + backwards * 2.5 * share)
@@ -1719,7 +1726,9 @@ class Run:
         write_safetensors(self.folder / f"checkpoint-{name}", held_tensors(state), info)
         full = self.config.generator == "full"
         for kind in ("checkpoint", "generator") if full else ("checkpoint",):
-            for path in sorted(self.folder.glob(f"{kind}-*"))[:-2]:
+            saved = sorted(self.folder.glob(f"{kind}-*"))
+            # a later one was damaged, or the run would have gone on from it
+            for path in [path for path in saved if path.name <= f"{kind}-{name}"][:-2]:
                 path.unlink()
 
     @torch.no_grad()
@@ -1788,7 +1797,7 @@ def stopping():
 
 
 def prefer_cudnn():
-    """Inside, also in backward, cuDNN's attention is first on Hopper: the fastest (published)."""
+    """A context, for backward too: cuDNN's attention first on Hopper, the fastest (published)."""
     if device() == "cpu" or torch.cuda.get_device_capability()[0] != 9:
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -1950,6 +1959,8 @@ def add_settings(command, settings, models, names=()):
         name, kind, how = field.name, field.type, {"choices": get_args(field.type)}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
+        elif name == "model":
+            how = {"choices": ("toy", *models)}
         elif kind in (int, float, str):
             how = {"type": kind, "metavar": kind.__name__[0].upper()}
         text = f"{field.metadata['text']} [{field.default}]"
@@ -1989,10 +2000,7 @@ def parse(argv, models=MODELS):
         samples.add_argument(f"--{name}", type=int, help="not the toy's [as trained]")
     exports.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32]")
     exports.add_argument("--format", choices=("diffusers",), help="others: see notebooks/")
-    given, unknown = top.parse_known_args(argv)
-    if unknown:
-        raise Refused(f"There is no {unknown[0]}; see w2svd.py {given.command} --help.")
-    return vars(given)
+    return vars(top.parse_args(argv))
 
 
 def resumed(given):
@@ -2016,11 +2024,10 @@ def resolve(given, resume=False, models=MODELS):
         if "out" not in given:
             raise Refused("--resume needs the run's folder as --out.")
         model = read_run(given["out"]).model
-    for name in ("checkpoint", "cache", "sample_prompts", "data"):  # it may go on from elsewhere
-        path = Path(given.get(name) or "-")
-        own = name == "cache" and name in given  # it is made where it is missing
-        if own or path.exists() and (name, model) != ("data", "toy"):
-            given[name] = str(path.resolve())
+    for name in ("checkpoint", "cache", "sample_prompts", "data"):  # it may resume from elsewhere
+        value, a_name = given.get(name), (name, model) == ("data", "toy")
+        if value and not a_name and (name == "cache" or Path(value).exists()):
+            given[name] = str(Path(value).resolve())
     if resume:
         return resumed(given)
     if model == "toy":
@@ -2029,12 +2036,12 @@ def resolve(given, resume=False, models=MODELS):
         preset = toy.preset(given.get("data", "ring"))
     else:
         preset = {"checkpoint": models[model].checkpoint, **models[model].preset}
-    # where another setting rules a preset's or default's out
+    # settings that follow from others
     if given.get("data", "").endswith(".txt"):  # there is nothing to pair
         preset.update(generator_input="rollout", fake_samples="final")
     if given.get("fake") == "full":  # real is the plain backbone; a decay would pull weights to 0
         preset.update(alpha_weak=0.0, fake_weight_decay=0.0)
-    if given.get("generator_input") == "paired":  # its last exit nearly shows x0: learn from all
+    if given.get("generator_input") == "paired":  # 'final' means something for rollouts only
         preset.update(fake_samples="all")
     config = Config(**{**preset, **given})
     out, k = config.out or f"runs/{model}", 2
@@ -2086,6 +2093,7 @@ def main(argv=None, models=MODELS, loop=distil):
             raise
         reason, status = traceback.format_exc(), 1
     print(f"w2svd: {reason}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
     if ranks() > 1:  # torchrun ends the others, for whom a clean end would wait
         os._exit(status)
     return status
