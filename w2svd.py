@@ -907,6 +907,16 @@ class HunyuanVideo:
             raise Refused("--guidance must be 1: HunyuanVideo has it embedded.")
         return cls(module, config)
 
+    @functools.cached_property
+    def encoders(self):
+        """What encodes, by its configs: latents and text belong to it, and not to a path."""
+        found, load = [], type(self.module).load_config
+        for part in ("vae", "text_encoder", "text_encoder_2"):
+            with reading(f"--checkpoint {self.config.checkpoint} has no {part}"):
+                config = load(self.config.checkpoint, subfolder=part)
+            found.append({k: x for k, x in config.items() if k[0] != "_" and "version" not in k})
+        return found
+
     def load(self, place=None):
         """The same model with its weights, frozen; adapters are put into it later."""
         pipe = load_pipeline(self.config.checkpoint, ("transformer",), place)
@@ -1234,8 +1244,7 @@ def read_caption(caption):
 def latents_file(config, model, clip, caption):
     """Where a clip's latents and text are kept: a name that hashes all that they depend on."""
     c, film, folder = config, clip.film, Path(config.data)
-    made_by = {name: x for name, x in model.module.config.items() if not name.startswith("_")}
-    parts = [READING, caption, made_by, model.prompt_template]
+    parts = [READING, caption, model.encoders, model.prompt_template]
     if film:  # what it holds, not its times: a copy is the same film
         size, MB = film.stat().st_size, 2**20
         with open(film, "rb") as file:
