@@ -1218,6 +1218,17 @@ def read_clip(path, config):
     return frames.permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 
+def write_film(path, frames, fps):
+    """Write frames (T, H, W, 3) in [0, 1] as an .mp4 of bt709; returns them as bytes."""
+    import imageio.v3 as iio
+
+    frames = (frames * 255).round().astype("uint8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as part:
+        iio.imwrite(part, frames, plugin="FFMPEG", fps=fps, output_params=BT709)
+    return frames
+
+
 def notes_of(film, config):
     """Sentences about what is lost of a film that look() has seen."""
     notes, ratio = [], film["aspect"] * config.height / config.width
@@ -1378,14 +1389,9 @@ class VideoTask:
 
     def film(self, latents):
         """Decode {path: latents} and write them as .mp4."""
-        import imageio.v3 as iio
-
         decoder = load_pipeline(self.config.checkpoint, ("vae",))
         for path, x0 in latents.items():
-            frames = (self.backbone.decode(decoder, x0) * 255).round().astype("uint8")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as part:
-                iio.imwrite(part, frames, plugin="FFMPEG", fps=self.config.fps, output_params=BT709)
+            write_film(path, self.backbone.decode(decoder, x0), self.config.fps)
 
     def on_log(self, step, generator):
         """Film up to four prompts at the start and at every save, always from the same noise."""
