@@ -1,6 +1,6 @@
 """A HunyuanVideo run against its backbone and real clips: one table, and a film for each prompt.
 
-    python -m toy.evaluate --run runs/mine --data my_clips/ --n 16 [--out --seed --at --checkpoint]
+    python notebooks/evaluate.py --run runs/mine --data my_clips/ --n 16 [--out --seed --at ...]
 
 The same prompts, the clips' captions, and the same noise for every method: the backbone by Euler
 in the student's number of steps, on the student's grid and on that of the released shift 7, and in
@@ -40,9 +40,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import w2svd
-from toy.metrics import frechet, moments, motion, principal
-from w2svd import DEVICE, Refused, atomic_write
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from wherever it is called
+
+import w2svd  # noqa: E402
+from toy.metrics import frechet, moments, motion, principal  # noqa: E402
+from w2svd import BT709, Refused, atomic_write  # noqa: E402
 
 RELEASED = 28, 7.0  # steps and shift of the released pipeline
 REFERENCE = 256  # clips at most, whose moments are the data's
@@ -143,17 +145,20 @@ def grids(info):
 def draw(task, files, levels, generator, seeds):
     """{method: latents (n, C, T, H, W)} on the CPU, and {method: seconds for one}.
 
-    Each is the video that `w2svd.py sample` draws of its prompt with its seed.
+    Each is the video that `w2svd.py sample` draws of its prompt with its seed. The task's backbone
+    has its weights here alone.
     """
-    task.load_weights()
+    outline = task.backbone
+    task.backbone = model = outline.load()
+    student, renoise = task.student(*generator), generator[1]["renoise"]
     latents, seconds, bar = {}, {}, tqdm(total=len(levels) * len(files), desc="draw", unit="video")
     for name, sigmas in levels.items():
         plain, drawn, spent = name.startswith("euler"), [], []
-        velocity = task.backbone.velocity if plain else task.student(*generator)
-        euler = plain or generator[1]["euler"]
+        sampler = w2svd.few_step_sample if renoise and not plain else w2svd.euler_sample
         for file, seed in zip(files, seeds):
             cond, start = task.read(file)["cond"], time.perf_counter()
-            x0 = task.draw(velocity, sigmas, cond, seed, euler)
+            velocity = model.velocity if plain else student
+            x0 = model.draw(sampler, velocity, sigmas, cond, seed)
             drawn.append(x0[0].cpu())  # which waits for the GPU
             spent.append(time.perf_counter() - start)
             if not drawn[-1].isfinite().all():
@@ -161,6 +166,7 @@ def draw(task, files, levels, generator, seeds):
             bar.update()
         latents[name], seconds[name] = torch.stack(drawn), statistics.median(spent)
     bar.close()
+    task.backbone = outline
     return latents, seconds
 
 
@@ -184,7 +190,7 @@ def write_film(path, frames, fps):
     """Write frames (T, H, W, 3) in [0, 1] as .mp4; returns them as bytes."""
     frames = (frames * 255).round().astype("uint8")
     with atomic_write(path) as part:
-        iio.imwrite(part, frames, plugin="FFMPEG", fps=fps)
+        iio.imwrite(part, frames, plugin="FFMPEG", fps=fps, output_params=BT709)
     return frames
 
 
@@ -194,18 +200,18 @@ def films(task, captions, latents, out):
     latents: {method: (n, C, T, H, W)}, in the order of the captions.
     """
     config = task.config
-    pipe = w2svd.load_pipeline(config.checkpoint, (*w2svd.TEXT, "transformer"))
+    pipe = w2svd.load_pipeline(config.checkpoint, ("vae",))
     numbers, spent = {name: [] for name in latents}, []
     for name in latents:
         (out / name).mkdir(parents=True)
-    how = {"format": "FFMPEG", "fps": config.fps}
+    how = {"format": "FFMPEG", "fps": config.fps, "output_params": BT709}
     together = out / "together.mp4"
     with atomic_write(together) as part, imageio.v2.get_writer(part, **how) as beside:
         for i, caption in enumerate(tqdm(captions, desc="decode", unit="prompt")):
             words = re.sub(r"[^\w ,.']+", " ", caption).encode()[:180]  # file systems count bytes
             name_of_film = f"{words.decode(errors='ignore').strip(' .')}-{i}.mp4"
             start = time.perf_counter()
-            shown = {name: task.decode(pipe, x0[i : i + 1]) for name, x0 in latents.items()}
+            shown = {n: task.backbone.decode(pipe, x0[i : i + 1]) for n, x0 in latents.items()}
             spent.append((time.perf_counter() - start) / len(shown))
             for name, frames in shown.items():
                 numbers[name].append(measure(frames))
@@ -219,30 +225,31 @@ def films(task, captions, latents, out):
 
 
 def prepare(run, data, n, out, seed, checkpoint):
-    """The run's Config for these clips, and the task; what cannot be done is refused."""
+    """The run's task with these clips; what cannot be done is refused."""
     config = w2svd.read_run(run)
-    if config.model != "hunyuan":
-        raise Refused(f"{run} is a run of --model {config.model}; its result.json has its numbers.")
+    if config.model == "toy":
+        raise Refused(f"{run} is a run of --model toy; its result.json has its numbers.")
     if Path(data).is_file():
         raise Refused(f"--data {data} has no clips to compare with: name a folder of them.")
     if n < 4 or not 0 <= seed < 2**32:
         raise Refused(f"--n must be at least 4 and --seed not negative, not {n} and {seed}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"{out} is in use: name another --out.")
-    given = w2svd.absolute("hunyuan", {"data": data, "checkpoint": checkpoint})
-    task = w2svd.load_task(dataclasses.replace(config, **{k: x for k, x in given.items() if x}))
-    if DEVICE == "cpu" and task.backbone.module.num_parameters() > 1e9:
-        raise Refused("HunyuanVideo needs a GPU and torch finds none.")
-    return task.config, task
+    checkpoint = checkpoint or config.checkpoint
+    config = dataclasses.replace(config, data=str(Path(data).resolve()), checkpoint=checkpoint)
+    task = w2svd.load_task(config)
+    if w2svd.device() == "cpu" and task.backbone.module.num_parameters() > 1e9:
+        raise Refused("A model of this size needs a GPU and torch finds none.")
+    return task
 
 
-def choose(config, form, n, seed):
+def choose(task, n, seed):
     """The clips' files in an order drawn by the seed, and how many of the first are evaluated."""
-    files = w2svd.encoded_clips(config, form)
+    files = w2svd.encoded_clips(task.config, task.backbone)
     if len(files) < 4:
         raise Refused(f"{len(files)} clips are too few: at least 4 are needed, better hundreds.")
     if n > len(files):
-        print(f"--n {n}: {config.data} has {len(files)} clips, which are all used")
+        print(f"--n {n}: {task.config.data} has {len(files)} clips, which are all used")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
     return [files[i] for i in order[: max(n, REFERENCE)]], min(n, len(files))
 
@@ -252,38 +259,39 @@ def evaluate(run, data, n=16, out="", seed=0, at=None, checkpoint=""):
     from diffusers.training_utils import free_memory
 
     out = Path(out or Path(run) / "evaluation")
-    config, task = prepare(run, data, n, out, seed, checkpoint)
-    generator = w2svd.read_generator(run, at)
-    made_by = w2svd.plan(config, task)
-    files, n = choose(config, task.form, n, seed)
-    clips = map(task.read, files)
-    real = torch.cat([task.complete(clip["x0"], clip["cond"]).cpu() for clip in clips])
+    task = prepare(run, data, n, out, seed, checkpoint)
+    config, generator = task.config, w2svd.read_generator(run, at)
+    made_by = w2svd.plan(config, task.backbone)
+    files, n = choose(task, n, seed)
+    real = torch.stack([w2svd.read_safetensors(file)[0]["latents"] for file in files])
     captions = [task.read(file)["caption"] for file in files[:n]]
     levels, seeds = grids(generator[1]), [1_000_003 * seed + i for i in range(n)]
     latents, seconds = draw(task, files[:n], levels, generator, seeds)
-    task.backbone = None
     free_memory()  # before the VAE comes
     apart, about = compare(real.flatten(1), {name: x.flatten(1) for name, x in latents.items()})
     numbers, decoding = films(task, captions, {"data": real[:n], **latents}, out)
     rows = {"data": {"nfe": 0, "seconds": 0.0}}
-    rows |= {name: {"nfe": len(s) - 1, "seconds": seconds[name]} for name, s in levels.items()}
+    for name, sigmas in levels.items():
+        rows[name] = {"nfe": len(sigmas) - 1, "seconds": seconds[name]}
     for name, row in rows.items():
-        row |= {"frechet": apart[name]} | against(numbers[name], numbers["data"])
+        row.update(frechet=apart[name], **against(numbers[name], numbers["data"]))
     result = {"methods": rows, "decoding_seconds": decoding, "frechet": about, "prompts": captions}
-    result |= {name: getattr(config, name) for name in (*w2svd.SIZES, "fps", "data")}
-    result |= {"run": str(run), "step": generator[1]["step"], "seed": seed, "seeds": seeds}
-    result |= {"sigmas": {name: s.tolist() for name, s in levels.items()}}
-    result |= {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE}
-    result |= {name: made_by[name] for name in ("versions", "commit")}
+    for name in ("height", "width", "frames", "fps", "data"):
+        result[name] = getattr(config, name)
+    result.update(run=str(run), step=generator[1]["step"], seed=seed, seeds=seeds)
+    result.update(sigmas={name: sigmas.tolist() for name, sigmas in levels.items()})
+    on_gpu = w2svd.device() == "cuda"
+    result.update(device=torch.cuda.get_device_name() if on_gpu else "cpu")
+    result.update({name: made_by[name] for name in ("versions", "commit")})
     w2svd.write_json(out / "evaluation.json", result)
     return result
 
 
 def main(argv=None):
     about = {"description": __doc__.split("\n")[0], "allow_abbrev": False}
-    parser = w2svd.Parser(prog="python -m toy.evaluate", **about)
+    parser = w2svd.Parser(prog="evaluate.py", **about)
     for name, kind, default, text in (
-        ("run", str, None, "a run folder of --model hunyuan"),
+        ("run", str, None, "a run folder, not the toy's"),
         ("data", str, None, "a folder of clips, read as train reads it"),
         ("n", int, 16, "prompts [16]"),
         ("out", str, "", "a new folder [RUN/evaluation]"),

@@ -52,6 +52,9 @@ class StackedRoles:
         """The weights of one lane, as Roles.load() takes them."""
         return {name: p[k] for name, p in self.trained[role].items()}
 
+    def state(self, role):
+        return self.trained[role]
+
     def parameters(self, role):
         return list(self.trained[role].values())
 
@@ -103,15 +106,13 @@ class StackedRoles:
         yield  # the role is chosen anew by every call
 
 
-class Stack:
-    """A State of several lanes, and their run: what w2svd.distil() changes.
+class Stack(State):
+    """A State of several lanes, and their run: what the loop, w2svd.distil() or another, changes.
 
     The configs may differ in learning rates and their schedule, alphas, decay and ema;
     `gradient_scales` multiplies each lane's generator gradient. All else must agree. Its AdamW is
-    torch's for betas (0, .999), written for all lanes at once.
+    the State's, written for all lanes at once.
     """
-
-    device = "cpu"
 
     OWN = (
         "generator_lr",
@@ -124,26 +125,22 @@ class Stack:
         "ema",
     )
 
-    def __init__(self, task, configs, gradient_scales=None):
+    def __init__(self, task, configs, gradient_scales=None, loop=distil):
         shared = [
             {k: v for k, v in dataclasses.asdict(c).items() if k not in self.OWN} for c in configs
         ]
         assert all(s == shared[0] for s in shared), "lanes may differ in Stack.OWN alone"
-        torch.manual_seed(configs[0].seed)
-        self.configs, self.roles = configs, StackedRoles(task.backbone, configs)
-        roles = self.roles.trained
-        self.average = {n: p.detach().clone() for n, p in roles["generator"].items()}
-        self.squares = {r: [torch.zeros_like(p) for p in roles[r].values()] for r in roles}
-        self.updates = dict.fromkeys(roles, 0)
-        self.scales = self.each(lambda c: 1.0)
-        if gradient_scales:
-            self.scales = torch.tensor(gradient_scales)
-        self.rngs = State(configs[0], self.roles.one, self.device).rngs
-        self.iteration, self.taken, self.ranks, self.reads = 0, 0, 1, []
-        self.config, self.data = task.config, task.batches(self.rngs["data"])
+        assert configs[0].accumulate == 1, "lanes are updated after each forward"
         n = len(configs) * configs[0].batch
         assert task.config.batch == n, f"the task's batch is {task.config.batch}, the lanes' {n}"
-        self.loop = distil(self.config, self.roles, self, self.data)
+        torch.manual_seed(configs[0].seed)
+        super().__init__(task.config, StackedRoles(task.backbone, configs), task.device)
+        self.configs = configs
+        trained = self.roles.trained
+        self.squares = {r: [torch.zeros_like(p) for p in trained[r].values()] for r in trained}
+        self.updates = dict.fromkeys(trained, 0)
+        self.scales = torch.tensor(gradient_scales or [1.0] * len(configs))
+        self.loop = loop(self.config, self.roles, self, task.batches())
 
     def each(self, of):
         """of(config) of every lane, (lanes,)."""
@@ -160,7 +157,8 @@ class Stack:
 
         The losses are means over all lanes, hence the factor.
         """
-        parameters, self.updates[role] = self.roles.parameters(role), self.updates[role] + 1
+        how, parameters = self.optimizers[role].defaults, self.roles.parameters(role)
+        beta, self.updates[role] = how["betas"][1], self.updates[role] + 1
         scale = len(self.configs) * (self.scales if role == "generator" else 1.0)
         squared = sum(p.grad.square().flatten(1).sum(1) for p in parameters)
         norm = scale * squared.sqrt()
@@ -169,12 +167,14 @@ class Stack:
         clip = scale * (MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1)
         lr = self.each(lambda c: getattr(c, f"{role}_lr") * lr_scale(c, self.iteration))
         decay = 1 - lr * self.each(lambda c: c.fake_weight_decay if role == "fake" else 0.0)
-        correction = (1 - 0.999 ** self.updates[role]) ** 0.5
+        correction = (1 - beta ** self.updates[role]) ** 0.5
         for p, square in zip(parameters, self.squares[role]):
             g = along(clip, p) * p.grad
-            square.mul_(0.999).addcmul_(g, g, value=0.001)
-            p.mul_(along(decay, p)).sub_(along(lr, p) * g / (square.sqrt() / correction + 1e-8))
+            square.mul_(beta).addcmul_(g, g, value=1 - beta)
+            step = g / (square.sqrt() / correction + how["eps"])
+            p.mul_(along(decay, p)).sub_(along(lr, p) * step)
             p.grad = None
+        self.reads = []
         return norm.mean()
 
     @torch.no_grad()
@@ -182,13 +182,3 @@ class Stack:
         rest = 1 - self.each(lambda c: ema_at(c, self.iteration))
         for name, p in self.roles.trained["generator"].items():
             self.average[name].lerp_(p, along(rest, p).expand_as(p))
-
-    @contextmanager
-    def averaged(self):
-        """The generators with their averaged weights."""
-        current = self.roles.trained["generator"]
-        self.roles.trained["generator"] = self.average
-        try:
-            yield self.roles.generator
-        finally:
-            self.roles.trained["generator"] = current

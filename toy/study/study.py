@@ -23,13 +23,12 @@ import torch
 from tqdm import tqdm
 
 import w2svd
-from toy import mixtures
+from toy import baselines
 from toy.metrics import Metrics
-from toy.study.baselines import consistency_iterate
+from toy.study import report
+from toy.study.cases import CASES, DMD, SAMPLES, TWO, W2S, config_of, task_of
 from toy.study.stack import Stack
-from toy.tasks import Recipe, Task
 from w2svd import (
-    Config,
     add_noise,
     euler_sample,
     few_step_sigmas,
@@ -41,78 +40,8 @@ from w2svd import (
 
 QUICK = 12  # how many times smaller
 
-# What all runs of the study share: with these its stored results were made, whatever the presets of
-# w2svd.py and the recipes of toy/tasks.py have become since.
-POINTS_BASE = dict(model="toy", shift=5.0, sigma_shift=1.0, steps=4, generator_input="rollout")
-POINTS_BASE |= dict(fake_samples="final", fake_updates=5, fake_lr=5e-4, fake_weight_decay=2.0)
-POINTS_BASE |= dict(lora_rank=16, generator_lr=1e-3, lr_schedule="linear", ema=0.98)
-CLIPS_BASE = POINTS_BASE | dict(sigma_shift=5.0, generator_lr=5e-4)
-BASE = {"ring": POINTS_BASE, "grid": POINTS_BASE, "videos": CLIPS_BASE}
-RECIPES = {
-    "ring": Recipe(),
-    "grid": Recipe(),
-    "videos": Recipe(
-        width=128,
-        heads=4,
-        patch=(4, 8, 8),
-        precondition=True,
-        labels=2,
-        batch=128,
-        iterations=1000,
-        lr=3e-3,
-        shift=3.0,
-    ),
-}
-SAMPLES = {"ring": 16384, "grid": 16384, "videos": 4096}  # measured
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Data to distil on; `off` says why the real score is wrong at the generator's samples."""
-
-    data: str  # whose preset and recipe
-    rates: tuple  # the small grid of generator learning rates
-    batch: int  # of a lane
-    iterations: int
-    seeds: tuple = (0, 1, 2, 3, 4, 5, 6, 7)
-    tuning: tuple = (100, 101)  # seeds that choose the learning rates, and no table shows
-    off: str = ""
-    make: tuple = ()  # arguments of the mixture
-    training: int = 0  # iterations of the backbone; the recipe's if 0
-    moved: float = 0.0  # how far the data have moved since the backbone learnt them
-
-    @property
-    def middle(self):
-        """The learning rate of what is trained at one rate only."""
-        return self.rates[1] if len(self.rates) > 2 else self.rates[0]
-
-
-POINTS, CLIPS, TWO = (3e-4, 1e-3, 3e-3, 1e-2), (1.5e-4, 5e-4, 1.5e-3), (1e-3, 3e-3)
-CASES = {
-    "ring": Case("ring", POINTS, 64, 360),
-    "videos": Case("videos", CLIPS, 32, 120, (0, 1, 2, 3), (100,)),
-    "weak": Case("ring", TWO, 64, 360, off="a backbone of 150 training steps", training=150),
-    "grid": Case("grid", POINTS, 64, 360),
-    "narrow": Case("ring", TWO, 64, 360, off="modes of std .05", make=(8, 2**0.5, 0.05)),
-    "moved": Case("ring", TWO, 64, 360, off="data moved by half a radius", moved=0.5**0.5),
-}
-
-
-def task_of(case, config):
-    """The case as a task of w2svd."""
-    recipe = RECIPES[case.data]
-    if case.training:
-        recipe = dataclasses.replace(recipe, iterations=case.training)
-    learnt = mixture = getattr(mixtures, case.data)(*case.make)
-    if case.moved:
-        means = learnt.means + torch.tensor([case.moved, 0.0])
-        mixture = mixtures.GaussianMixture(learnt.weights, means, learnt.rest)
-    return Task(config, recipe, mixture, learnt)
-
-
 # -------------------------------------------------------------------- kinds of jobs: which lanes
 
-DMD, W2S = {"alpha_weak": 0.0}, {"alpha_weak": 0.25}
 FULL = {"fake": "full", "alpha_weak": 0.0, "fake_weight_decay": 0.0}
 PAIRED = {"generator_input": "paired", "fake_samples": "all"}
 LCM = {"ema": 0.95}  # of the target too; peer: LCM. At the toy's .98 it learnt half as fast
@@ -151,11 +80,7 @@ def sweep(case):
 
 def schedules(case):
     """alpha_weak falling to 0 at half of the iterations."""
-    every = [
-        {"alpha_weak": alpha, "alpha_weak_schedule": schedule}
-        for alpha in (0.25, 0.5, 0.75)
-        for schedule in ("linear", "cosine")
-    ]
+    every = [{"alpha_weak": a, "alpha_weak_schedule": "cosine"} for a in (0.25, 0.5, 0.75)]
     return at_rates(case, *every, rates=[case.middle])
 
 
@@ -176,8 +101,8 @@ def middle(case):
     return at_rates(case, *((DMD, W2S) if case.moved else (W2S,)), rates=[case.middle])
 
 
-def gt(weight, skip=False):
-    return PAIRED | {"gt_weight": weight, "gt_skip_noise": skip}
+def gt(weight):
+    return {**PAIRED, "gt_weight": weight}
 
 
 KINDS = {  # what all lanes share, and the lanes
@@ -194,10 +119,6 @@ KINDS = {  # what all lanes share, and the lanes
     "gt-1": (gt(1.0), middle),
     "gt-5": (gt(5.0), middle),
     "gt-20": (gt(20.0), middle),
-    "gt-0.05-skip": (gt(0.05, True), middle),
-    "gt-0.2-skip": (gt(0.2, True), middle),
-    "gt-1-skip": (gt(1.0, True), middle),
-    "gt-20-skip": (gt(20.0, True), middle),
     "exact": ({}, lambda case: at_rates(case, DMD)),  # its real DiT is the mixture itself
     "turn": ({}, middle),  # how alpha_weak turns the generator's gradient
     "ratio-1": ({"fake_updates": 1}, lagging),
@@ -245,13 +166,6 @@ def jobs(full=False, quick=False):
 
 
 # -------------------------------------------------------------------- one job
-
-
-def config_of(case, seed, shared, lane):
-    """The base of the case's data with the settings of a kind and of a lane."""
-    own = {"data": case.data, "seed": seed, "batch": case.batch, "iterations": case.iterations}
-    lane = {k: v for k, v in lane.items() if k != "scaled"}
-    return Config(**BASE[case.data] | own | shared | lane)
 
 
 def measure_backbone(task, measure):
@@ -371,13 +285,15 @@ def run(name, kind, seed, small=1, only=None):
     configs = [config_of(case, seed, shared, lane) for lane in lanes or [{}]]
     batch = case.batch * max(1, len(lanes))
     task = task_of(case, dataclasses.replace(configs[0], batch=batch))
+    made_by = w2svd.plan(task.config, task.backbone)
     task.load()
     measure = Metrics(task.mixture, SAMPLES[case.data] // small)
-    result = {"commit": w2svd.commit(), "lanes": []}
+    result = {"commit": made_by["commit"], "lanes": []}
     if kind == "backbone":
         result["methods"] = measure_backbone(task, measure)
     else:
-        stack = Stack(task, configs, [gradient_scale(lane) for lane in lanes])
+        loop = baselines.lcm if "lcm" in kind else w2svd.distil
+        stack = Stack(task, configs, [gradient_scale(lane) for lane in lanes], loop)
         if kind == "exact":
             stack.roles.real = task.mixture.velocity
         probes = train(task, stack, case, kind, lanes)
@@ -405,7 +321,7 @@ def train(task, stack, case, kind, lanes):
     n //= 8 if case.data == "videos" else 1
     at = {case.iterations // 12: "early", case.iterations: "late"}
     for i in range(1, case.iterations + 1):
-        consistency_iterate(stack) if "lcm" in kind else stack.iterate()
+        stack.iterate()
         for k in probed if i in at else ():
             probes[k][at[i]] = measured(task, stack, k, n)
     return probes
@@ -442,7 +358,6 @@ def main():
         f"{minutes / small / 2:.0f} minutes on 2 cores"
     )
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # the workers', not this process's
-    from toy.study import report  # it reads the cases from here
 
     tuned = [job for job in left if job[2] in CASES[job[0]].tuning]
     bar = tqdm(total=len(left), unit="job")
