@@ -1319,8 +1319,9 @@ def encoded_clips(config, model):
     for first, share in enumerate(gather(mine)):
         clips[first :: ranks()] = share
     used = [clip for clip in clips if not clip.left_out]
+    files = list(dict.fromkeys(clip.file for clip in used))  # one that is listed twice is one clip
     new = sum("encoded" in clip.notes for clip in used)
-    print(f"{config.data}: {len(used)} clips, {new} encoded now")
+    print(f"{config.data}: {len(files)} clips, {new} encoded now")
     for note in dict.fromkeys(note for clip in used for note in clip.notes[1:]):
         names = [clip.name for clip in used if note in clip.notes]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -1328,7 +1329,6 @@ def encoded_clips(config, model):
     for clip in clips:
         if clip.left_out:
             print(f"  left out, {clip.name}: {clip.left_out}")
-    files = list(dict.fromkeys(clip.file for clip in used))  # one that is listed twice is one clip
     if not files:
         needs = f"a folder needs {LAYOUTS}; a .txt a caption in each line"
         raise Refused(f"Nothing in {config.data} can be used: {needs}.", status=1)

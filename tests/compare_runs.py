@@ -13,73 +13,41 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-TIMES = ("seconds", "memory_mb", "peak_rss_mb", "tflops", "share_of_card", "hours_left", "skipped")
+TIMES = ("seconds", "memory_mb", "peak_rss_mb", "tflops", "hours_left")
 
 
-def weights(path):
-    """{name: tensor}; the optimizers' slots by their order, as older files number them."""
-    found = {}
-    for name, x in load_file(path).items():
-        name = name.replace("ema/", "average/", 1) if name.startswith("ema/") else name
-        found[name] = x
+def flat(place, x):
+    """{where: number} of what JSON holds, without times and memory."""
+    if not isinstance(x, dict | list):
+        return {place: x}
+    inner, found = x.items() if isinstance(x, dict) else enumerate(x), {}
+    for name, part in inner:
+        if name not in TIMES:
+            found.update(flat(f"{place}: {name}", part))
     return found
 
 
-def optimizer_slots(tensors):
-    """A sorted list of fingerprints, so that numbered and named slots compare."""
-    slots = [x.double() for name, x in tensors.items() if name.startswith("optimizer/")]
-    return sorted((tuple(x.shape), x.sum().item(), x.norm().item()) for x in slots)
+def numbers(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    return {**flat("metrics.jsonl", rows), **flat("result.json", result)}
 
 
-def without_times(numbers):
-    if isinstance(numbers, dict):
-        return {k: without_times(v) for k, v in numbers.items() if k not in TIMES}
-    return numbers
-
-
-def lines(folder):
-    return [without_times(json.loads(x)) for x in (folder / "metrics.jsonl").open()]
-
-
-def difference(one, two):
-    """The first thing that differs between two numbers, lists or dicts; fields may be new."""
-    if isinstance(one, dict):
-        for name in one:
-            if name not in two:
-                return f"{name} is missing"
-            inner = difference(one[name], two[name])
-            if inner:
-                return f"{name}: {inner}"
-    elif isinstance(one, list):
-        if len(one) != len(two):
-            return f"{len(one)} and {len(two)} entries"
-        for i, (a, b) in enumerate(zip(one, two)):
-            inner = difference(a, b)
-            if inner:
-                return f"[{i}] {inner}"
-    elif one != two:
-        return f"{one} and {two}"
-    return ""
+def weights(folder):
+    """{where: tensor} of the newest checkpoint and of the generator."""
+    newest = sorted(folder.glob("checkpoint-*"))[-1]
+    files = newest, folder / "generator.safetensors"
+    return {f"{file.name}: {name}": x for file in files for name, x in load_file(file).items()}
 
 
 def compare(one, two):
-    """Sentences about what differs; empty where all bits agree."""
-    said = []
-    names = [sorted(folder.glob("checkpoint-*"))[-1].name for folder in (one, two)]
-    if names[0] != names[1]:
-        return [f"newest checkpoints {names}"]
-    for name in (names[0], "generator.safetensors"):
-        a, b = weights(one / name), weights(two / name)
-        plain = [{n for n in x if not n.startswith("optimizer/")} for x in (a, b)]
-        said += [f"{name}: only one has {n}" for n in sorted(plain[0] ^ plain[1])]
-        said += [f"{name}: {n}" for n in plain[0] & plain[1] if not torch.equal(a[n], b[n])]
-        if optimizer_slots(a) != optimizer_slots(b):
-            said.append(f"{name}: the optimizers")
-    logs = difference(lines(one), lines(two))
-    said += [f"metrics.jsonl: {logs}"] if logs else []
-    results = [without_times(json.loads((f / "result.json").read_text())) for f in (one, two)]
-    other = difference(*results)
-    return said + ([f"result.json: {other}"] if other else [])
+    """Where two folders differ; empty where all bits agree."""
+    ours, theirs = numbers(one), numbers(two)
+    differ = [where for where in ours if where in theirs and ours[where] != theirs[where]]
+    differ += sorted(ours.keys() ^ theirs.keys())
+    ours, theirs = weights(one), weights(two)
+    differ += [w for w in ours if w in theirs and not torch.equal(ours[w], theirs[w])]
+    return differ + sorted(ours.keys() ^ theirs.keys())
 
 
 if __name__ == "__main__":

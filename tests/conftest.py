@@ -9,12 +9,23 @@ import torch
 
 from toy.dit import DiT
 from toy.tasks import Backbone
-from w2svd import Roles, few_step_sigmas
+from w2svd import Roles, fake_step, few_step_sigmas, generator_step
 
 torch.set_num_threads(1)
 
 POINT, VIDEO = (2,), (2, 4, 4, 4)
+SHAPES = pytest.mark.parametrize("shape", [POINT, VIDEO], ids=["points", "videos"])
 TWO_CAPTIONS = 2
+STEPS = {"fake": fake_step, "generator": generator_step}
+
+
+def column(sigma, x):
+    """sigma (B,), shaped to multiply x (B, ...)."""
+    return sigma.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def gradients(roles, role):
+    return [p.grad for p in roles.parameters(role)]
 
 
 @torch.no_grad()
@@ -72,6 +83,19 @@ def draw():
         return {"fake": {"x_gen": x0} | both, "generator": generator | both}
 
     return make
+
+
+@pytest.fixture
+def entered(monkeypatch):
+    """[(x, gradient)] of every backward that starts at a tensor."""
+    seen, backward = [], torch.Tensor.backward
+
+    def watched(x, gradient=None, *args, **how):
+        seen.append((x.detach(), gradient))
+        return backward(x, gradient, *args, **how)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    return seen
 
 
 @pytest.fixture

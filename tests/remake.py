@@ -16,8 +16,6 @@ arithmetic would explain, the exit status is 1.
 
 import argparse
 import ast
-import contextlib
-import io
 import json
 import math
 import os
@@ -43,8 +41,8 @@ MOVED = ROOT / "toy/results/moved.json"
 DEFAULT = ROOT / "toy/results/default.json"  # the two runs without a --seed
 RUNS = ("ring", "videos")  # of the toy, for the first page and the pictures
 LONG = "--height 544 --width 960 --frames 129"
-COSTS = "in all, GiB", "at the least, GiB", "hours on H100", "seconds an iteration"
 HD = "--height 720 --width 1280 --frames 129 --offload"
+COSTS = ("GiB in all", "seconds an iteration on an H100", "hours", "clips an update")
 
 
 def write(path, text):
@@ -60,26 +58,23 @@ def write(path, text):
 def plan_of(flags):
     """The numbers that `train --model hunyuan --dry-run` shows."""
     given = w2svd.parse(["train", "--model", "hunyuan", *flags.split()])
+    machine = w2svd.Machine(offload=given.pop("offload", False))
     del given["command"]
-    machine = w2svd.Machine(**{n: given.pop(n) for n in vars(w2svd.MACHINE) if n in given})
     config = w2svd.resolve(given)
-    return w2svd.plan(config, w2svd.load_task(config), machine)
+    return w2svd.plan(config, w2svd.load_task(config).backbone, machine)
 
 
 def plan_as_printed():
     """Some of what the command says of costs."""
-    numbers = plan_of("--gpu-memory 79")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        w2svd.show({name: numbers[name] for name in COSTS}, "  ")
-    return code(printed.getvalue())
+    numbers = plan_of("")
+    return code("\n".join(f"{name:38} {numbers[name]:.4g}" for name in COSTS))
 
 
 def in_short(flags):
     """What a size takes, in one sentence."""
-    numbers = plan_of(f"{flags} --gpu-memory 79")
-    gib, seconds = numbers["in all, GiB"], numbers["seconds an iteration"]
-    hours = numbers["hours on H100"]
-    return f"`{flags}` {gib:.1f} GiB, {seconds:.0f} s an iteration, {hours:.0f} h"
+    numbers = plan_of(flags)
+    gib, seconds = numbers["GiB in all"], numbers["seconds an iteration on an H100"]
+    return f"`{flags}` {gib:.1f} GiB, {seconds:.0f} s an iteration, {numbers['hours']:.0f} h"
 
 
 def tests_table():
@@ -103,7 +98,7 @@ def parts():
     return {
         "toy": code(tasks.table(json.loads(DEFAULT.read_text())["ring"])),
         "plan": plan_as_printed(),
-        "sizes": f"{in_short(LONG)}; {in_short(HD)}; {in_short('--gpus 8')}.",
+        "sizes": f"{in_short(LONG)}; {in_short(HD)}; {in_short('--fp8-base')}.",
         "side": side_by_side.markdown(json.loads(side_by_side.STORED.read_text())),
         "expect": table.summary(results).rstrip(),
         "table": table.markdown(results).rstrip(),
@@ -172,7 +167,9 @@ def toy_run(folder, name):
     """Train one of RUNS in `folder`; its result."""
     python("w2svd.py", "train", "--model", "toy", "--data", name, "--out", str(folder / name))
     print(f"ran {name}")
-    return name, json.loads((folder / name / "result.json").read_text())
+    made_by = json.loads((folder / name / "config.json").read_text())["plan"]
+    result = json.loads((folder / name / "result.json").read_text())
+    return name, {**result, "commit": made_by["commit"]}
 
 
 def keep(name, result):
@@ -181,7 +178,7 @@ def keep(name, result):
     before = kept[name]
     if all(before[part] == result[part] for part in shown):
         return False
-    kept[name] = result | {"commit": w2svd.commit()}
+    kept[name] = result
     w2svd.write_json(DEFAULT, kept)
     print(f"remade {DEFAULT.relative_to(ROOT)}: {name}")
     old, new = before["student"], result["student"]

@@ -1,23 +1,24 @@
 """A film becomes the frames that a player shows: colours, shape, fields, rate, damage.
 
 Against: the colours and shapes that ffmpeg was given when the film was made here. Run with
-`python -m pytest tests/test_clips.py`; about 15 seconds.
+`python -m pytest tests/test_clips.py`; 10 seconds.
 """
 
 import importlib.util
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import run
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from toy.tiny_hunyuan import TEMPLATE, save_tiny
-from w2svd import Config, HunyuanVideo, look, read_clip
+from toy.tiny_hunyuan import TEMPLATE, film, save_tiny
+from w2svd import Config, HunyuanVideo, VideoTask, look, read_clip
 
 COLOURS = torch.tensor([[200, 40, 40], [40, 180, 60], [50, 60, 200], [210, 200, 60]])
-SMALL = {"height": 64, "width": 96, "frames": 5, "fps": 24.0}
+X264 = "-c:v libx264 -crf 4".split()
 
 
 @pytest.fixture(autouse=True)
@@ -25,29 +26,29 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def ffmpeg(*flags, **how):
+    command = [get_ffmpeg_exe(), *"-y -v error".split(), *map(str, flags)]
+    subprocess.run(command, check=True, **how)
+
+
 def make(path, frames, *flags, fps=24):
     """A film out of frames (T, H, W, 3 or 4), 0 to 255, by ffmpeg with these flags."""
-    kind = {3: "rgb24", 4: "rgba"}[frames.shape[-1]]
-    size = f"{frames.shape[2]}x{frames.shape[1]}"
-    read = f"-y -v error -f rawvideo -pix_fmt {kind} -s {size} -r {fps} -i -".split()
-    given = frames.to(torch.uint8).numpy().tobytes()
-    subprocess.run([get_ffmpeg_exe(), *read, *flags, path], input=given, check=True)
+    kind, size = {3: "rgb24", 4: "rgba"}[frames.shape[-1]], f"{frames.shape[2]}x{frames.shape[1]}"
+    given = f"-f rawvideo -pix_fmt {kind} -s {size} -r {fps} -i -".split()
+    ffmpeg(*given, *flags, path, input=frames.to(torch.uint8).numpy().tobytes())
     return Path(path)
 
 
-def read(path, **how):
+def read(path, height=64, width=96, frames=5, fps=24.0):
     """The frames (T, H, W, 3), 0 to 255."""
-    clip = read_clip(Path(path), Config(**SMALL | how))
-    return ((clip[0] + 1) * 127.5).permute(1, 2, 3, 0)
+    config = Config(height=height, width=width, frames=frames, fps=fps)
+    return ((read_clip(Path(path), config)[0] + 1) * 127.5).permute(1, 2, 3, 0)
 
 
-def quarters(height=64, width=96, frames=12):
+def quarters(height=64, width=96, frames=12, colours=COLOURS):
     """A colour in each quarter of the picture."""
-    picture = torch.zeros(frames, height, width, 3)
-    for i, colour in enumerate(COLOURS):
-        top, left = i // 2 * height // 2, i % 2 * width // 2
-        picture[:, top : top + height // 2, left : left + width // 2] = colour
-    return picture
+    picture = colours.reshape(2, 2, 3).repeat_interleave(height // 2, 0)
+    return picture.repeat_interleave(width // 2, 1).expand(frames, -1, -1, -1)
 
 
 def colours(clip):
@@ -56,23 +57,12 @@ def colours(clip):
     return torch.stack([clip[-1, y, x] for y in (h // 4, 3 * h // 4) for x in (w // 4, 3 * w // 4)])
 
 
-def disc(height, width, pixel=1.0, frames=12):
-    """A white disc in the middle, drawn round for pixels so many times as wide as high."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    y, x = y - height / 2 + 0.5, (x - width / 2 + 0.5) * pixel
-    inside = (y**2 + x**2 < (0.3 * min(height, width * pixel)) ** 2).float()
-    return (255 * inside)[None, :, :, None].expand(frames, -1, -1, 3)
-
-
-def roundness(clip):
-    """Width by height of what is white, by its spread."""
-    light = clip[-1].mean(-1)
-    spread = []
-    for axis in (0, 1):
-        line, place = light.sum(axis), torch.arange(light.shape[1 - axis]).float()
-        mean = (line * place).sum() / line.sum()
-        spread.append(((line * (place - mean) ** 2).sum() / line.sum()).sqrt())
-    return float(spread[0] / spread[1])
+def moving(frames=24):
+    """A white bar that moves by 3 columns a frame."""
+    picture = torch.zeros(frames, 64, 96, 3)
+    for t, frame in enumerate(picture):
+        frame[:, 3 * t : 3 * t + 12] = 255
+    return picture
 
 
 # ---- colours -------------------------------------------------------------------------------------
@@ -91,150 +81,144 @@ SDR = {
 @pytest.mark.parametrize("how", SDR)
 def test_colours_are_those_that_were_put_in(how):
     height, width, filters = SDR[how]
-    flags = ["-vf", filters + ",format=yuv444p", "-c:v", "libx264", "-crf", "2"]
+    flags = ["-vf", filters + ",format=yuv444p", *X264]
     film = make("film.mp4", quarters(height, width, frames=6), *flags)
     assert (colours(read(film)) - COLOURS).abs().max() <= 4
 
 
-def test_a_film_in_rgb_keeps_its_colours():
-    film = make("film.mkv", quarters(), "-c:v", "ffv1", "-pix_fmt", "gbrp")
-    assert (colours(read(film)) - COLOURS).abs().max() <= 1
-    film = make("film.mov", quarters(), "-c:v", "mjpeg", "-q:v", "1", "-pix_fmt", "yuvj444p")
-    assert (colours(read(film)) - COLOURS).abs().max() <= 4
+@pytest.mark.parametrize("size", [(64, 96), (720, 1280)])
+def test_a_film_of_ours_has_the_colours_that_were_drawn(monkeypatch, size):
+    frames = quarters(*size, frames=5).numpy() / 255
+    task = object.__new__(VideoTask)
+    task.config, task.backbone = Config(), HunyuanVideo.outline(Config(model="hunyuan"))
+    monkeypatch.setattr("w2svd.load_pipeline", lambda *_: None)
+    monkeypatch.setattr(HunyuanVideo, "decode", lambda *_: frames.astype(np.float32))
+    task.film({Path("film.mp4"): None})
+    assert (colours(read("film.mp4")) - COLOURS).abs().max() <= 4
 
 
-@pytest.mark.parametrize("curve", ["smpte2084", "arib-std-b67"])
-def test_hdr_is_tone_mapped(curve):
-    """The colours as a phone would film them, 203 nits for white."""
-    rgb = "format=gbrp,setparams=color_primaries=bt709:color_trc=bt709:colorspace=gbr:range=pc"
-    up = f"zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt2020,zscale=t={curve}:npl=203"
-    flags = ["-vf", f"{rgb},{up}:m=bt2020nc:r=tv,format=yuv420p10le", "-c:v", "ffv1"]
-    film = make("film.mkv", quarters(), *flags)
-    assert look(film).curve == curve
-    assert (colours(read(film)) - COLOURS).abs().max() <= 12
+RGB = "format=gbrp,setparams=color_primaries=bt709:color_trc=bt709:colorspace=gbr:range=pc"
+GREYS = torch.linspace(100, 255, 4)[:, None].expand(4, 3)
 
 
-def test_light_above_white_is_compressed_and_not_cut():
-    rgb = "format=gbrp,setparams=color_primaries=bt709:color_trc=bt709:colorspace=gbr:range=pc"
-    up = "zscale=t=linear:npl=800,format=gbrpf32le,zscale=p=bt2020,zscale=t=smpte2084:npl=800"
-    flags = ["-vf", f"{rgb},{up}:m=bt2020nc:r=tv,format=yuv420p10le", "-c:v", "ffv1"]
-    grey = torch.linspace(100, 255, 4)[:, None].expand(4, 3)  # 140 to 800 nits
-    picture = quarters()
-    for old, new in zip(COLOURS, grey):
-        picture[(picture == old).all(-1)] = new
-    seen = colours(read(make("film.mkv", picture, *flags)))[:, 0]
-    assert (seen.diff() > 3).all() and seen.max() <= 255
+@pytest.mark.parametrize(
+    "curve, nits", [("smpte2084", 203), ("arib-std-b67", 203), ("smpte2084", 800)]
+)
+def test_hdr_is_tone_mapped_and_light_above_white_is_compressed(curve, nits):
+    """The colours as a phone would film them, with so many nits for what was put in as white."""
+    up = f"zscale=t=linear:npl={nits},format=gbrpf32le,zscale=p=bt2020,zscale=t={curve}:npl={nits}"
+    flags = ["-vf", f"{RGB},{up}:m=bt2020nc:r=tv,format=yuv420p10le", "-c:v", "ffv1"]
+    given = COLOURS if nits == 203 else GREYS
+    found = colours(read(make("film.mkv", quarters(colours=given), *flags)))
+    if nits == 203:  # white, as ITU-R BT.2408 has it
+        assert (found - COLOURS).abs().max() <= 12
+    else:  # 140 to 800 nits stay apart
+        assert (found[:, 0].diff() > 3).all() and found.max() <= 255
 
 
-def test_what_is_transparent_is_black():
+@pytest.mark.parametrize("name", ["film.mov", "film.gif"])
+def test_what_is_transparent_is_black(name):
     picture = torch.full((12, 64, 96, 4), 255.0)
-    picture[:, :, :48, 3], picture[:, :, 48:, 3] = 255, 0
-    made = [
-        make("film.mov", picture, "-c:v", "png", "-pix_fmt", "rgba"),
-        make("film.webm", picture, "-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p"),
-        make("vp8.webm", picture, *"-c:v libvpx -pix_fmt yuva420p -auto-alt-ref 0".split()),
-        make("film.gif", picture, "-vf", "split[a][b];[a]palettegen[p];[b][p]paletteuse"),
-    ]
-    for film in made:
-        frame = read(film)[-1]
-        assert frame[32, 24].min() >= 251 and frame[32, 72].max() <= 4, film
+    picture[:, :, 48:, 3] = 0
+    flags = {
+        "film.mov": "-c:v png -pix_fmt rgba",
+        "film.gif": "-vf split[a][b];[a]palettegen[p];[b][p]paletteuse",
+    }
+    frame = read(make(name, picture, *flags[name].split()))[-1]
+    assert frame[32, 24].min() >= 251 and frame[32, 72].max() <= 4
 
 
 # ---- shape ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sar", ["32/27", "8/9", "4/3", "1/1"])
+@pytest.mark.parametrize("sar", ["32/27", "8/9", "1/1"])
 def test_a_disc_of_oblong_pixels_is_round(sar):
     wide, high = map(int, sar.split("/"))
-    picture = disc(480, 720, wide / high)
-    film = make("film.mp4", picture, "-vf", f"setsar={sar}", "-c:v", "libx264", "-crf", "8")
-    assert roundness(read(film, height=192, width=288)) == pytest.approx(1, abs=0.02)
-    assert look(film).aspect == pytest.approx(1.5 * wide / high, rel=0.01)
+    y, x = torch.meshgrid(torch.arange(480) - 239.5, torch.arange(720) - 359.5, indexing="ij")
+    inside = (y**2 + (x * wide / high) ** 2 < 140**2)[None, :, :, None].expand(6, -1, -1, 3)
+    film = make("film.mp4", 255.0 * inside, "-vf", f"setsar={sar}", *X264)
+    light = read(film, height=192, width=288)[-1].mean(-1)
+    spread = []
+    for axis in (0, 1):
+        line, place = light.sum(axis), torch.arange(light.shape[1 - axis]).float()
+        mean = (line * place).sum() / line.sum()
+        spread.append(((line * (place - mean) ** 2).sum() / line.sum()).sqrt())
+    assert float(spread[0] / spread[1]) == pytest.approx(1, abs=0.02)
+    assert look(film)["aspect"] == pytest.approx(1.5 * wide / high, rel=0.01)
 
 
 def test_a_turned_film_is_upright():
     picture = torch.zeros(12, 64, 96, 3)
     picture[:, :, :48] = 255  # its left half is white; turned by a quarter, the upper or lower one
-    flat = make("flat.mp4", picture, "-c:v", "libx264", "-crf", "4")
-    turn = ["-v", "error", "-display_rotation", "90", "-i", flat, "-c", "copy", "turned.mp4"]
-    subprocess.run([get_ffmpeg_exe(), *turn], check=True)
-    assert look(Path("turned.mp4")).aspect == pytest.approx(2 / 3)
-    frame = read("turned.mp4", height=96, width=64)[-1]
+    flat = make("flat.mp4", picture, *X264)
+    ffmpeg("-display_rotation", 90, "-i", flat, "-c", "copy", "turned rotation of 0.mp4")
+    assert look(Path("turned rotation of 0.mp4"))["aspect"] == pytest.approx(2 / 3)
+    frame = read("turned rotation of 0.mp4", height=96, width=64)[-1]
     assert abs(float(frame[:40].mean() - frame[56:].mean())) > 200
 
 
+def test_the_picture_is_cropped_at_its_centre():
+    film("wide.mp4", size=(48, 160), frames=12)  # the square begins at the left edge
+    assert read("wide.mp4", height=48, width=48, fps=30.0).max() < 127  # 56 columns are cut
+    film("tall.mp4", size=(96, 32), frames=12)
+    red = read("tall.mp4", height=32, width=32, fps=30.0)[0, :, :, 0] > 127
+    assert not red[0].any() or not red[-1].any()
+
+
 def test_fields_become_whole_frames():
-    """A bar that moves 8 columns a field: each frame of the film shows it twice, as a comb."""
-    fields = torch.zeros(24, 64, 96, 3)
-    for t, field in enumerate(fields):
-        field[:, 3 * t : 3 * t + 12] = 255
-    weave = ["-vf", "interlace=scan=tff:lowpass=off", "-c:v", "libx264", "-crf", "4"]
-    film = make(
-        "film.mp4", fields, *weave, "-flags", "+ildct+ilme", "-x264-params", "tff=1", fps=48
-    )
-    clip = read(film)
-    comb = (clip[1:4, 1:-1] - (clip[1:4, :-2] + clip[1:4, 2:]) / 2).abs().mean()
-    assert comb < 2
-    plain = make("plain.mp4", fields, *weave, fps=48)  # the same, said to be whole frames
-    clip = read(plain)
-    assert (clip[1:4, 1:-1] - (clip[1:4, :-2] + clip[1:4, 2:]) / 2).abs().mean() > 3 * comb
+    """Each frame shows the bar at two places, as a comb, if it is not told apart."""
+    weave = ["-vf", "interlace=scan=tff:lowpass=off", *X264]
+    tagged = ["-flags", "+ildct+ilme", "-x264-params", "tff=1"]
+    combs = []
+    for flags in (tagged, []):  # or said to be whole frames
+        clip = read(make("film.mp4", moving(), *weave, *flags, fps=48))[1:4]
+        between = (clip[:, :-2] + clip[:, 2:]) / 2
+        combs.append((clip[:, 1:-1] - between).abs().mean())
+    assert combs[0] < 2 and combs[1] > 3 * combs[0]
 
 
-# ---- time ----------------------------------------------------------------------------------------
+# ---- time and damage -----------------------------------------------------------------------------
 
 
-def moving(frames=24):
-    picture = torch.zeros(frames, 64, 96, 3)
-    for t, frame in enumerate(picture):
-        frame[:, 3 * t : 3 * t + 12] = 255
-    return picture
-
-
-def test_stills_are_no_clip_and_a_slow_film_is():
-    slow, stills = make("slow.mp4", moving(), fps=10), make("stills.mp4", moving(), fps=1)
-    assert look(slow).fps == 10 and look(slow).seconds == pytest.approx(2.4)
-    assert len(read(slow)) == 5
+def test_motion_keeps_its_speed_and_stills_are_no_clip():
+    clip = read(make("film.mp4", moving(), *X264), fps=12.0)
+    edges = [(frame[32, :, 0] > 127).nonzero().min().item() for frame in clip]
+    assert all(abs(edge - 6 * i) <= 3 for i, edge in enumerate(edges))
+    assert look(make("slow.mp4", moving(), fps=10))["fps"] == 10 and len(read("slow.mp4")) == 5
     with pytest.raises(ValueError, match="1 fps"):
-        read(stills)
+        read(make("stills.mp4", moving(), fps=1))
 
 
 @pytest.mark.parametrize("name", ["film.mp4", "film.ts", "film.avi"])
 def test_a_film_damaged_in_the_frames_that_are_taken_is_left_out(name):
-    film, kind = Path(name), ["mpeg4"] if name.endswith("avi") else ["libx264"]
-    drawn = (
-        "-y -v error -f lavfi -i testsrc2=s=320x240:r=24:d=5 -g 24 -pix_fmt yuv420p -c:v".split()
-    )
-    subprocess.run([get_ffmpeg_exe(), *drawn, *kind, film], check=True)
-    data, size = film.read_bytes(), film.stat().st_size
-    for place, good in ((0.03, False), (0.9, True)):
-        at = int(place * size)
+    film, kind = Path(name), "mpeg4" if name.endswith("avi") else "libx264"
+    drawn = "-f lavfi -i testsrc2=s=320x240:r=24:d=5 -g 24 -pix_fmt yuv420p -c:v".split()
+    ffmpeg(*drawn, kind, film)
+    data = film.read_bytes()
+    for place in (0.9, 0.03):
+        at = int(place * len(data))
         film.write_bytes(data[:at] + bytes(range(7, 47)) + data[at + 40 :])
-        if good:
+        if place > 0.5:  # behind them
             assert len(read(film)) == 5
-        else:
-            with pytest.raises(ValueError, match="damaged"):
-                read(film)
+    with pytest.raises(ValueError, match="damaged"):
+        read(film)
 
 
 def test_a_cover_picture_is_not_the_film():
-    film = make("film.mp4", moving(), "-c:v", "libx264")
+    film = make("film.mp4", moving(), *X264)
     cover = make("cover.png", quarters(frames=1), "-frames:v", "1")
-    add = ["-v", "error", "-i", cover, "-i", film, "-map", "0", "-map", "1", "-c", "copy"]
-    subprocess.run(
-        [get_ffmpeg_exe(), *add, "-disposition:v:0", "attached_pic", "both.mp4"], check=True
-    )
-    assert look(Path("both.mp4")).fps == 24 and len(read("both.mp4")) == 5
+    both = ["-i", cover, "-i", film, *"-map 0 -map 1 -c copy".split()]
+    ffmpeg(*both, "-disposition:v:0", "attached_pic", "both.mp4")
+    assert look(Path("both.mp4"))["fps"] == 24 and len(read("both.mp4")) == 5
 
 
-@pytest.mark.parametrize("name", "a.mp4 a.m4v a.mov a.mkv a.avi a.gif a.wmv a.flv a.ts".split())
-def test_films_of_every_ending_are_read(name):
-    assert len(read(make(name, moving()))) == 5
+ENDINGS = "mp4 m4v mov mkv avi gif wmv flv ts mpg 3gp ogv m2ts webm".split()
 
 
-@pytest.mark.parametrize("name", ["a.mpg", "a.3gp", "a.ogv", "a.m2ts", "a.webm"])
-def test_films_of_older_endings_are_read(name):
-    flags = {"a.3gp": ["-s", "176x144"], "a.mpg": ["-r", "25"]}.get(name, [])
-    assert len(read(make(name, moving(48), *flags))) == 5
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_films_of_every_ending_are_read(ending):
+    flags = {"3gp": ["-s", "176x144"], "mpg": ["-r", "25"]}.get(ending, [])
+    assert len(read(make(f"a.{ending}", moving(30), *flags))) == 5
 
 
 @pytest.mark.slow
@@ -249,8 +233,6 @@ def test_real_clips_go_from_a_folder_to_a_sample(monkeypatch, capsys):
     for name in ("carphone_pristine", "bikes", "bigbuckbunny"):
         Path(f"clips/{name}.mp4").symlink_to(folder / f"{name}.mp4")
         Path(f"clips/{name}.txt").write_text("a woman talks")
-    assert look(folder / "carphone_pristine.mp4").aspect == pytest.approx(4 / 3, abs=0.01)
-    for name in ("carphone_pristine", "bikes", "bigbuckbunny"):
         clip = read(folder / f"{name}.mp4", height=96, width=160, frames=33)
         assert clip.shape == (33, 96, 160, 3) and 20 < clip.std() < 100
         assert 0.2 < clip.diff(dim=0).abs().mean() < 20  # it moves, a little at a time
@@ -260,4 +242,4 @@ def test_real_clips_go_from_a_folder_to_a_sample(monkeypatch, capsys):
     run("train", *flags, "--out", "r")
     assert "3 clips, 3 encoded now" in capsys.readouterr().out
     run("sample", "--run", "r", "--prompt", "a woman talks", "--out", "talk.mp4")
-    assert look(Path("talk.mp4")).seconds == pytest.approx(33 / 24, abs=0.1)
+    assert len(read("talk.mp4", frames=33)) == 33

@@ -1,21 +1,24 @@
-"""Section 6: the loop of Algorithm 1 and what one run of it leaves.
+"""Section 6: the loop of Algorithm 1, its random streams, its state, and what a run shows of it.
 
 Reference: `Reference`, the whole loop written again in plain torch, with weights W + alpha B A,
 autograd of each loss, clipping, AdamW and the average by hand, and random streams of its own, drawn
 from the same seeds. Run: python -m pytest tests/test_distil.py, 10 seconds on one core.
 """
 
+import hashlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import POINT, VIDEO, column, randomise
 from torch.func import functional_call
 
 import toy.tasks
-from w2svd import Config, State, distil, pack, read_safetensors, save_generator
+import w2svd
+from w2svd import Config, State, distil, held_tensors, stream_seed
 
-POINT, VIDEO = (2,), (2, 4, 4, 4)
 N, ITERATIONS = 3, 3
 RATES = dict(generator_lr=3e-3, fake_lr=2e-3, lora_rank=3, fake_updates=2, iterations=6, seed=7)
 CASES = {
@@ -24,7 +27,6 @@ CASES = {
         VIDEO,
         dict(
             gt_weight=0.3,
-            gt_skip_noise=True,
             guidance=1.5,
             accumulate=2,
             reuse=3,
@@ -52,7 +54,6 @@ CASES = {
         VIDEO,
         dict(
             generator_input="rollout",
-            alpha_weak_schedule="linear",
             alpha_strong=1.3,
             lr_schedule="linear",
             sigma_low=0.3,
@@ -79,10 +80,6 @@ def batches(shape, seed=11):
         yield {"x0": x0, "cond": torch.randint(2, (N,), generator=rng)}
 
 
-def column(sigma, x):
-    return sigma.reshape(-1, *[1] * (x.ndim - 1))
-
-
 class Reference:
     """Algorithm 1 again: nothing of w2svd.py is called here."""
 
@@ -97,11 +94,12 @@ class Reference:
             role: {name: torch.zeros_like(p) for name, p in named.items()}
             for role, named in self.weights.items()
         }
-        self.updates = {"generator": 0, "fake": 0}
-        self.streams = {
-            name: torch.Generator().manual_seed(2**32 + 1000 * config.seed + place)
-            for place, name in enumerate(["data", "input", "exit", "level", "noise"])
+        self.least = {  # of |gradient| in any update
+            role: {name: torch.full_like(p, math.inf) for name, p in named.items()}
+            for role, named in self.weights.items()
         }
+        self.updates = {"generator": 0, "fake": 0}
+        self.streams = {n: torch.Generator() for n in ("input", "exit", "level", "noise")}
         even = [1 - i / config.steps for i in range(config.steps + 1)]
         self.grid = [config.shift * u / (1 + (config.shift - 1) * u) for u in even]
 
@@ -165,9 +163,8 @@ class Reference:
         g = torch.zeros_like(x)
         for i in range(len(x)):
             g[i] = (x0_fake[i] - x0_real[i]) / (x[i] - x0_real[i]).abs().mean()
-            if not (c.gt_skip_noise and sigma_in[i] == 1):
-                away = x0_fake[i] - x0[i]
-                g[i] += c.gt_weight * away / away.abs().mean()
+            away = x0_fake[i] - x0[i]
+            g[i] += c.gt_weight * away / away.abs().mean()
         v = [((x_t - x0) / s).flatten(1) for x0 in (x0_fake, x0_real)]
         numbers = {
             "relative_gap": (x0_fake - x0_real).norm() / x0_real.norm(),
@@ -191,6 +188,7 @@ class Reference:
         self.updates[role] += 1
         for (name, p), g in zip(named.items(), gradients):
             g, square = g * min(1.0, 1 / (norm + 1e-6)), self.squares[role][name]
+            self.least[role][name] = torch.minimum(self.least[role][name], g.abs())
             square.mul_(0.999).add_(0.001 * g**2)
             unbiased = square / (1 - 0.999 ** self.updates[role])
             p.data = (1 - rate * decay) * p.data - rate * g / (unbiased.sqrt() + 1e-8)
@@ -199,11 +197,13 @@ class Reference:
     def iterate(self, data):
         c = self.c
         for i in range(c.iterations):
+            for name, rng in self.streams.items():  # 63 bits of a hash, of the first process
+                hashed = hashlib.sha256(f'[{c.seed}, {i}, 0, "{name}"]'.encode()).hexdigest()
+                rng.manual_seed(int(hashed[:16], 16) // 2)
             scale = 1 - 0.95 * i / c.iterations if c.lr_schedule == "linear" else 1
-            done = min(1, i / (c.iterations / 2))
-            falling = {"constant": 1.0, "linear": 1 - done}
-            falling["cosine"] = (1 + math.cos(math.pi * done)) / 2
-            alpha_weak = c.alpha_weak * falling[c.alpha_weak_schedule]
+            alpha_weak, done = c.alpha_weak, min(1, i / (c.iterations / 2))
+            if c.alpha_weak_schedule == "cosine":
+                alpha_weak *= (1 + math.cos(math.pi * done)) / 2
             for k in range(c.fake_updates + (c.fake_warmup if i == 0 else 0)):
                 if k % c.reuse == 0:
                     drawn = [self.sampled(b) for b in itertools.islice(data, c.accumulate)]
@@ -233,12 +233,15 @@ def start(new_roles):
     return make
 
 
-def expect_close(named, exact, squares):
-    """Except where the gradient is 0 in exact arithmetic, as that of a key's bias, which softmax
+def expect_close(named, exact, least):
+    """Except where a gradient was 0 but for rounding, as that of a key's bias, which softmax
     cancels: AdamW takes full steps along rounding errors."""
     for name, x in named.items():
-        clear = squares[name] > 1e-13
+        clear = least[name] > 1e-5
         torch.testing.assert_close(x[clear], exact[name][clear], rtol=1e-5, atol=1e-5)
+    assert sum((least[n] > 1e-5).sum() for n in named) > 0.8 * sum(
+        x.numel() for x in named.values()
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -253,53 +256,135 @@ def test_the_loop_is_algorithm_1_written_again(start, new_backbone, merged, name
         for key, exact in expected.items():
             assert float(stats[key]) == pytest.approx(float(exact), rel=1e-4, abs=1e-5), key
     for role, named in reference.weights.items():
-        expect_close(roles.state(role), named, reference.squares[role])
-    expect_close(state.average, reference.average, reference.squares["generator"])
+        expect_close(roles.state(role), named, reference.least[role])
+    expect_close(state.average, reference.average, reference.least["generator"])
     for stream, rng in state.rngs.items():
         assert torch.equal(rng.get_state(), reference.streams[stream].get_state()), stream
     assert state.iteration == ITERATIONS
 
 
-def test_the_loop_ends_after_its_iterations_and_another_goes_on_from_its_state(start):
-    """All that is kept between two iterations is in the state: also no gradients lie about."""
-    config = Config(**RATES | dict(lr_schedule="linear", fake_warmup=2, iterations=4))
-    found = []
-    for cut in (4, 1):
-        (roles, state), data = start(POINT, config), batches(POINT)
-        stats = list(itertools.islice(distil(config, roles, state, data), cut))
-        assert all(p.grad is None for role in ("generator", "fake") for p in roles.parameters(role))
-        stats += distil(config, roles, state, data)
-        assert len(stats) == state.iteration == 4 and state.taken == N * (4 * 3 + 2)
-        found.append(pack(state))
-    assert all(torch.equal(found[1][name], x) for name, x in found[0].items())
-
-
 def test_the_reads_of_the_update_at_work_are_named(start):
     """For an error to name: a clip and its noise level for each batch of the update."""
-    config = Config(**RATES | dict(accumulate=2))
+    config, seen = Config(**RATES | dict(accumulate=2)), []
     roles, state = start(POINT, config)
     data = ({"name": f"clip {i}", **batch} for i, batch in enumerate(batches(POINT)))
+    update = state.update
+    state.update = lambda role, lr: (seen.append((role, state.reads)), update(role, lr))[1]
     next(distil(config, roles, state, data))
-    assert [name for name, _ in state.reads] == ["clip 4", "clip 5"]
-    assert all(sigma.shape == (N,) for _, sigma in state.reads)
+    assert [role for role, _ in seen] == ["fake", "fake", "generator"]
+    for i, (_, reads) in enumerate(seen):
+        assert [name for name, _ in reads] == [f"clip {2 * i}", f"clip {2 * i + 1}"]
+        assert all(sigma.shape == (N,) for _, sigma in reads)
+
+
+# -------------------------------------------------------------------- random streams
+
+
+def test_a_seed_of_63_bits_follows_from_all_that_it_is_for():
+    every = itertools.product((0, 1, 12), (0, 1, 2, 12), (0, 1, 2), ("input", "noise"))
+    seeds = [stream_seed(*parts) for parts in every]
+    assert len(set(seeds)) == len(seeds) == 72 and stream_seed(1, 12) != stream_seed(11, 2)
+    assert 2**62 < max(seeds) < 2**63 and seeds[5] == stream_seed(0, 0, 2, "noise")
+
+
+@pytest.fixture
+def streams(start, monkeypatch):
+    """streams(iteration, rank, **settings): what each stream draws first, {purpose: number}."""
+
+    def make(iteration=0, rank=0, **settings):
+        monkeypatch.setattr(w2svd, "rank", lambda: rank)
+        _, state = start(POINT, Config(**RATES | settings))
+        state.iteration = iteration
+        state.seed_streams()
+        return {name: float(torch.rand(1, generator=rng)) for name, rng in state.rngs.items()}
+
+    return make
+
+
+def test_streams_depend_on_seed_iteration_rank_and_purpose_and_on_nothing_else(streams):
+    first, others = streams(), (streams(1), streams(rank=1), streams(seed=8))
+    assert first == streams(batch=4, fake_updates=9, iterations=99)
+    assert len({number for one in (first, *others) for number in one.values()}) == 16
+
+
+def test_all_processes_leave_a_rollout_at_one_exit_and_share_no_other_stream(streams):
+    one, two = (streams(rank=rank, generator_input="rollout") for rank in (0, 1))
+    assert [name for name in one if one[name] == two[name]] == ["exit"]
+    assert one["exit"] != streams(1, generator_input="rollout")["exit"]
+
+
+# -------------------------------------------------------------------- the state
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3])
+def test_the_loop_ends_after_its_iterations_and_a_new_state_goes_on_from_what_one_held(start, cut):
+    """What is held, iteration and taken are all that is kept: also no gradients lie about."""
+    config = Config(**RATES | dict(lr_schedule="linear", fake_warmup=2, iterations=4))
+    roles, state = start(POINT, config)
+    assert len(list(distil(config, roles, state, batches(POINT)))) == 4 == state.iteration
+
+    (roles, cut_off), data = start(POINT, config), batches(POINT)
+    for _ in itertools.islice(distil(config, roles, cut_off, data), cut):
+        pass
+    assert all(p.grad is None for role in ("generator", "fake") for p in roles.parameters(role))
+    roles, again = start(POINT, config)
+    again.iteration, again.taken = cut_off.iteration, cut_off.taken
+    with torch.no_grad():
+        for name, x in held_tensors(again).items():
+            x.copy_(held_tensors(cut_off)[name])
+    assert len(list(distil(config, roles, again, data))) == 4 - cut
+    assert again.taken == state.taken == N * (4 * 3 + 2)
+    for name, x in state.average.items():
+        assert torch.equal(again.average[name], x)
+    for role in ("generator", "fake"):
+        for p, q in zip(roles.parameters(role), state.roles.parameters(role)):
+            assert torch.equal(p, q)
+
+
+def test_gradients_become_means_over_forwards_and_processes(new_roles, monkeypatch):
+    def all_reduce(flat):  # there are three; the others have the gradients 10 and 100
+        flat += (10 + 100) / (3 * 4)
+
+    for ranks, expected in ((1, 6 / 4), (3, (6 + 10 + 100) / (3 * 4))):
+        monkeypatch.setattr(w2svd, "ranks", lambda ranks=ranks: ranks)
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        parameters = new_roles().parameters("fake")
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 6.0)
+        w2svd.average_gradients(parameters, 4)
+        for parameter in parameters:
+            torch.testing.assert_close(parameter.grad, torch.full_like(parameter, expected))
 
 
 # -------------------------------------------------------------------- what a run shows and keeps
 
 
+def test_a_line_of_the_log_holds_the_samples_against_the_data(start):
+    _, state = start(POINT, Config(iterations=10))
+    state.iteration = 4
+    stats = {"gen_std": 1.0, "data_std": torch.tensor(2.0), "gen_motion": 3.0, "data_motion": 4.0}
+    line = w2svd.log_line(stats, state, seconds=1800.0, pflop=9.0)
+    assert {**line, **stats} == line and line["step"] == 4 and line["memory_mb"] > 0
+    assert line["std_ratio"] == 0.5 and line["motion_ratio"] == 0.75
+    assert line["seconds"] == 1800 and line["hours_left"] == 3 and line["tflops"] == 5
+    alone = w2svd.log_line({**stats, "data_motion": 0.0}, state, 1.0, None)  # captions alone
+    assert "motion_ratio" not in alone and "tflops" not in alone
+
+
 @pytest.mark.parametrize("kind, prefix", [("lora", "transformer."), ("full", "")])
-def test_a_saved_generator_is_the_average_and_its_header_has_the_grid(
-    start, tmp_path, kind, prefix
-):
+def test_a_saved_generator_is_the_average_and_its_header_has_the_grid(tmp_path, kind, prefix):
     config = Config(**RATES | dict(steps=3, shift=2.0, generator=kind))
-    roles, state = start(POINT, config)
-    for _ in itertools.islice(distil(config, roles, state, batches(POINT)), 2):
+    task = toy.tasks.Task(config, toy.tasks.Recipe(width=8), toy.tasks.mixtures.ring())
+    randomise(task.backbone.module.parameters(), seed=1, scale=0.3)
+    run = w2svd.Run(config, w2svd.Machine(), task)
+    for _ in itertools.islice(distil(config, run.state.roles, run.state, batches(POINT)), 2):
         pass
-    save_generator(tmp_path / "g.safetensors", config, state, base_sum=1.5)
-    tensors, info = read_safetensors(tmp_path / "g.safetensors")
-    assert tensors.keys() == {prefix + name for name in roles.state("generator")}
-    assert all(torch.equal(tensors[prefix + name], x) for name, x in state.average.items())
-    assert any(not torch.equal(tensors[prefix + n], p) for n, p in roles.state("generator").items())
+    run.save_generator(tmp_path / "g.safetensors")
+    tensors, info = w2svd.read_safetensors(tmp_path / "g.safetensors")
+    own = {prefix + name: p for name, p in run.state.roles.state("generator").items()}
+    assert tensors.keys() == own.keys()
+    assert all(torch.equal(tensors[prefix + name], x) for name, x in run.state.average.items())
+    assert any(not torch.equal(tensors[name], p) for name, p in own.items())
     assert info["sigmas"] == pytest.approx([1, 0.8, 0.5, 0])
     assert (info["kind"], info["rank"], info["lora_alpha"], info["step"]) == (kind, 3, 3, 2)
 
@@ -319,3 +404,12 @@ def test_the_toy_shows_the_run_s_grid_and_samples_with_the_header_s(tmp_path, mo
     monkeypatch.setattr(task, "trained_generator", lambda *args: generator)
     task.sample({}, {"sigmas": [1.0, 0.25, 0.0]}, tmp_path / "s.safetensors", seed=0, n=2)
     assert levels == [1.0, 0.25]
+
+
+def test_the_toy_measures_euler_on_the_grid_on_which_it_is_best(monkeypatch):
+    config = Config(data="ring", shift=2.0)
+    task = toy.tasks.Task(config, toy.tasks.Recipe(width=8), toy.tasks.mixtures.ring())
+    monkeypatch.setattr(task, "euler", lambda steps, shift, n: (steps, shift, n))
+    kl = {0.2: 3.0, 0.3: 2.0, 0.5: 1.0, 0.7: 2.0, 1.0: 3.0, 2.0: 4.0, 5.0: 5.0}
+    measure = SimpleNamespace(n=80, kl=lambda samples: kl[samples[1]] + (samples[::2] != (4, 10)))
+    assert task.best_shift(measure, 4) == 0.5 and task.best_shift(measure, 1) == 2.0

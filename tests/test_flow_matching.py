@@ -7,6 +7,7 @@ tests/test_flow_matching.py, 8 seconds on one core, most of it the import of dif
 
 import pytest
 import torch
+from conftest import SHAPES
 from torch.distributions import MultivariateNormal
 
 from toy.mixtures import GaussianMixture
@@ -44,7 +45,7 @@ def test_noise_level_0_is_the_sample_1_is_the_noise_and_between_is_the_straight_
     torch.testing.assert_close(add_noise(x0, eps, 0.25), 0.75 * x0 + 0.25 * eps, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(2,), (2, 3, 4, 5)], ids=["points", "videos"])
+@SHAPES
 def test_each_sample_has_its_own_noise_level_and_a_float_is_the_level_of_all(shape):
     x, y = randn(3, *shape), randn(3, *shape, seed=1)
     sigma = torch.tensor([0.125, 0.5, 1.0], dtype=torch.float64)
@@ -159,7 +160,7 @@ def scheduler_states(sigmas, noise, cond, rng, stochastic):
     return states
 
 
-@pytest.mark.parametrize("shape", [(2,), (2, 3, 4, 4)], ids=["points", "videos"])
+@SHAPES
 def test_few_step_sampling_is_diffusers_stochastic_scheduler_at_every_step(shape):
     sigmas, noise = few_step_sigmas(4, 5.0), randn(3, *shape, dtype=torch.float32)
     cond = torch.tensor([0.0, 0.5, 1.0])
@@ -200,11 +201,12 @@ def test_a_grid_cut_before_its_0_gives_the_noised_state_and_a_whole_one_the_clea
     torch.testing.assert_close(clean, target, rtol=0, atol=1e-5)
 
 
-def test_euler_sampling_is_diffusers_deterministic_scheduler():
+def test_euler_sampling_is_diffusers_deterministic_scheduler_and_draws_nothing():
     sigmas, noise = few_step_sigmas(10, 5.0), randn(3, 2, dtype=torch.float32)
-    cond = torch.tensor([0.0, 0.5, 1.0])
-    states = scheduler_states(sigmas, noise, cond, None, stochastic=False)
-    ours = euler_sample(network, noise, sigmas, cond)
+    cond, rng = torch.tensor([0.0, 0.5, 1.0]), torch.Generator()
+    states, before = scheduler_states(sigmas, noise, cond, None, stochastic=False), rng.get_state()
+    ours = euler_sample(network, noise, sigmas, cond, rng)
+    assert torch.equal(rng.get_state(), before)
     torch.testing.assert_close(ours, states[-1], rtol=1e-6, atol=1e-6)
 
 

@@ -7,6 +7,7 @@ of N(0, I) up to the third. Run: python -m pytest tests/test_losses.py, 5 second
 
 import pytest
 import torch
+from conftest import SHAPES
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from toy.mixtures import GaussianMixture
@@ -15,7 +16,6 @@ from w2svd import dmd_gradient, fake_loss, gt_gradient, x0_from_velocity
 F64 = torch.float64
 REAL_MEAN = torch.tensor([0.7, -1.2], dtype=F64)
 REAL_COVARIANCE = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=F64)
-SHAPES = pytest.mark.parametrize("shape", [(2,), (2, 3, 4, 4)], ids=["points", "videos"])
 
 
 def randn(*size, seed=0):
@@ -95,15 +95,6 @@ def test_the_dmd_denominator_is_each_samples_own(shape):
     for i in range(3):
         expected = (x0_fake[i] - x0_real[i]) / (x_gen[i] - x0_real[i]).abs().mean()
         torch.testing.assert_close(g[i], expected, rtol=1e-6, atol=0)
-
-
-@SHAPES
-def test_gradients_of_a_sample_do_not_depend_on_its_batch(shape):
-    x, y, z = (randn(3, *shape, seed=i) for i in range(3))
-    for i in range(3):
-        alone = slice(i, i + 1)
-        assert torch.equal(dmd_gradient(x, y, z)[alone], dmd_gradient(x[alone], y[alone], z[alone]))
-        assert torch.equal(gt_gradient(x, y)[alone], gt_gradient(x[alone], y[alone]))
 
 
 def test_half_precision_predictions_are_compared_in_float32():

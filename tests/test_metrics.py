@@ -59,17 +59,8 @@ def test_exact_points_reach_the_floor(mixture):
 
 
 def test_exact_clips_reach_the_floor(on_videos, exact):
-    assert list(exact) == [
-        "kl",
-        "sliced_w2",
-        "clip_frechet",
-        "frame_frechet",
-        "precision",
-        "coverage",
-        "weight_tv",
-        "dynamic_degree",
-        "motion_smoothness",
-    ]
+    assert list(exact)[:5] == ["kl", "sliced_w2", "clip_frechet", "frame_frechet", "precision"]
+    assert list(exact)[5:] == ["coverage", "weight_tv", "dynamic_degree", "motion_smoothness"]
     assert abs(exact["kl"]) < 0.3
     size = on_videos.moments[1].trace().item()
     assert exact["sliced_w2"] < 0.15 * math.sqrt(size / 64)

@@ -317,7 +317,7 @@ class Task:
         self.backbone.module = module.requires_grad_(False)
 
     def batches(self, taken=0, rank=0, ranks=1):
-        """Every ranks-th batch from number taken / batch + rank on, each from a stream of its own."""
+        """Every ranks-th batch from number taken / batch + rank on, each of a stream of its own."""
         for number in itertools.count(taken // self.config.batch + rank, ranks):
             rng = torch.Generator().manual_seed(stream_seed(self.config.seed, number, 0, "data"))
             cond = conditions(self.data, self.recipe, self.config.batch, rng)
