@@ -1784,7 +1784,7 @@ def log_line(stats, state, seconds, pflop):
         torch.distributed.all_reduce(numbers)
     line = {"step": state.iteration, **dict(zip(stats, (numbers / ranks()).tolist()))}
     for name in ("std", "motion"):
-        if line.get(f"data_{name}"):  # 0 of captions alone
+        if line.get(f"data_{name}") and f"gen_{name}" in line:  # 0 of captions alone
             line[f"{name}_ratio"] = line[f"gen_{name}"] / line[f"data_{name}"]
     left = seconds * (state.config.iterations - state.iteration)
     line.update(seconds=seconds, hours_left=left / 3600, memory_mb=memory_mb(state.device))

@@ -34,7 +34,6 @@ import time
 from pathlib import Path
 
 import imageio.v2
-import imageio.v3 as iio
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -44,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from wherever
 
 import w2svd  # noqa: E402
 from toy.metrics import frechet, moments, motion, principal  # noqa: E402
-from w2svd import BT709, Refused, atomic_write  # noqa: E402
+from w2svd import BT709, Refused, atomic_write, write_film  # noqa: E402
 
 RELEASED = 28, 7.0  # steps and shift of the released pipeline
 REFERENCE = 256  # clips at most, whose moments are the data's
@@ -184,14 +183,6 @@ def pages(films):
     parts += [np.full_like(parts[0], 255)] * (-len(parts) % across)
     rows = [np.concatenate(parts[i : i + across], 2) for i in range(0, len(parts), across)]
     return np.concatenate(rows, axis=1)
-
-
-def write_film(path, frames, fps):
-    """Write frames (T, H, W, 3) in [0, 1] as .mp4; returns them as bytes."""
-    frames = (frames * 255).round().astype("uint8")
-    with atomic_write(path) as part:
-        iio.imwrite(part, frames, plugin="FFMPEG", fps=fps, output_params=BT709)
-    return frames
 
 
 def films(task, captions, latents, out):

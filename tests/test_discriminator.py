@@ -146,7 +146,12 @@ def test_in_the_loop_both_read_the_fake_update_s_samples_and_noise(new_roles, mo
     Discriminator(roles)
     state, rates = State(config, roles, "cpu"), []
     update = state.update
-    state.update = lambda role, lr: (rates.append((role, lr)), update(role, lr))[1]
+
+    def watched(role, lr):
+        rates.append((role, lr))
+        return update(role, lr)
+
+    state.update = watched
     data = ({"x0": torch.full((4, 2), float(i)), "cond": None} for i in range(99))
     rows = list(distil(config, roles, state, data))
     assert len(seen["discriminator_step"]) == len(seen["fake_step"]) == 2 * 3 * 2

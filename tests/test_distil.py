@@ -269,7 +269,12 @@ def test_the_reads_of_the_update_at_work_are_named(start):
     roles, state = start(POINT, config)
     data = ({"name": f"clip {i}", **batch} for i, batch in enumerate(batches(POINT)))
     update = state.update
-    state.update = lambda role, lr: (seen.append((role, state.reads)), update(role, lr))[1]
+
+    def watched(role, lr):
+        seen.append((role, state.reads))
+        return update(role, lr)
+
+    state.update = watched
     next(distil(config, roles, state, data))
     assert [role for role, _ in seen] == ["fake", "fake", "generator"]
     for i, (_, reads) in enumerate(seen):

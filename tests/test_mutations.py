@@ -1,7 +1,7 @@
 """The tests notice what they are for: tests/mutations.py breaks the code on purpose, many times.
 
 Against: the unmutated files, on which the same tests pass. Run: python -m pytest
-tests/test_mutations.py, half a minute, with -m slow too 5 minutes on two cores; python
+tests/test_mutations.py, half a minute, with -m slow 6 minutes on two cores; python
 tests/mutations.py shows which test notices what.
 """
 
