@@ -17,11 +17,9 @@ SMALL += "--generator-lr .02 --fake-lr .02".split()  # a few iterations change e
 CONSTANT = ["--lr-schedule", "constant"]  # so that --iterations may be changed
 PICTURES, FINISH = toy.tasks.Task.pictures, toy.tasks.Task.finish
 
-# ---- commands ------------------------------------------------------------------------------------
 
-
-def make_small(put=setattr):
-    """The toy's backbones of a second, few samples to measure, no pictures at the end."""
+def make_small(put=setattr, measured=True):
+    """The toy's backbones of a second, few samples to measure or none, no pictures at the end."""
     ring = toy.tasks.Recipe(width=16, batch=32, iterations=10, lr=0.1)
     how = {"width": 16, "batch": 8, "iterations": 4, "patch": (2, 4, 4), "labels": 2}
     videos = toy.tasks.Recipe(precondition=True, shift=3.0, lr=0.1, **how)
@@ -31,6 +29,8 @@ def make_small(put=setattr):
     put(toy.tasks, "RECIPES", recipes)
     put(toy.tasks, "SAMPLES", {data: 128 if "videos" in data else 256 for data in recipes})
     put(toy.tasks.Task, "pictures", lambda *_: None)  # two thirds of the time of a small run
+    if not measured:
+        put(toy.tasks.Task, "finish", lambda *_: ({}, ""))  # half of the rest
 
 
 @pytest.fixture
@@ -38,11 +38,6 @@ def small_toy(monkeypatch, tmp_path):
     """The small toy, and ./ in a folder of its own."""
     make_small(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
-
-
-def make_unmeasured(put):
-    """Runs end without a measurement of their samples, which is half of a small run's time."""
-    put(toy.tasks.Task, "finish", lambda *_: ({}, ""))
 
 
 def run(*flags, code=0):
@@ -75,32 +70,19 @@ def child(folder, argv):
         sys.exit(w2svd.main([str(flag) for flag in argv]))
 
 
-# ---- what happens on the way ---------------------------------------------------------------------
-
-
-def results_of(monkeypatch, owner, name):
-    """What owner.name returns from now on, a list."""
-    original, results = getattr(owner, name), []
-
-    def spy(*args, **how):
-        results.append(original(*args, **how))
-        return results[-1]
-
-    monkeypatch.setattr(owner, name, spy)
-    return results
-
-
-def at_call(monkeypatch, owner, name, nth, action):
-    """The action comes just before the nth call of owner.name, and before each later one."""
-    original, calls = getattr(owner, name), []
+def watch(monkeypatch, owner, name, nth=1, action=None):
+    """What owner.name returns from now on, a list; before the nth call the action comes."""
+    original, results, calls = getattr(owner, name), [], []
 
     def watched(*args, **how):
         calls.append(1)
-        if len(calls) >= nth:
+        if action and len(calls) >= nth:
             action()
-        return original(*args, **how)
+        results.append(original(*args, **how))
+        return results[-1]
 
     monkeypatch.setattr(owner, name, watched)
+    return results
 
 
 def raising(error):
@@ -108,9 +90,6 @@ def raising(error):
         raise error
 
     return action
-
-
-# ---- what is said --------------------------------------------------------------------------------
 
 
 def said(capsys):
@@ -131,9 +110,6 @@ def refused(capsys, folder, *flags, code=2):
     (sentence,) = capsys.readouterr().err.strip().splitlines()
     assert sentence.startswith("w2svd: ") and contents(folder) == before
     return sentence
-
-
-# ---- files held together -------------------------------------------------------------------------
 
 
 def tensors(path):
