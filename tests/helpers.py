@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -58,16 +56,6 @@ def train(out, *flags, code=0):
 def resume(out, *flags, code=0):
     """The run goes on, with the settings that it was made with."""
     run("train", "--resume", "--out", out, *flags, code=code)
-
-
-def child(folder, argv):
-    """A command in a process of its own, which a signal may end; its output is left in ./log."""
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    make_small()
-    with open("log", "a") as sys.stdout:
-        sys.stderr = sys.stdout
-        sys.exit(w2svd.main([str(flag) for flag in argv]))
 
 
 def watch(monkeypatch, owner, name, nth=1, action=None):

@@ -7,11 +7,9 @@ The second takes about ten minutes on 2 CPU cores. Both change only what is out 
 what they changed. In a README it is what stands between <!-- remade: NAME --> and <!-- end -->, and
 the numbers of lines in links like [`Roles`](w2svd.py#L300), also in notebooks.
 
-Results of hours are not remade but read: table.json and methods.json in toy/results (python -m
-toy.table), moved.json there (python -m toy.study.moved), and toy/study/results/study.json (python
--m toy.study). The two runs of the toy, which the first page shows, are kept in
-toy/results/default.json; where their numbers differ from those kept before by more than other
-arithmetic would explain, the exit status is 1.
+Results of hours are not remade but read, from toy/results and toy/study/results. The two runs of
+the toy are kept in toy/results/default.json; where their numbers differ from those kept before by
+more than other arithmetic would explain, the exit status is 1.
 """
 
 import argparse
@@ -34,6 +32,7 @@ import w2svd  # noqa: E402
 from toy import table, tasks  # noqa: E402
 from toy.study import moved, report, side_by_side  # noqa: E402
 
+STUDY = ROOT / "toy/study/README.md"
 READMES = [ROOT / "README.md", ROOT / "toy/README.md", ROOT / "tests/README.md"]
 STORED = ROOT / "toy/results/table.json"
 METHODS = ROOT / "toy/results/methods.json"
@@ -64,12 +63,6 @@ def plan_of(flags):
     return w2svd.plan(config, w2svd.load_task(config).backbone, machine)
 
 
-def plan_as_printed():
-    """Some of what the command says of costs."""
-    numbers = plan_of("")
-    return code("\n".join(f"{name:38} {numbers[name]:.4g}" for name in COSTS))
-
-
 def in_short(flags):
     """What a size takes, in one sentence."""
     numbers = plan_of(flags)
@@ -81,10 +74,8 @@ def tests_table():
     """Each test file with the first line of its docstring."""
     lines = ["| file | what |", "|---|---|"]
     for path in sorted((ROOT / "tests").glob("test_*.py")):
-        first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[
-            0
-        ]
-        lines.append(f"| [`{path.name}`]({path.name}) | {first} |")
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).split("\n")[0]
+        lines.append(f"| [`{path.name}`]({path.name}) | {text} |")
     return "\n".join(lines)
 
 
@@ -94,10 +85,10 @@ def code(text):
 
 def parts():
     """{name: text} of every marked place of a README."""
-    results = json.loads(STORED.read_text())
+    results, plan = json.loads(STORED.read_text()), plan_of("")
     return {
         "toy": code(tasks.table(json.loads(DEFAULT.read_text())["ring"])),
-        "plan": plan_as_printed(),
+        "plan": code("\n".join(f"{name:38} {plan[name]:.4g}" for name in COSTS)),
         "sizes": f"{in_short(LONG)}; {in_short(HD)}; {in_short('--fp8-base')}.",
         "side": side_by_side.markdown(json.loads(side_by_side.STORED.read_text())),
         "expect": table.summary(results).rstrip(),
@@ -144,16 +135,11 @@ def linked(text, folder):
 def tables():
     """Everything that is text: the tables of stored results, the READMEs, the links to lines."""
     write(STORED.with_suffix(".md"), table.markdown(json.loads(STORED.read_text())))
-    study = [report.STORED / "tables.md", report.STORED.parent / "README.md"]
-    before = [path.read_text(encoding="utf-8") for path in study]
     report.write_tables(report.STORED)
-    for path, text in zip(study, before):
-        if path.read_text(encoding="utf-8") != text:
-            print(f"remade {path.relative_to(ROOT)}")
     made = parts()
     for path in READMES:
         write(path, filled(path.read_text(encoding="utf-8"), made))
-    for path in [*READMES, study[1], *sorted((ROOT / "notebooks").glob("*.ipynb"))]:
+    for path in [*READMES, STUDY, *sorted((ROOT / "notebooks").glob("*.ipynb"))]:
         write(path, linked(path.read_text(encoding="utf-8"), path.parent))
 
 
@@ -172,17 +158,20 @@ def toy_run(folder, name):
     return name, {**result, "commit": made_by["commit"]}
 
 
-def keep(name, result):
-    """Put a run into DEFAULT where its numbers are new; whether they differ by more than digits."""
-    kept, shown = json.loads(DEFAULT.read_text()), ("student", "euler", "floor")
-    before = kept[name]
-    if all(before[part] == result[part] for part in shown):
-        return False
-    kept[name] = result
+def keep(results):
+    """Put runs with new numbers into DEFAULT; the names of those that are not as before."""
+    kept, other = json.loads(DEFAULT.read_text()), []
+    for name, new in results.items():
+        old = kept[name]
+        if all(old[part] == new[part] for part in ("student", "euler", "floor")):
+            continue
+        kept[name] = new
+        print(f"remade {DEFAULT.relative_to(ROOT)}: {name}")
+        pairs = [(x, old["student"][key]) for key, x in new["student"].items()]
+        if not all(math.isclose(x, y, rel_tol=0.1, abs_tol=0.01) for x, y in pairs):
+            other.append(name)
     w2svd.write_json(DEFAULT, kept)
-    print(f"remade {DEFAULT.relative_to(ROOT)}: {name}")
-    old, new = before["student"], result["student"]
-    return any(not math.isclose(old[k], new[k], rel_tol=0.1, abs_tol=0.01) for k in new)
+    return other
 
 
 def notebook(path):
@@ -209,7 +198,7 @@ def everything():
         results = dict(run.result() for run in runs)
         python("-m", "toy.picture", *(f"{folder}/{name}" for name in ("ring", "videos")))
     report.write(report.STORED)
-    return [name for name, result in results.items() if keep(name, result)]
+    return keep(results)
 
 
 def main():

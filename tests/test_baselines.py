@@ -6,13 +6,12 @@ closed form, forwards counted, an uninterrupted run. Run with
 """
 
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SHAPES, column
-from helpers import flags_of, lines, names, same_run, small_toy  # noqa: F401
+from helpers import CONSTANT, flags_of, names, said, same_run, small_toy  # noqa: F401
 
 import w2svd
 from toy import baselines
@@ -60,7 +59,7 @@ def test_lcm_s_step_is_autograd_of_its_loss_written_again(
     x0, cond, eps = given["x_gen"], given["cond"], given["eps"]
     sigma, lower = torch.tensor([0.9, 0.6, 0.4, 0.1]), torch.tensor([0.85, 0.5, 0.35, 0.0])
     weights, velocity = leaves(roles), again(shape, cond)
-    average = {name: 0.7 * p for name, p in weights.items()}
+    average = {name: (0.7 * p).detach().requires_grad_() for name, p in weights.items()}
     stats = baselines.consistency_step(
         roles, lambda x, s, _: velocity(average, x, s), x0, cond, sigma, lower, eps
     )
@@ -70,6 +69,7 @@ def test_lcm_s_step_is_autograd_of_its_loss_written_again(
         goal = x_s - column(lower, x0) * velocity(average, x_s, lower)
     loss = (x_t - column(sigma, x0) * velocity(weights, x_t, sigma) - goal).square().mean()
     assert_learns(roles, weights, loss, stats)
+    assert all(p.grad is None for p in average.values())
 
 
 def test_the_exact_consistency_function_has_no_consistency_loss():
@@ -102,13 +102,12 @@ def test_lcm_steps_between_neighbours_of_a_fine_grid_to_the_average(new_roles, m
     monkeypatch.setattr(baselines, "consistency_step", lambda *args: seen.append(args) or {})
     state, x = State(config, roles, "cpu"), torch.randn(64, 2)
     state.update = lambda role, lr: 1.0
-    list(baselines.lcm(config, roles, state, iter([{"x0": x, "cond": "a dog"}])))
-    ((_, average, x0, cond, sigma, lower, _),) = seen
+    list(baselines.lcm(config, roles, state, iter([{"x0": x, "cond": None}])))
+    ((_, average, _, _, sigma, lower, _),) = seen
     grid = few_step_sigmas(52, config.shift)  # the student's four levels are among them
     assert set(few_step_sigmas(4, config.shift).tolist()) <= set(grid.tolist())
-    places = torch.tensor([int((grid - level).abs().argmin()) for level in sigma])
-    assert torch.equal(sigma, grid[places]) and torch.equal(lower, grid[places + 1])
-    assert len(places.unique()) > 20 and torch.equal(x0, x) and cond == "a dog"
+    places = torch.tensor([grid.tolist().index(level) for level in sigma.tolist()])
+    assert torch.equal(lower, grid[places + 1]) and len(places.unique()) > 20
     state.average = {name: torch.zeros_like(p) for name, p in state.average.items()}
     with torch.no_grad():
         torch.testing.assert_close(average(x, sigma, None), roles.plain(x, sigma, None))
@@ -148,37 +147,26 @@ def test_the_plan_counts_the_forwards_of_an_iteration(new_roles, method):
     assert (grad.count(False), grad.count(True)) == loop.evaluations(config)
 
 
-# ---- the command ---------------------------------------------------------------------------------
-
-
 def command(*flags, code=0):
     assert baselines.main([str(flag) for flag in flags]) == code
 
 
 @METHODS
 def test_a_run_goes_on_to_the_same_bits_with_the_method_s_settings(small_toy, method):  # noqa: F811
-    flags = flags_of("whole", "--lr-schedule", "constant", "--iterations", 4)
-    command(method, *flags)
-    command(method, *flags, "--out", "cut", "--iterations", 2)
+    command(method, *flags_of("whole", *CONSTANT, "--iterations", 4))
+    command(method, *flags_of("cut", *CONSTANT, "--iterations", 2))
     command(method, "--resume", "--out", "cut", "--iterations", 4)
     same_run("whole", "cut")
-    assert {"generator_loss", "grad_norm"} < lines("whole")[0].keys()
     assert w2svd.read_run("whole").steps == (1 if method == "regress" else 4)
-    assert w2svd.read_run("whole").batch == 16 and "--batch=512" in baselines.one_step([])
-
-
-NEEDS_CLIPS = "lcm --data captions.txt --model hunyuan"
 
 
 @pytest.mark.parametrize(
-    "flags",
-    ["lcm --guidance 2 --data videos", "regress --steps 2", "finetune --fake full", NEEDS_CLIPS],
+    "flags", ["lcm --guidance 2 --data videos", "regress --steps 2", "finetune --fake full"]
 )
 def test_what_means_nothing_without_a_fake_is_refused(small_toy, capsys, flags):  # noqa: F811
-    Path("captions.txt").write_text("a dog")
     command(*flags.split(), "--out", "r", code=2)
-    (sentence,) = capsys.readouterr().err.strip().splitlines()
-    assert flags.split()[1] in sentence and names(".") == ["captions.txt"]
+    sentence = said(capsys)
+    assert sentence.startswith("w2svd: ") and flags.split()[1] in sentence and not names(".")
 
 
 def test_fine_tuning_learns_at_guidance_1_and_samples_at_6_by_euler(tmp_path, monkeypatch):

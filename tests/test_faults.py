@@ -13,30 +13,16 @@ import sys
 import time
 from pathlib import Path
 
+import helpers
 import pytest
 import safetensors.torch
-from helpers import (  # noqa: F401
-    at_call,
-    child,
-    flags_of,
-    lines,
-    make_small,
-    make_unmeasured,
-    names,
-    raising,
-    resume,
-    said,
-    same_run,
-    small_toy,
-    tensors,
-    train,
-)
+import torch
+from helpers import lines, names, raising, resume, said, same_run, tensors, train, watch
 
 import toy.tasks
 import w2svd
 from toy.mixtures import GaussianMixture
 
-pytestmark = pytest.mark.usefixtures("small_toy")
 SIX = ["--iterations", 6]
 PAIRED = ["--iterations", 4, "--generator-input", "paired"]
 
@@ -46,8 +32,7 @@ def undisturbed(tmp_path_factory):
     """A folder with a backbone and two runs that nothing disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        make_small(patch.setattr)
-        make_unmeasured(patch.setattr)
+        helpers.make_small(patch.setattr, measured=False)
         patch.chdir(folder)
         train("whole", *SIX)
         train("paired", *PAIRED)
@@ -55,9 +40,10 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.fixture
-def whole(small_toy, undisturbed, monkeypatch):  # noqa: F811
-    """The undisturbed run of six iterations."""
-    make_unmeasured(monkeypatch.setattr)
+def whole(undisturbed, monkeypatch, tmp_path):
+    """The undisturbed run of six iterations; ./ is in a folder of its own."""
+    helpers.make_small(monkeypatch.setattr, measured=False)
+    monkeypatch.chdir(tmp_path)
     Path("cache").symlink_to(undisturbed / "cache")
     return undisturbed / "whole"
 
@@ -128,28 +114,13 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_once_there_is_room(
     whole, capsys, monkeypatch, owner, name, nth, error
 ):
     with monkeypatch.context() as patch:
-        at_call(patch, owner, name, nth, raising(error))
+        watch(patch, owner, name, nth, raising(error))
         train("r", *SIX, code=2)
     assert "No space left" in said(capsys) and not names("r", ".part*")
     assert all(tensors(f"r/{file}") for file in names("r", "*.safetensors"))  # whole
     go_on("r")
     same_run(whole, "r")
     assert names("r") == names(whole)
-
-
-def test_a_log_that_finds_the_disk_full_in_the_middle_of_a_line_is_mended(whole, monkeypatch):
-    def half_or_whole(line="", *args, file=None, **how):
-        if getattr(file, "name", "").endswith("metrics.jsonl") and '"step": 4' in line:
-            print(line[:40], file=file, end="", flush=True)
-            raise FULL
-        print(line, *args, file=file, **how)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(w2svd, "print", half_or_whole, raising=False)
-        train("r", *SIX, code=2)
-    assert not Path("r/metrics.jsonl").read_text().endswith("\n")
-    resume("r")
-    same_run(whole, "r")
 
 
 @pytest.mark.parametrize("size", [0, 1000, -1])
@@ -170,38 +141,25 @@ def test_the_newest_checkpoint_damaged_is_named_and_the_one_before_it_used(whole
 # ---- being stopped -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("nth", [3, 6])
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_iteration_saves_and_stops(
-    whole, capsys, monkeypatch, number, status, nth
-):
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+def test_a_signal_finishes_the_iteration_saves_and_stops(whole, capsys, monkeypatch, number, nth):
+    handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        at_call(patch, w2svd, "generator_step", nth, lambda: os.kill(os.getpid(), number))
-        train("r", *SIX, code=status)
-    assert "--resume" in said(capsys)
+        watch(patch, w2svd, "generator_step", nth, lambda: os.kill(os.getpid(), number))
+        train("r", *SIX, code=128 + number)
+    assert "--resume" in said(capsys) and signal.getsignal(number) == handler
     assert {f"{kind}-{nth:06}.safetensors" for kind in ("checkpoint", "generator")} < {*names("r")}
-    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
     resume("r")
     same_run(whole, "r")
-
-
-def test_the_second_signal_ends_the_process_at_once(monkeypatch):
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    with w2svd.stopping() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop == [signal.SIGTERM] and not ended
-        os.kill(os.getpid(), signal.SIGINT)
-    assert ended == [130]
 
 
 def test_a_picture_that_fails_comes_after_its_checkpoint_and_is_drawn_later(
     whole, capsys, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        error = raising(w2svd.torch.OutOfMemoryError("CUDA out of memory"))
-        at_call(patch, toy.tasks.Task, "on_log", 2, error)
+        error = raising(torch.OutOfMemoryError("CUDA out of memory"))
+        watch(patch, toy.tasks.Task, "on_log", 2, error)
         train("r", *SIX, code=2)
     assert "GPU memory" in said(capsys) and "checkpoint-000002.safetensors" in names("r")
     resume("r")
@@ -210,11 +168,6 @@ def test_a_picture_that_fails_comes_after_its_checkpoint_and_is_drawn_later(
 
 
 # ---- being killed --------------------------------------------------------------------------------
-
-
-def kept(out):
-    """Its files; a checkpoint that was to be deleted when the run was killed may stay."""
-    return [name for name in names(out) if not name.startswith("checkpoint-")]
 
 
 def dies_at(monkeypatch, nth, after):
@@ -248,16 +201,30 @@ def test_a_run_that_ends_at_any_of_its_writes_goes_on_to_the_same_bits(whole, mo
             train(f"r{nth}", *SIX, code=130)
         go_on(f"r{nth}")
         same_run(whole, f"r{nth}")
-        assert kept(f"r{nth}") == kept(whole), nth
+        assert {*names(whole)} <= {*names(f"r{nth}")}, nth  # an old checkpoint may stay
+
+
+def child(folder, argv):
+    """A command in a process of its own; its output is left in ./log."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    helpers.make_small()
+    with open("log", "a") as sys.stdout:
+        sys.stderr = sys.stdout
+        sys.exit(w2svd.main([str(flag) for flag in argv]))
 
 
 def killed_until_done(out, rng, kills):
     """Kill the run with -9 a moment after it wrote so many files more, then let it end."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers", "peft"])  # a process that has imported everything
+    context.set_forkserver_preload(
+        ["test_faults", "peft"]
+    )  # a process that has imported everything
     for nth in range(kills + 1):
         begun = Path(out, "config.json").exists()
-        argv = ["--resume", "--out", out] if begun else flags_of(out, *SIX, "--save-every", 1)
+        argv = (
+            ["--resume", "--out", out] if begun else helpers.flags_of(out, *SIX, "--save-every", 1)
+        )
         files = len(names(out)) + rng.randrange(8)
         process = context.Process(target=child, args=(os.getcwd(), ["train", *argv]))
         process.start()
@@ -272,9 +239,12 @@ def killed_until_done(out, rng, kills):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_a_run_that_is_killed_at_random_moments_goes_on_to_the_same_bits(monkeypatch, seed):
+def test_a_run_that_is_killed_at_random_moments_goes_on_to_the_same_bits(
+    monkeypatch, tmp_path, seed
+):
+    helpers.make_small(monkeypatch.setattr)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     train("whole", *SIX, "--save-every", 1)
     killed_until_done("r", random.Random(seed), kills=4)
     same_run("whole", "r")
-    assert kept("whole") == kept("r")

@@ -5,7 +5,6 @@ undisturbed run of the same seed. Run: python -m pytest tests/test_first_frame.p
 one core.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -60,9 +59,6 @@ def relative(value, reference):
     return ((value - reference).norm() / reference.norm()).item()
 
 
-# ---- the exact mixture ---------------------------------------------------------------------------
-
-
 def test_density_and_velocity_agree_with_dense_conditioning(joint):
     """In a batch of frames and levels; and the velocity's score is autograd's of log_prob."""
     sigma = torch.tensor([0.0, 0.02, 0.3, 0.7, 0.99]).double()
@@ -93,7 +89,6 @@ def test_samples_of_one_frame_have_the_dense_moments(joint):
     n, given = 100_000, randn(1, 2, 1, 1, 2)
     weights, means, covariances = dense(joint, given.flatten())
     x = GivenFirstFrame(joint).sample(n, generator(), given.expand(n, -1, -1, -1, -1))
-    assert x.dtype == torch.float32 and x.shape == (n, 2, 2, 1, 2)
     x, mean = x.flatten(1).double(), weights @ means
     spread = (means - mean)[:, :, None] * (means - mean)[:, None]
     assert (x.mean(0) - mean).abs().max() < 0.02
@@ -123,21 +118,14 @@ def test_the_kept_frame_s_velocity_points_to_it(joint):
     assert torch.equal(v[:, :, 1:], others)
 
 
-# ---- both forms as tasks -------------------------------------------------------------------------
-
-
 @pytest.fixture(params=FORMS)
 def form(request):
     return request.param
 
 
-def task_of(form):
-    return toy.tasks.task(w2svd.Config(**toy.preset(f"videos-{form}")))
-
-
 def test_the_network_reads_the_frame_clean_and_in_its_place(form):
     """And a frame 0 of the sample's own is replaced by the given one."""
-    task = task_of(form)
+    task = toy.tasks.task(w2svd.Config(**toy.preset(f"videos-{form}")))
     batch = next(task.batches())
     x, given, replace = batch["x0"], batch["cond"], form == "first-frame"
     assert x.shape == (64, 4, 7 if replace else 8, 8, 8) and given.shape == (64, 4, 1, 8, 8)
@@ -154,7 +142,7 @@ def test_the_network_reads_the_frame_clean_and_in_its_place(form):
 
 def test_the_exact_velocity_in_the_network_s_place_follows_its_frame(form):
     """In 28 Euler steps it gives clips of the mixture; behind other frames they are none."""
-    task, n = task_of(form), 1024
+    task, n = toy.tasks.task(w2svd.Config(**toy.preset(f"videos-{form}"))), 1024
     given, noise = task.start(n, seed=2)
     sigmas = w2svd.few_step_sigmas(28, 5.0)
     whole = task.whole(w2svd.euler_sample(task.data.velocity, noise, sigmas, given), given)
@@ -163,48 +151,21 @@ def test_the_exact_velocity_in_the_network_s_place_follows_its_frame(form):
     assert measure.kl(task.whole(whole, given.roll(1, 0))) > 2
 
 
-def test_the_backbone_learns_from_the_frame(form):
-    """After a few steps it is closer to the exact velocity with its own frames than with others."""
-    mixture = videos(centred=0.0)
-    recipe = dataclasses.replace(toy.tasks.RECIPES[f"videos-{form}"], iterations=60)
-    backbone = toy.tasks.BACKBONES[form](toy.tasks.train_backbone(mixture, recipe, seed=0))
-    data, sigma = toy.tasks.data_of(mixture, recipe), torch.full((64,), 0.9)
-    given = data.first.sample(64, generator())
-    x_t = w2svd.add_noise(data.sample(64, generator(1), given), torch.randn(64, *data.shape), 0.9)
-    exact = data.velocity(x_t, sigma, given)[:, :, -7:]
-    with torch.no_grad():
-        right, wrong = (
-            relative(backbone.velocity(x_t, sigma, frames)[:, :, -7:], exact)
-            for frames in (given, -given)
-        )
-    assert right < wrong
-
-
-# ---- train, resume, sample -----------------------------------------------------------------------
-
-
-def test_a_run_goes_on_to_the_same_bits_and_samples(small_toy, form):  # noqa: F811
-    flags = ["--data", f"videos-{form}", "--lr-schedule", "constant"]
-    train("whole", *flags, "--iterations", 4)
-    train("cut", *flags, "--iterations", 2)
+def test_a_run_goes_on_to_the_same_bits_and_samples(small_toy, form, monkeypatch):  # noqa: F811
+    flags = ["--data", f"videos-{form}", "--lr-schedule", "constant", "--iterations"]
+    train("cut", *flags, 2)
     resume("cut", "--iterations", 4)
+    monkeypatch.setattr(toy.tasks.Task, "pictures", PICTURES)
+    train("whole", *flags, 4)
     same_run("whole", "cut")
+    assert {"clips.gif", "samples.png", "training.gif"} < set(names("whole"))
     result = json.loads(Path("whole/result.json").read_text())
     assert result["impostor"]["name"] == "still" and result["student"]["kl"] > 0
     run("sample", "--run", "whole", "--n", 3, "--out", "a.safetensors")
-    clips = tensors("a.safetensors")["samples"]
-    assert clips.shape == (3, 4, 8, 8, 8)
-    frames = tensors("whole/frames/000000.safetensors")["samples"]
-    later = tensors("whole/frames/000004.safetensors")["samples"]
-    assert torch.equal(frames[:, :, 0], later[:, :, 0])  # given
-    assert not torch.equal(frames[:, :, 1:], later[:, :, 1:])
-
-
-def test_a_run_leaves_its_pictures(small_toy, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(toy.tasks.Task, "pictures", PICTURES)
-    more = "--guidance 1 --gan-weight .01 --generator full --generator-input paired".split()
-    train("v", "--data", "videos-first-frame", "--iterations", 2, *more)
-    assert {"clips.gif", "samples.png", "training.gif"} < set(names("v"))
+    assert tensors("a.safetensors")["samples"].shape == (3, 4, 8, 8, 8)
+    before, after = (tensors(f"whole/frames/00000{i}.safetensors")["samples"] for i in (0, 4))
+    assert torch.equal(before[:, :, 0], after[:, :, 0])  # given
+    assert not torch.equal(before[:, :, 1:], after[:, :, 1:])
 
 
 def test_the_readme_has_the_stored_numbers():

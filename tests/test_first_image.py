@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import HunyuanVideoImageToVideoPipeline
-from helpers import lines, names, refused, results_of, run, same_bits, tensors
+from helpers import lines, names, refused, run, same_bits, tensors, watch
 from PIL import Image
 from test_hunyuan import SMALL, drawn, run_card, watch_films  # noqa: F401
 
@@ -87,7 +87,7 @@ def test_sample_draws_what_the_exported_card_s_code_draws_from_picture_and_promp
 ):
     picture("a.png", (96, 32))  # wide: cropped by both
     picture("b.png", (48, 32), (10, 200, 10))
-    frames = results_of(monkeypatch, HunyuanVideo, "decode")
+    frames = watch(monkeypatch, HunyuanVideo, "decode")
     for name, prompt in (("a", "a dog"), ("b", "a dog"), ("a", "a woman")):
         flags = ["--image", f"{name}.png", "--prompt", prompt, "--out", f"{name}-{prompt[2:]}.mp4"]
         run("sample", "--run", trained[0], *flags)

@@ -7,7 +7,6 @@ python -m pytest tests/test_house.py, half a minute on one core.
 import ast
 import dataclasses
 import functools
-import graphlib
 import io
 import json
 import re
@@ -29,7 +28,7 @@ NODES, LONG = 8.4, 0.12  # of its syntax to a line of code; share of lines of 90
 ROOT = Path(__file__).resolve().parent.parent
 FILE, TOY, TESTS = ROOT / "w2svd.py", [*ROOT.glob("toy/**/*.py")], [*ROOT.glob("tests/*.py")]
 CODE, OTHERS = [FILE, *TOY], [*ROOT.glob("notebooks/*"), ROOT / "pyproject.toml", ROOT / ".ci/run"]
-PAGES = [*remake.READMES, ROOT / "toy/study/README.md"]
+PAGES = [*remake.READMES, remake.STUDY]
 made = functools.cache(remake.parts)  # what their tables should be
 LAYOUT = "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()
 OURS = r"w2svd\.py ((?:train|encode|sample|export)\b.*?)(?:  |[`)\n]| &&)"  # commands
@@ -110,17 +109,11 @@ def test_the_file_imports_torch_alone_and_is_imported_without_a_trace():
     run("-c", LOOK)
 
 
-def test_imports_go_one_way_and_in_no_circle():
-    """tests -> toy -> w2svd, which needs the toy for the toy's runs alone."""
+def test_imports_go_one_way():
+    """tests -> toy -> w2svd; and no file of tests from another."""
     for path in [*TOY, *TESTS]:
         of_tests = imports(nodes(path)) & {other.stem for other in TESTS}
         assert not [name for name in of_tests if path in TOY or name.startswith("test_")], path
-    ifs = [n for n in nodes(FILE) if isinstance(n, ast.If) and "'toy'" in ast.unparse(n.test)]
-    of_toy = {name for one in ifs for name in imports(one.body)}
-    assert {name for name in imports(nodes(FILE)) if name.startswith("toy")} == of_toy
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in TOY}
-    graph = {name: imports(nodes(path)) & set(names) for name, path in names.items()}
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_sections_2_to_6_run_with_the_imports_that_the_readme_names(tmp_path):

@@ -51,7 +51,6 @@ def exact(on_videos, clips):
 @pytest.mark.parametrize("mixture", (ring(), grid()))
 def test_exact_points_reach_the_floor(mixture):
     values = Metrics(mixture).floor(generator())
-    assert list(values) == ["kl", "sliced_w2", "frechet", "precision", "coverage", "weight_tv"]
     assert abs(values["kl"]) < 0.03
     assert values["sliced_w2"] < 0.04 and 0 <= values["frechet"] < 5e-4
     assert values["precision"] == pytest.approx(0.999, abs=0.001)
@@ -59,8 +58,6 @@ def test_exact_points_reach_the_floor(mixture):
 
 
 def test_exact_clips_reach_the_floor(on_videos, exact):
-    assert list(exact)[:5] == ["kl", "sliced_w2", "clip_frechet", "frame_frechet", "precision"]
-    assert list(exact)[5:] == ["coverage", "weight_tv", "dynamic_degree", "motion_smoothness"]
     assert abs(exact["kl"]) < 0.3
     size = on_videos.moments[1].trace().item()
     assert exact["sliced_w2"] < 0.15 * math.sqrt(size / 64)
@@ -106,25 +103,17 @@ def one_gaussian(mean, std):
 
 
 @pytest.mark.parametrize("shift, std", [(0.0, 1.0), (1.5, 1.0), (0.0, 0.5), (1.0, 1.5)])
-@pytest.mark.parametrize("d", (2, 8))
-def test_kl_of_two_gaussians_is_the_closed_form(shift, std, d):
-    """KL(N(m, s^2) || N(0, 1)) = (|m|^2 + d (s^2 - 1)) / 2 - d log s."""
-    mean = torch.full((d,), shift / math.sqrt(d))
+@pytest.mark.parametrize("d, sigma", [(2, 0.0), (2, 0.5), (8, 0.0)])
+def test_kl_of_two_gaussians_is_the_closed_form_also_noised(shift, std, d, sigma):
+    """KL(N(m, a) || N(0, b)) = |m|^2 / 2b + d (a / b - 1 - log(a / b)) / 2."""
+    mean, left = torch.full((d,), shift / math.sqrt(d)), 1 - sigma
     q, p = one_gaussian(mean, std), one_gaussian(0 * mean, 1.0)
     x = q.sample(16384, generator()).double()
-    known = (shift**2 + d * (std**2 - 1)) / 2 - d * math.log(std)
-    found = kl_to_mixture(x, p.project(torch.eye(d)), 0.0, generator())
+    a, b = (left * std) ** 2 + sigma**2, left**2 + sigma**2  # variances at sigma
+    known = (left * shift) ** 2 / b / 2 + d * (a / b - 1 - math.log(a / b)) / 2
+    found = kl_to_mixture(x, p.project(torch.eye(d)), sigma, generator())
     # in 8 dimensions the density changes on the way to the fifth neighbour
     assert found == pytest.approx(known, abs=0.03 if d == 2 else 0.15)
-
-
-def test_the_kl_of_noised_samples_is_that_of_the_noised_gaussians():
-    q, p, sigma = one_gaussian(torch.ones(2), 0.5), one_gaussian(torch.zeros(2), 1.0), 0.5
-    x = q.sample(16384, generator()).double()
-    of_q, of_p = 0.5**2 * 0.5**2 + sigma**2, 0.5**2 + sigma**2  # variances at sigma
-    known = (0.5 + 2 * of_q) / of_p / 2 - 1 + math.log(of_p / of_q)
-    found = kl_to_mixture(x, p.project(torch.eye(2)), sigma, generator())
-    assert found == pytest.approx(known, abs=0.03)
 
 
 def test_kl_of_two_mixtures_is_the_mean_log_ratio_of_their_densities(on_ring):
@@ -226,23 +215,10 @@ def test_frames_out_of_order_fail_as_clips_only(on_videos, clips, exact):
     assert values["precision"] < 0.01 and values["motion_smoothness"] < 0.7
 
 
-def test_a_still_clip_has_no_dynamic_degree(on_videos, clips):
-    values = on_videos(clips[:, :, 3:4].expand_as(clips))
-    assert values["dynamic_degree"] == 0 and values["coverage"] == 0
-    assert 1 < values["motion_smoothness"] < math.inf
-
-
 def test_flicker_lowers_the_smoothness(on_videos, clips):
     flicker = 1 + 0.2 * (-1.0) ** torch.arange(8).reshape(8, 1, 1)
     values = on_videos(clips * flicker)
     assert values["motion_smoothness"] < 0.8 and values["dynamic_degree"] > 1
-
-
-def test_slow_motion_has_half_the_dynamic_degree(on_videos, clips, exact):
-    half = clips.clone()
-    half[:, :, 1::2] = half[:, :, ::2]  # every second frame repeats the one before
-    ratio = on_videos(half)["dynamic_degree"] / exact["dynamic_degree"]
-    assert 0.4 < ratio < 0.9
 
 
 def test_frame_moments_are_those_of_all_frames(on_videos, clips):

@@ -35,13 +35,7 @@ def test_every_mutation_is_noticed_by_its_tests_and_the_unmutated_project_passes
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_a_mutation_s_text_is_there_once_and_the_mutant_is_python(mutation):
     source = (ROOT / mutation.file).read_text()
-    mutant = mutate(source, mutation.where, mutation.old, mutation.new)
-    assert mutant != source
-    compile(mutant, mutation.where, "exec")
-
-
-def test_mutations_have_names_of_their_own():
-    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS) > 60
+    compile(mutate(source, mutation.where, mutation.old, mutation.new), mutation.where, "exec")
 
 
 SOURCE = '''

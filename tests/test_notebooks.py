@@ -83,13 +83,6 @@ def test_a_question_in_prose_comes_before_each_picture(path):
             prose = ""
 
 
-def test_the_fourth_notebook_names_the_imports_that_the_readme_names():
-    place = (FOLDER.parent / "README.md").read_text().split("## Copying")[1]
-    needs = re.findall(r"`((?:import|from) [^`]+)`", place.split("Sections 2 to 6")[0])
-    fourth = "\n".join(cell.source for cell in read(FOLDER / "04_your_model.ipynb").cells)
-    assert needs and all(line in fourth for line in needs)
-
-
 @pytest.mark.parametrize("path", SLOW, ids=[path.stem for path in PATHS])
 def test_a_notebook_runs_in_quick_mode_and_leaves_nothing_behind(path):
     notebook, before = read(path), sorted(FOLDER.iterdir())

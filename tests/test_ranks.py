@@ -22,8 +22,10 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
+from diffusers import HunyuanVideoTransformer3DModel
 
 import w2svd
+from toy.tiny_hunyuan import SIZE, clips, save_tiny
 from w2svd import Clip, Config, HunyuanVideo, Machine, State
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,8 +46,6 @@ CASES = {
 
 def new_roles(folder, name, alone=False):
     """A case's Roles on a tiny HunyuanVideo, always the same; adapters with random weights."""
-    from diffusers import HunyuanVideoTransformer3DModel
-
     settings, form, split = CASES[name]
     config = dataclasses.replace(SMALL, **settings)
     module = HunyuanVideoTransformer3DModel.from_pretrained(folder / str(form) / "transformer")
@@ -59,7 +59,7 @@ def new_roles(folder, name, alone=False):
     return config, roles
 
 
-def clips(form, first=0, step=1):
+def endless(form, first=0, step=1):
     """Clips `first`, `first` + step, ... of an endless list, as batches of one."""
     for count in itertools.count(first, step):
         rng = torch.Generator().manual_seed(700 + count)
@@ -83,7 +83,7 @@ def work(folder, names):
         assert held <= 1.05 * share * sum(p.numel() for p in base)
         state = State(config, roles, "cpu")
         run = SimpleNamespace(state=state)
-        data = clips(CASES[name][1], w2svd.rank(), w2svd.ranks())
+        data = endless(CASES[name][1], w2svd.rank(), w2svd.ranks())
         for stats in w2svd.distil(config, roles, state, data):
             w2svd.Run.check_processes(run)
             line = w2svd.log_line(stats, state, 1.0, None)
@@ -99,14 +99,38 @@ def work(folder, names):
     torch.distributed.barrier()
 
 
+# ---- the same in one process ---------------------------------------------------------------------
+
+
+def fake_step(c, roles, state, x0, cond, x_gen):
+    sigma, eps = w2svd.draw_noise(c, state, "", x_gen)
+    stats = w2svd.fake_step(roles, x_gen, cond, sigma, eps)
+    if c.gan_weight:
+        stats.update(w2svd.discriminator_step(roles, x_gen, x0, cond, sigma, eps))
+    return stats
+
+
+def seed(c, state, iteration, rank):
+    for purpose, rng in state.rngs.items():
+        own = 0 if purpose == "exit" and c.generator_input == "rollout" else rank
+        rng.manual_seed(w2svd.stream_seed(c.seed, iteration, own, purpose))
+
+
+def generator_step(c, roles, state, x0, cond):
+    x, level = w2svd.draw_input(c, roles, state, x0, cond)
+    noise = w2svd.draw_noise(c, state, "", x0)
+    how = {"gan_weight": c.gan_weight, "gt_weight": c.gt_weight}
+    how["x0_gt"] = x0 if c.gt_weight else None
+    return w2svd.generator_step(roles, x, level, cond, *noise, **how)
+
+
 def reference(folder, name, ranks):
     """Algorithm 1 for several processes, one after the other, on one copy of everything.
 
-    Yields the tensors after each iteration, the mean numbers of the last fake update and of the
-    generator's, and the number of clips taken.
+    Yields after each iteration the tensors, the mean numbers, and how many clips were taken.
     """
     c, roles = new_roles(folder, name, alone=True)
-    data = [clips(CASES[name][1], rank, ranks) for rank in range(ranks)]
+    data = [endless(CASES[name][1], rank, ranks) for rank in range(ranks)]
     states, taken = [State(c, roles, "cpu") for _ in data], 0
 
     def batches():
@@ -119,46 +143,33 @@ def reference(folder, name, ranks):
         for parameter in roles.parameters(role):
             parameter.grad /= c.accumulate * ranks
         torch.nn.utils.clip_grad_norm_(roles.parameters(role), 1.0)
-        states[0].optimizers[role].param_groups[0]["lr"] = lr
-        states[0].optimizers[role].step()
-        states[0].optimizers[role].zero_grad()
+        optimizer = states[0].optimizers[role]
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
 
-    for _ in range(c.iterations):
+    def sample(state, x0, cond):
+        x, level = w2svd.draw_input(c, roles, state, x0, cond, c.fake_samples == "final")
+        with torch.no_grad():
+            x_gen = w2svd.x0_from_velocity(x, roles.generator(x, level, cond), level)
+        return state, x0, cond, x_gen
+
+    for iteration in range(c.iterations):
         for rank, state in enumerate(states):
-            for purpose, rng in state.rngs.items():
-                own = 0 if purpose == "exit" and c.generator_input == "rollout" else rank
-                rng.manual_seed(w2svd.stream_seed(c.seed, states[0].iteration, own, purpose))
+            seed(c, state, iteration, rank)
         for k in range(c.fake_updates):
             if k % c.reuse == 0:
-                samples = []
-                for state, x0, cond in batches():
-                    x, level = w2svd.draw_input(
-                        c, roles, state, x0, cond, c.fake_samples == "final"
-                    )
-                    with torch.no_grad():
-                        x_gen = w2svd.x0_from_velocity(x, roles.generator(x, level, cond), level)
-                    samples.append((state, x0, cond, x_gen))
-            stats = []
-            for state, x0, cond, x_gen in samples:
-                sigma, eps = w2svd.draw_noise(c, state, "", x_gen)
-                stats.append(w2svd.fake_step(roles, x_gen, cond, sigma, eps))
-                if c.gan_weight:
-                    more = w2svd.discriminator_step(roles, x_gen, x0, cond, sigma, eps)
-                    stats[-1].update(more)
+                samples = [sample(*batch) for batch in batches()]
+            fakes = [fake_step(c, roles, *one) for one in samples]
             for role in states[0].optimizers.keys() - {"generator"}:
                 update(role, c.fake_lr)
-        line, stats = w2svd.mean_of(stats), []
-        for state, x0, cond in batches():
-            x, level = w2svd.draw_input(c, roles, state, x0, cond)
-            how = {"gan_weight": c.gan_weight, "gt_weight": c.gt_weight}
-            how["x0_gt"] = x0 if c.gt_weight else None
-            noise = w2svd.draw_noise(c, state, "", x0)
-            stats.append(w2svd.generator_step(roles, x, level, cond, *noise, **how))
+        generators = [generator_step(c, roles, *batch) for batch in batches()]
         update("generator", c.generator_lr)
         states[0].update_average()
         states[0].iteration += 1
         taken += ranks * c.accumulate * (-(-c.fake_updates // c.reuse) + 1)
-        yield w2svd.held_tensors(states[0]), {**line, **w2svd.mean_of(stats)}, taken
+        line = {**w2svd.mean_of(fakes), **w2svd.mean_of(generators)}
+        yield w2svd.held_tensors(states[0]), line, taken
 
 
 # ---- tests ---------------------------------------------------------------------------------------
@@ -189,8 +200,6 @@ def finish(ranks, *command, **how):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Tiny checkpoints, and clips of which one is no film."""
-    from toy.tiny_hunyuan import clips, save_tiny
-
     folder = tmp_path_factory.mktemp("ranks")
     for form in (None, "token_replace"):
         save_tiny(folder / str(form), form)
@@ -201,8 +210,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_as_one_does_on_all_of_their_clips(folder, ranks):
-    finish(ranks, __file__, folder, *CASES)
-    for name in CASES:
+    cases = list(CASES) if ranks == 2 else list(CASES)[:4]
+    finish(ranks, __file__, folder, *cases)
+    for name in cases:
         exact = ranks == 2 and "accumulate" not in CASES[name][0] and name != "full copies"
         for i, (expected, line, taken) in enumerate(reference(folder, name, ranks), 1):
             found, info = w2svd.read_safetensors(folder / f"{name} {ranks} {i}.safetensors")
@@ -224,12 +234,9 @@ def test_processes_train_as_one_does_on_all_of_their_clips(folder, ranks):
 def test_each_clip_is_read_once_an_epoch_by_one_of_the_processes(monkeypatch, ranks):
     def read(taken=0, seed=0, n=12):
         task = object.__new__(w2svd.VideoTask)
-        task.config, task.clips = Config(seed=seed), list(range(6))
-        task.read = lambda clip: clip
-        own = [
-            list(itertools.islice(task.batches(taken, r, ranks), n // ranks)) for r in range(ranks)
-        ]
-        return [clip for at_once in zip(*own) for clip in at_once]
+        task.config, task.clips, task.read = Config(seed=seed), list(range(6)), lambda clip: clip
+        processes = [task.batches(taken, rank, ranks) for rank in range(ranks)]
+        return [next(one) for one in processes * (n // ranks)]
 
     order = read()
     assert sorted(order[:6]) == sorted(order[6:]) == list(range(6))
@@ -250,38 +257,40 @@ def test_a_process_that_does_not_see_the_latents_is_told(monkeypatch, capsys):
 MAIN = """
 import sys, w2svd
 w2svd.HunyuanVideo.prompt_template = {"template": "{}", "crop_start": 0}
+encode_clip = w2svd.encode_clip
+def said(*args):
+    print("ENCODED", file=sys.stderr)
+    return encode_clip(*args)
+w2svd.encode_clip = said
 sys.exit(w2svd.main(sys.argv[1:]))
 """
 
 
 def flags_of(folder):
-    from toy.tiny_hunyuan import SIZE
-
     flags = ["--model", "hunyuan", "--data", folder / "clips", "--checkpoint", folder / "None"]
     return [*flags, *SIZE, *"--lora-rank 2 --fake-updates 2 --log-every 1 --save-every 2".split()]
 
 
 @pytest.mark.slow
 def test_clips_are_encoded_in_shares_and_a_run_goes_on_with_other_numbers(folder, tmp_path):
-    """2 -> 4 -> 1 -> 2: whole or split, each leg writes one folder."""
-    run, read = tmp_path / "run", []
-    for ranks, iterations, flags in (
-        (2, 1, [*flags_of(folder), "--cache", tmp_path / "cache"]),
-        (4, 2, ["--resume", "--shard"]),
-        (1, 3, ["--resume"]),
-        (2, 4, ["--resume", "--shard"]),
+    """1 -> 2 -> 4 -> 1: whole or split, all into one folder; two of them fill another cache."""
+    run, cache, read = tmp_path / "run", tmp_path / "cache", []
+    for ranks, more, encoded in (
+        (1, flags_of(folder), [5]),
+        (2, ["--resume", "--shard", "--cache", cache], [3, 2]),
+        (4, ["--resume"], [0] * 4),
+        (1, ["--resume"], [0]),
     ):
-        flags = ["train", "--out", run, "--iterations", iterations, *flags]
+        flags = ["train", "--out", run, "--iterations", len(read) + 1, *more]
         said = finish(ranks, "-c", MAIN, *flags)
-        assert "left out, f.mp4" in said[0] and not any("clip" in text for text in said[1:])
-        assert f"5 clips, {5 if iterations == 1 else 0} encoded now" in said[0]
-        assert iterations == 1 or f"goes on from iteration {iterations - 1}" in said[0]
-        _, info = w2svd.read_safetensors(run / f"checkpoint-{iterations:06}.safetensors")
-        read.append(info["taken"])
-    assert read == [6, 6 + 12, 6 + 12 + 3, 6 + 12 + 3 + 6]
+        assert [text.count("ENCODED") for text in said] == encoded
+        assert f"5 clips, {sum(encoded)} encoded now" in said[0] and "left out, f.mp4" in said[0]
+        assert not any("clip" in text for text in said[1:]) and "have changed" not in said[0]
+        read.append(w2svd.read_safetensors(sorted(run.glob("checkpoint-*"))[-1])[1]["taken"])
+    assert read == [3, 3 + 6, 3 + 6 + 12, 3 + 6 + 12 + 3]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert len(list((tmp_path / "cache").iterdir())) == 5 and not list(tmp_path.rglob(".part-*"))
+    assert len(list(cache.iterdir())) == 5 and not list(tmp_path.rglob(".part-*"))
 
 
 @pytest.mark.slow
@@ -303,12 +312,9 @@ def test_the_toy_trains_in_two_processes_on_batches_of_both(tmp_path):
     small = "import sys, w2svd; sys.path.insert(0, 'tests'); import helpers\n"
     small += "helpers.make_small(); sys.exit(w2svd.main(sys.argv[1:]))"
     for ranks in (1, 2):
-        flags = [
-            *helpers.flags_of(tmp_path / str(ranks), "--iterations", 6),
-            "--accumulate",
-            2 // ranks,
-        ]
-        finish(ranks, "-c", small, "train", *flags, "--cache", tmp_path / "cache", cwd=ROOT)
+        flags = ["--iterations", 6, "--accumulate", 2 // ranks, "--cache", tmp_path / "cache"]
+        flags = helpers.flags_of(tmp_path / str(ranks), *flags)
+        finish(ranks, "-c", small, "train", *flags, cwd=ROOT)
     runs = [tmp_path / "1", tmp_path / "2"]
     ends = [w2svd.read_safetensors(run / "checkpoint-000006.safetensors") for run in runs]
     assert ends[0][1]["taken"] == ends[1][1]["taken"] > 0  # the same batches, with other noise

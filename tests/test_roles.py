@@ -194,15 +194,6 @@ def test_the_backbone_does_not_move_in_training(
     assert w2svd.base_sum(roles) == sum_before
 
 
-def test_the_cheap_fingerprint_tells_backbones_apart(new_roles, new_backbone):
-    other = new_backbone()
-    with torch.no_grad():
-        for parameter in other.module.parameters():
-            parameter.mul_(1.001)
-    assert w2svd.base_sum(new_roles()) == w2svd.base_sum(new_roles())
-    assert w2svd.base_sum(new_roles(backbone=other)) != w2svd.base_sum(new_roles())
-
-
 def test_full_roles_own_their_copies_and_the_real_dit_is_the_plain_backbone(
     new_roles, new_backbone, draw
 ):
@@ -219,17 +210,6 @@ def test_full_roles_own_their_copies_and_the_real_dit_is_the_plain_backbone(
     assert sum(map(len, memory)) == len(set.union(*memory))  # they share nothing
     names = [n for n, _ in new_backbone().module.named_parameters()]
     assert list(roles.state("generator")) == list(roles.state("fake")) == names
-
-
-def test_a_full_fake_leaves_the_generators_adapter_out_of_the_real_dit(
-    new_roles, new_backbone, draw
-):
-    roles, at = new_roles(fake="full"), inputs(draw)
-    plain = new_backbone().velocity(*at)
-    assert torch.equal(roles.real(*at), plain)
-    with roles.use("generator"):
-        assert torch.equal(roles.real(*at), plain)
-        assert not torch.equal(roles.generator(*at), plain)
 
 
 # -------------------------------------------------------------------- gradient checkpointing
@@ -331,18 +311,11 @@ def test_loaded_weights_give_the_same_generator_and_leave_the_rest(new_roles, dr
         assert torch.equal(getattr(roles, role)(*at), before[role])
 
 
-class WithPrefix(torch.nn.Module):
-    """A module whose layers have the name that files put in front of diffusers' names."""
-
-    def __init__(self):
-        super().__init__()
-        self.transformer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-
-
 @pytest.mark.parametrize("written", ["transformer.", ""])
 @pytest.mark.parametrize("own", ["transformer.", ""])
 def test_weights_load_with_and_without_the_prefix_of_diffusers_files(own, written):
-    module = WithPrefix() if own else WithPrefix().transformer
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module = torch.nn.ModuleDict({"transformer": layers}) if own else layers
     backbone = SimpleNamespace(module=module, velocity=None, lora_targets=r"(.*\.)?[01]")
     roles = w2svd.Roles(backbone, 2, 0.25, 1.0)
     expected = {n.removeprefix(own): x.detach() + 1 for n, x in roles.state("generator").items()}

@@ -50,14 +50,14 @@ def test_a_stack_of_one_lane_is_a_run_of_the_loop(data, fake, loop):
     stack = Stack(task, [config], loop=loop)
     start = {role: flat(stack.roles.lane(0, role)) for role in ("generator", "fake")}
     for _ in range(3):
-        next(running), stack.iterate()
-    for role in start:  # AdamW makes whole steps of gradients that are rounding: hence the norm
-        moved = flat(roles.state(role)) - start[role]
-        found = flat(stack.roles.lane(0, role)) - start[role]
-        assert (found - moved).norm() <= 1e-3 * moved.norm()
-    moved = flat(state.average) - start["generator"]
-    found = flat({name: x[0] for name, x in stack.average.items()}) - start["generator"]
-    assert (found - moved).norm() < 1e-3 * moved.norm()
+        next(running)
+        stack.iterate()
+    first = {name: x[0] for name, x in stack.average.items()}
+    pairs = [(start["generator"], state.average, first)]
+    pairs += [(start[role], roles.state(role), stack.roles.lane(0, role)) for role in start]
+    for before, exact, found in pairs:  # steps of gradients that are rounding are whole: the norm
+        moved = flat(exact) - before
+        assert (flat(found) - before - moved).norm() <= 1e-3 * moved.norm()
     assert stack.iteration == state.iteration == 3 and stack.taken == state.taken
 
 
@@ -124,9 +124,3 @@ def test_each_lane_is_clipped_by_its_own_norm_and_takes_its_own_rate():
         assert seen == pytest.approx([2e-4, MAX_GRAD_NORM / size], rel=1e-3) and p.grad is None
         steps = [float(x.mean()) for x in old - p.detach()]
         assert steps == pytest.approx([c.generator_lr for c in configs], rel=2e-3)
-
-
-def test_lanes_that_differ_in_more_are_refused():
-    task, configs = task_and("ring", {}, {"steps": 1})
-    with pytest.raises(AssertionError, match="Stack.OWN"):
-        Stack(task, configs)
