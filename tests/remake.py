@@ -41,7 +41,7 @@ DEFAULT = ROOT / "toy/results/default.json"  # the two runs without a --seed
 RUNS = ("ring", "videos")  # of the toy, for the first page and the pictures
 LONG = "--height 544 --width 960 --frames 129"
 HD = "--height 720 --width 1280 --frames 129 --offload"
-COSTS = ("GiB in all", "seconds an iteration on an H100", "hours", "clips an update")
+COSTS = ("GiB in all", "seconds an iteration on an H100", "hours")
 
 
 def write(path, text):

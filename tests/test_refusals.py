@@ -22,6 +22,7 @@ REFUSED = {
     "train --sed 3": "--sed",
     "export --run r --out lora --sed 3": "--sed",
     "train --iter 3": "--iter",  # not taken for --iterations
+    "train --seed": "--seed",
     "train --steps 0": "--steps",
     "train --iterations -1": "--iterations",
     "train --alpha-weak nan": "--alpha-weak",
