@@ -11,11 +11,16 @@ import torch
 from diffusers import HunyuanVideoImageToVideoPipeline
 from helpers import lines, names, refused, run, same_bits, tensors, watch
 from PIL import Image
-from test_hunyuan import SMALL, drawn, run_card, watch_films  # noqa: F401
+from video_runs import SMALL, run_card, watch_films
 
 import w2svd
 from toy.tiny_hunyuan import I2V_TEMPLATE, SIZE, clips, save_tiny
 from w2svd import Config, HunyuanVideo, VideoTask, few_step_sigmas
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    return watch_films(monkeypatch)
 
 
 @pytest.fixture(scope="module", params=["token_replace", "latent_concat"])

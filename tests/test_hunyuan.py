@@ -19,11 +19,10 @@ import torch
 from conftest import POINT
 from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.models.transformers import transformer_hunyuan_video
-from diffusers.schedulers import scheduling_flow_match_euler_discrete as scheduling
-from diffusers.utils.torch_utils import randn_tensor
 from helpers import lines, names, refused, run, same_bits, tensors, watch
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
+from video_runs import SMALL, run_card, watch_films
 
 import w2svd
 from toy.tiny_hunyuan import SIZE, TEMPLATE, clips, save_tiny
@@ -31,8 +30,6 @@ from w2svd import Config, HunyuanVideo, Machine, Roles, VideoTask, few_step_sigm
 
 FORMS = (None, "token_replace", "latent_concat")
 # rates at which a few steps show; and no default where a default could hide that it is ignored
-SMALL = "--generator-lr .02 --fake-lr .02 --ema .5 --shift 4 --embedded-guidance 3".split()
-SMALL += "--lora-rank 2 --fake-updates 2 --log-every 2 --save-every 2".split()
 LINEARS = 2 * (12 + 5)  # of two double and two single blocks
 FULL = "--generator full --fake full --gan-weight .003"  # DMD2
 
@@ -47,6 +44,11 @@ def randomise(roles):
         for p in itertools.chain(*map(roles.parameters, ROLES)):
             p.copy_(0.3 * torch.randn(p.shape, generator=rng))
     return roles
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    return watch_films(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -89,23 +91,6 @@ def trained(fixed, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch, tiny):
     monkeypatch.chdir(tmp_path)
-
-
-def watch_films(monkeypatch):
-    """{name: latents} of the films to come, in order."""
-    films, film = {}, VideoTask.film
-
-    def watched(task, latents):
-        films.update({path.name: x0 for path, x0 in latents.items()})
-        film(task, latents)
-
-    monkeypatch.setattr(VideoTask, "film", watched)
-    return films
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    return watch_films(monkeypatch)
 
 
 def transformer(folder, dtype=torch.float32):
@@ -397,35 +382,6 @@ def test_a_run_resumed_elsewhere_equals_a_whole_one_and_is_sampled(
 
 
 # ---- sample and export ---------------------------------------------------------------------------
-
-
-def run_card(folder, monkeypatch, template):
-    """Run the code of an exported folder's card on the CPU: the pipeline, latents and frames.
-
-    Noise and the scheduler's renoising come from one stream of seed 0, as those of `sample` do.
-    """
-    rng, found = torch.Generator(), []
-
-    def draw(shape, **how):
-        return randn_tensor(shape, **{**how, "generator": rng})
-
-    monkeypatch.setattr(scheduling, "randn_tensor", draw)
-    card = (Path(folder) / "README.md").read_text().splitlines()
-    code = "\n".join(x[4:] for x in card if x.startswith("    ") and "export_to_video(" not in x)
-    for old, new in {
-        '"a woman talks"': '"a dog", output_type=output, prompt_template=template',
-        "torch.Generator().manual_seed(0)": "rng.manual_seed(0)",
-        "this folder": str(folder),
-        '.to("cuda")': "",
-        "torch.bfloat16": "torch.float32",
-    }.items():
-        assert old in code, old
-        code = code.replace(old, new)
-    for output in ("latent", "np"):
-        names = {"rng": rng, "output": output, "template": template}
-        exec(code, names)
-        found.append(torch.as_tensor(names["video"]))
-    return names["pipe"], *found
 
 
 def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(trained, monkeypatch, drawn):
