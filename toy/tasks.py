@@ -36,7 +36,7 @@ from w2svd import (
 )
 
 # The presets, by --data. Trials, and why the ring's shift is .5: toy/README.md
-RING = dict(  # expect a KL of .10, in 50 seconds on 2 CPU cores
+RING = dict(  # expect a KL of .09, in 50 seconds on 2 CPU cores
     data="ring",
     generator_input="rollout",
     fake_samples="final",
@@ -53,7 +53,7 @@ RING = dict(  # expect a KL of .10, in 50 seconds on 2 CPU cores
     log_every=20,
     save_every=120,
 )
-# expect 1.0: its modes are closer, so they are lost at less noise
+# expect 1.1: its modes are closer, so they are lost at less noise
 GRID = dict(RING, data="grid", shift=0.3, reuse=3, batch=1024, iterations=360)
 VIDEOS = dict(  # expect .5; a clip's motion is decided at high noise, hence both shifts
     RING,

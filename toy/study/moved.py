@@ -22,7 +22,7 @@ from toy.metrics import Metrics
 from toy.table import PLACES, spread
 from toy.tasks import RECIPES, Task
 
-SEEDS = range(30, 33)  # no trial used them; stored with the random streams of commit c2c4887
+SEEDS = range(50, 53)  # no trial used them since the random streams changed
 MOVED = 0.5**0.5  # half of the ring's radius, as in the study
 FINETUNE = {"iterations": 720, "generator_lr": 3e-3}  # by seed 100
 METHODS = {  # as the table names them, with their evaluations
