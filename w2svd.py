@@ -414,7 +414,7 @@ def at_least_float32(x):
 
 
 def mean_abs(x):
-    """mean_i |x_i| of each sample, (B, 1, ...), floored so that a perfect match is no 0 / 0."""
+    """mean_i |x_i| of each sample, (B, 1, ...); the floor prevents 0 / 0, it bounds no gradient."""
     return x.abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True).clamp_min(1e-6)
 
 
@@ -439,6 +439,7 @@ def gt_gradient(x0_fake, x0_gt):
 
 def fake_loss(v_fake, x_gen, eps):
     """mean |v_fake - (eps - x_gen)|^2: flow matching on the generator's samples, a scalar."""
+    # paper: the fake denoises x_gen (figure). peer: the velocity's mean square
     # author-code: by default the loss of x0, which is this one times sigma^2 for each sample
     return torch.nn.functional.mse_loss(at_least_float32(v_fake), at_least_float32(eps - x_gen))
 
@@ -553,6 +554,7 @@ def discriminator_step(roles, x_gen, x0, cond, sigma, eps):
     """
     real = roles.discriminator.logit(add_noise(x0, eps, sigma), sigma, cond)
     generated = roles.discriminator.logit(add_noise(x_gen, eps, sigma), sigma, cond)
+    require_finite("the discriminator's logit", (real + generated)[:, None], sigma)
     softplus = torch.nn.functional.softplus
     loss = softplus(-real).mean() + softplus(generated).mean()
     loss.backward()
@@ -1425,6 +1427,9 @@ class VideoTask:
             return self.backbone.velocity
         roles = Roles(self.backbone, info["rank"], 0.0, 1.0)
         roles.load("generator", tensors)
+        # other arithmetic adds up in another order, and 8 bits round
+        if not math.isclose(base_sum(roles), info["base_sum"], rel_tol=1e-2):
+            print("w2svd: this is not the backbone that it was trained on.", file=sys.stderr)
         return roles.generator
 
     def first_frame(self, path):
@@ -1463,6 +1468,8 @@ def load_task(config, models=MODELS):
         import toy
 
         return toy.task(config)
+    if config.model not in models:
+        raise Refused(f"--model {config.model} is not known here, but {', '.join(models)}.")
     return VideoTask(config, models[config.model])
 
 
@@ -1581,12 +1588,14 @@ def plan(config, model, machine=Machine(), loop=distil):
     generator, fake = (sum(p.numel() for p in roles.parameters(r)) for r in ("generator", "fake"))
     frozen = [p for p in model.module.parameters() if not p.requires_grad]
     parameters = sum(p.numel() for p in frozen)
+    git = f'git -C "{Path(__file__).parent}" rev-parse HEAD'
+    code, commit = subprocess.getstatusoutput(git)
     names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
     about = {
         "parameters: backbone, generator, fake": [parameters, generator, fake],
         "sigmas": [round(x, 6) for x in few_step_sigmas(c.steps, c.shift).tolist()],
         "versions": {name: importlib.metadata.version(name) for name in names},
-        "commit": subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD'),
+        "commit": commit if code == 0 else "",
     }
     if c.model == "toy":  # too small to plan for
         return about
@@ -1604,7 +1613,7 @@ def plan(config, model, machine=Machine(), loop=distil):
     # on an H100, published: 650 TFLOP/s in large products, 550 in cuDNN's attention, 3 TB/s
     seconds = linear / 650e12 + attention / 550e12 + moved / 3e12
     waiting = reached * tensor / GiB if machine.offload else 0
-    saves = 2 if c.generator == "full" else c.iterations // c.save_every
+    saves = 2 if c.generator == "full" else math.ceil(c.iterations / c.save_every)
     stored = 4 * (3 * (4 * generator + 3 * fake) + (saves + 1) * generator)  # 3 checkpoints
     return {
         **{f"GiB, {name}": x for name, x in memory.items()},
@@ -1720,7 +1729,7 @@ class Run:
         c = self.config
         names = ("model", "data", "checkpoint", "alpha_weak", "alpha_strong", "guidance", "seed")
         info = {name: getattr(c, name) for name in (*names, "embedded_guidance", "steps", "shift")}
-        info.update(kind=c.generator, rank=c.lora_rank, lora_alpha=c.lora_rank)
+        info.update(kind=c.generator, rank=c.lora_rank, lora_alpha=c.lora_rank, loop=self.loop)
         info.update(sigmas=few_step_sigmas(c.steps, c.shift).tolist(), step=self.state.iteration)
         info.update(base_sum=self.base, renoise=self.task.backbone.renoise)
         prefix = "transformer." if c.generator == "lora" else ""
@@ -1865,7 +1874,8 @@ def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, m
     with open(os.devnull if rank() else folder / "metrics.jsonl", "a") as log:
         if rank() == 0:
             log.truncate(min(log_bytes, log.tell()))  # to where the checkpoint was made
-        run.picture()  # of the beginning; after a resume the checkpoint's, which may be missing
+        with prefer_cudnn():  # of the beginning; after a resume the checkpoint's, if missing
+            run.picture()
         for line, stopped in iterate(run, loop, numbers.get("PFLOP an iteration")):
             run.after_iteration(line, log, stopped)
     if base_sum(run.state.roles) != run.base:
@@ -1911,7 +1921,7 @@ base_model: {checkpoint}
 license: other
 tags: [step-distillation, w2svd]
 ---
-# {checkpoint} in {steps} steps, by w2svd (W2SVD, arXiv 2503.13319)
+# {checkpoint} in {steps} steps, by w2svd's {loop} (distil: W2SVD, arXiv 2503.13319)
 
 Generator {generator}, fake {fake}, rank {rank}, alpha_weak {alpha_weak}; {step} updates, seed
 {seed}. The base model's licence goes for these weights. For diffusers alone: other programs apply

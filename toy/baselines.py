@@ -137,7 +137,7 @@ class FineTuned(w2svd.HunyuanVideo):
     """
 
     renoise = False
-    preset = {**w2svd.HunyuanVideo.preset, "steps": 28, "shift": 7.0}  # the released pipeline's
+    preset = {**w2svd.HunyuanVideo.preset, "steps": 28, "shift": 7.0}  # the paper's table; released
 
     def velocity(self, x_t, sigma, cond):
         learning = torch.is_grad_enabled()
@@ -160,7 +160,7 @@ def one_step(argv):
     return [f"{w2svd.flag(name)}={value}" for name, value in settings.items()]
 
 
-def main(argv=None):
+def main(argv=None, models=w2svd.MODELS):
     """`train` with one of the loops; returns its exit status."""
     method, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if method in ("-h", "--help"):
@@ -169,7 +169,8 @@ def main(argv=None):
     if method not in LOOPS:
         print(f"w2svd: {method} is none of {', '.join(LOOPS)}.", file=sys.stderr)
         return 2
-    models = {"hunyuan": FineTuned} if method == "finetune" else w2svd.MODELS
+    if method == "finetune":
+        models = {**models, "hunyuan": FineTuned}
     own = one_step(argv) if method == "regress" else []
     return w2svd.main(["train", *own, *argv], models=models, loop=LOOPS[method])
 
