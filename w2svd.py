@@ -1447,8 +1447,9 @@ class VideoTask:
         from diffusers.training_utils import free_memory
 
         model, needs = self.backbone, "an --image" if self.backbone.form else "no --image"
-        if prompt is None or (image is None) != (model.form is None) or out.suffix != ".mp4":
-            raise Refused(f"This checkpoint needs a --prompt, {needs}, and an .mp4 as --out.")
+        words = prompt is not None and not prompt.endswith(".txt")  # no file of prompts is read
+        if not words or (image is None) != (model.form is None) or out.suffix != ".mp4":
+            raise Refused(f"This checkpoint needs a --prompt in words, {needs}, an .mp4 as --out.")
         first = self.first_frame(image) if image else None
         pipe = load_pipeline(self.config.checkpoint, ENCODERS)
         cond = model.encode_text(pipe, prompt, first)
