@@ -69,19 +69,21 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import importlib.metadata
 import io
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 import time
 import traceback
+import unicodedata
 import warnings
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal, get_args
@@ -184,7 +186,6 @@ class Config:
     out: str = setting("", "run folder; the next free runs/<model>-k if empty / ours")
     log_every: int = setting(50, "iterations between lines of metrics.jsonl / ours")
     save_every: int = setting(250, "iterations between checkpoints / ours")
-    sample_prompts: str = setting("", "a .txt; 4 are filmed at each save / ours")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,13 +195,14 @@ class Machine:
     gpu_memory: float = setting(0.0, "GiB to plan for; 0: of the one here / ours")
     shard: bool = setting(False, "split the backbone over a node's GPUs / ours")
     offload: bool = setting(False, "blocks' inputs wait in host memory / ours")
+    cudnn: bool = setting(True, "its attention first, on Hopper GPUs / ours")
 
 
 MAY_BE_0 = {"alpha_weak", "ema", "gt_weight", "gan_weight", "guidance", "embedded_guidance", "seed"}
 MAY_BE_0 |= {"sigma_low", "fake_warmup", "fake_weight_decay", "gpu_memory"}
 # what --resume may change
 RESUMABLE = {"out", "data", "checkpoint", "cache", "iterations", "log_every", "save_every"}
-RESUMABLE |= {"sample_prompts", "checkpointing", "compile", "generator_lr", "fake_lr"}
+RESUMABLE |= {"checkpointing", "compile", "generator_lr", "fake_lr"}
 
 
 def flag(name):
@@ -588,7 +590,7 @@ def generator_step(
             g = dmd_gradient(x_gen, x0_real, x0_fake)
             if x0_gt is not None:
                 g = g + expand_as(gt_weight, g) * gt_gradient(x0_fake, x0_gt)
-        # NOTE silent: the scale of peers' mean(x_gen * stopgrad(g)), seen by clipping, Adam's eps
+        # the scale of peers' mean(x_gen * stopgrad(g)); beside it gan_weight has its meaning
         g = g / g.numel()
         if gan_weight:  # of a mean over samples, so that peers' weights mean the same here
             g_gan, stats["gan_loss"] = roles.discriminator.gradient(x_gen, cond, sigma, eps)
@@ -666,7 +668,20 @@ def average_gradients(parameters, forwards):
         parameter.grad.copy_(part.view_as(parameter))
 
 
-MAX_GRAD_NORM = 1.0  # peer. Gradients are clipped to it
+SPIKE = 3.0  # ours. A gradient larger than so many times the usual one is scaled down to it
+
+
+def usual_norm(optimizer):
+    """The root mean square of the gradient's norms so far, which Adam's second moments add up to.
+
+    A constant bound would never act, or always: norms are 1e-6 for a large video, 1 for a toy.
+    """
+    group = optimizer.param_groups[0]
+    known = [optimizer.state[p] for p in group["params"]]
+    if not known[0] or known[0]["step"] == 0:
+        return math.inf  # before the first update
+    square = sum(adam["exp_avg_sq"].sum() for adam in known)
+    return float(square / (1 - group["betas"][1] ** float(known[0]["step"]))) ** 0.5
 
 
 class State:
@@ -682,8 +697,9 @@ class State:
         self.reads = []  # (clip, sigma) of the current update, for error messages
         purposes = ("input", "exit", "level", "noise")
         self.rngs = {purpose: torch.Generator(device) for purpose in purposes}
-        # author-code: betas. No momentum, as the gradients' target moves
-        how = {"betas": (0.0, 0.999), "fused": True, "weight_decay": 0.0}
+        # author-code: betas. No momentum, as the gradients' target moves. NOTE silent: Adam's usual
+        # eps is as large as the gradients of a video, which shrink with its size: 1e-10 at 480p
+        how = {"betas": (0.0, 0.999), "eps": 1e-15, "fused": True, "weight_decay": 0.0}
         self.optimizers = {r: torch.optim.AdamW(roles.parameters(r), **how) for r in roles.trained}
         self.optimizers["fake"].param_groups[0]["weight_decay"] = config.fake_weight_decay
         self.average = {n: p.detach().clone() for n, p in roles.state("generator").items()}
@@ -711,9 +727,13 @@ class State:
         """Average the role's gradients, clip them, take one optimizer step; returns the norm."""
         optimizer, parameters = self.optimizers[role], self.roles.parameters(role)
         average_gradients(parameters, self.config.accumulate)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient of the {role} is not finite")
+        largest = SPIKE * usual_norm(optimizer)
+        if norm > largest:
+            for parameter in parameters:
+                parameter.grad *= largest / norm
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
@@ -853,6 +873,13 @@ def load_pipeline(checkpoint, parts, place=None):
     return pipe.to(place or device())
 
 
+def about_checkpoint(checkpoint):
+    """What a checkpoint's folder says of itself in a w2svd.json: settings, prompt_template."""
+    path = Path(checkpoint, "w2svd.json")
+    with reading(f"{path} cannot be read"):
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+
 class HunyuanVideo:
     """diffusers' HunyuanVideo: all that training, sampling and the plan need to know of a model.
 
@@ -864,6 +891,7 @@ class HunyuanVideo:
     preset = {"checkpointing": True, "log_every": 10}  # not tuned, as nothing was measured
     prompt_template = None  # the pipeline's own; or {"template": "...{}...", "crop_start": tokens}
     text_limit = 256  # tokens that the text encoder reads
+    vae_flop = 21e6, 40e6  # of encoding and decoding, for each pixel of each frame, counted
     renoise = True  # how the generator is sampled: by few_step_sample, not as a backbone by Euler
     # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
     LAYERS = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
@@ -885,8 +913,14 @@ class HunyuanVideo:
         # image-to-video's encoder reads the picture too, as 576 tokens, thinned out
         picture = {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
         self.tokens = frames * height * width // m.patch_size**2 + self.text_limit + picture
+        if "prompt_template" in about_checkpoint(config.checkpoint):
+            self.prompt_template = about_checkpoint(config.checkpoint)["prompt_template"]
         for block in self.blocks:
             block.register_forward_pre_hook(self.without_mask)
+        if self.dtype != torch.float32:
+            module.x_embedder.register_forward_hook(self.stream_in_float32)
+            module.context_embedder.register_forward_hook(self.stream_in_float32)
+            module.proj_out.register_forward_hook(self.head_in_float32)
 
     @classmethod
     def outline(cls, config):
@@ -909,16 +943,6 @@ class HunyuanVideo:
             raise Refused("--guidance must be 1: HunyuanVideo has it embedded.")
         return cls(module, config)
 
-    @functools.cached_property
-    def encoders(self):
-        """What encodes, by its configs: latents and text belong to it, and not to a path."""
-        found, load = [], type(self.module).load_config
-        for part in ("vae", "text_encoder", "text_encoder_2"):
-            with reading(f"--checkpoint {self.config.checkpoint} has no {part}"):
-                config = load(self.config.checkpoint, subfolder=part)
-            found.append({k: x for k, x in config.items() if k[0] != "_" and "version" not in k})
-        return found
-
     def load(self, place=None):
         """The same model with its weights, frozen; adapters are put into it later."""
         pipe = load_pipeline(self.config.checkpoint, ("transformer",), place)
@@ -933,6 +957,23 @@ class HunyuanVideo:
         """Text comes trimmed, so nothing is masked; a mask would rule out flash attention."""
         assert args[3] is None or args[3].dtype == torch.bool, "diffusers' blocks have changed"
         return (*args[:3], None, *args[4:])
+
+    @staticmethod
+    def stream_in_float32(_, args, out):
+        """Embed into float32 where no gradient is kept: the blocks keep their stream in it.
+
+        NOTE silent: in bf16 most of x0_fake - x0_real, a hundredth of either, is rounded away.
+        """
+        return out if torch.is_grad_enabled() else out.float()
+
+    @staticmethod
+    def head_in_float32(head, args, out):
+        """The last layer of such a stream, in float32 too."""
+        if torch.is_grad_enabled():
+            return out
+        with torch.autocast(out.device.type.replace("meta", "cpu"), enabled=False):
+            x, weight, bias = (tensor.float() for tensor in (*args, head.weight, head.bias))
+            return torch.nn.functional.linear(x, weight, bias)
 
     def checkpoint_with(self, function):
         """Run every block as function(block, *args), which recomputes it in backward."""
@@ -1038,20 +1079,32 @@ MODELS = {"hunyuan": HunyuanVideo}  # beside the toy; `main` takes others
 
 
 # ---- 8. Clips ------------------------------------------------------------------------------------
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
 @contextmanager
 def atomic_write(path):
     """A temporary name to write to, renamed to `path` at the end; a failure leaves `path` alone."""
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")  # others may write it too
-    umask = os.umask(0)
-    os.umask(umask)
+    part = path.with_name(f".part-{os.getpid()}-{HOST}-{path.name}")  # others may write it too
+    part.touch()
+    mode = part.stat().st_mode
     try:
         yield part
-        part.chmod(0o666 & ~umask)  # safetensors would keep it from everybody else
+        part.chmod(mode)  # safetensors would keep it from everybody else
         with open(part, "rb+") as file:  # or the name might reach the disk without the content
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def delete_leftovers(folder):
+    """Delete what killed writers left: of this machine if the process is gone, or after a day."""
+    for part in folder.rglob(".part-[0-9]*"):
+        pid, host = re.match(r".part-(\d+)-(?:([0-9a-f]{8})-)?", part.name).groups()
+        here = host in (None, HOST) and Path("/proc/self").exists()
+        if here and not Path("/proc", pid).exists() or time.time() - part.stat().st_mtime > 86400:
+            part.unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -1072,6 +1125,8 @@ def read_safetensors(path):
     """Read (tensors, info) back. A file that is missing, damaged or not ours is refused."""
     from safetensors import safe_open
 
+    if not path.exists():
+        raise Refused(f"There is no {path}.")
     with reading(f"Delete {path}, not whole or not ours", KeyError), safe_open(path, "pt") as file:
         info = json.loads((file.metadata() or {})["w2svd"])
         return {name: file.get_tensor(name) for name in file.keys()}, info
@@ -1101,12 +1156,15 @@ class Clip:
     caption: str | Path = ""  # or the file that it stands in
     left_out: str = ""  # why it cannot be used
     file: Path | None = None  # of its latents and text
-    notes: tuple = ()  # if it was encoded now: what of it is lost
+    notes: list = dataclasses.field(default_factory=list)  # what happened to it now
 
 
 def read_text(path):
-    """A text, without the mark that Excel begins with; bytes that are no UTF-8 are found later."""
-    return path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    """A text in UTF-8, or in the UTF-16 of Excel; bytes that are neither are found later."""
+    content = path.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16", "replace")
+    return content.decode("utf-8-sig", "surrogateescape")
 
 
 def files_below(folder):
@@ -1124,24 +1182,26 @@ def files_below(folder):
     return files
 
 
-def listed_clips(file, folder):
+def listed_clips(file, folder, find):
     """The clips that a metadata.jsonl or .csv names; a row that names none is left out."""
     clips, text = [], read_text(file)
     rows = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if file.suffix == ".csv":
         separator = max(",;\t", key=text.split("\n")[0].count)
         # an unquoted comma in a caption makes further cells: then "text" is a list, refused below
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restkey="text")
+        how = {"delimiter": separator, "restkey": "text", "skipinitialspace": True}
+        table = csv.DictReader(io.StringIO(text, newline=""), **how)
         with reading(f"{file} cannot be read", csv.Error):
             rows = [(table.line_num, row) for row in table]
     for line, row in rows:
         try:
             row = json.loads(row) if isinstance(row, str) else row
-            film = Path(os.path.abspath(file.parent / row["file_name"].strip()))
+            film = find(Path(os.path.abspath(file.parent / row["file_name"].strip())))
             clips.append(Clip(os.path.relpath(film, folder), film, row["text"].strip()))
         except (ValueError, KeyError, TypeError, AttributeError):
             name = f"{os.path.relpath(file, folder)}, line {line}"
-            clips.append(Clip(name, left_out="no file_name with one text (in quotes)"))
+            has = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+            clips.append(Clip(name, left_out=f"no file_name with one text (in quotes){has}"))
     return clips
 
 
@@ -1154,14 +1214,19 @@ def find_clips(data):
     if not data or not folder.is_dir():
         raise Refused(f"{data!r} is no folder of clips ({LAYOUTS}), nor a .txt: {EXAMPLE}")
     files = files_below(folder)
+    composed = {unicodedata.normalize("NFC", str(file)): file for file in files}
+
+    def find(path):  # a letter with an accent may be one sign in a list and two in a file's name
+        return composed.get(unicodedata.normalize("NFC", str(path)), path)
+
     lists = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
     for file in lists:
-        clips += listed_clips(file, folder)
+        clips += listed_clips(file, folder, find)
     named = {clip.film for clip in clips}
     films = [f for f in files if f.suffix.lower() in FILMS and f.name[0] != "." and f not in named]
-    clips += [Clip(os.path.relpath(f, folder), f, f.with_suffix(".txt")) for f in films]
+    clips += [Clip(os.path.relpath(f, folder), f, find(f.with_suffix(".txt"))) for f in films]
     films = [clip.film for clip in clips if clip.film]
-    used = {*lists, *films, *(film.with_suffix(".txt") for film in films)}
+    used = {*lists, *films, *(find(film.with_suffix(".txt")) for film in films)}
     rest = [os.path.relpath(file, folder) for file in files if file not in used]
     return clips + [Clip(name, left_out="no clip, nor a caption of one") for name in rest]
 
@@ -1231,18 +1296,6 @@ def write_film(path, frames, fps):
     return frames
 
 
-def notes_of(film, config):
-    """Sentences about what is lost of a film that look() has seen."""
-    notes, ratio = [], film["aspect"] * config.height / config.width
-    if film["fps"] < 0.9 * config.fps:
-        notes.append(f"frames are repeated, {film['fps']:g} fps become {config.fps:g}")
-    if not 0.8 < ratio < 1.25:  # the same area in the film's own shape
-        height, width = config.height / math.sqrt(ratio), config.width * math.sqrt(ratio)
-        size = f"--height {16 * round(height / 16)} --width {16 * round(width / 16)}"
-        notes.append(f"{min(ratio, 1 / ratio):.0%} of the picture is used; more of it with {size}")
-    return notes
-
-
 def read_caption(caption):
     """A caption, or the file that it stands in, as one line; ValueError where there is none."""
     if isinstance(caption, Path):
@@ -1254,10 +1307,18 @@ def read_caption(caption):
     return " ".join(line.strip() for line in caption.strip().split("\n"))
 
 
+def latents_folder(config):
+    """Where latents and text are kept: under --cache, or beside the clips or the .txt."""
+    data = Path(config.data)
+    beside = data.parent if data.is_file() else data
+    return Path(config.cache or beside / ".w2svd").expanduser()
+
+
 def latents_file(config, model, clip, caption):
-    """Where a clip's latents and text are kept: a name that hashes all that they depend on."""
-    c, film, folder = config, clip.film, Path(config.data)
-    parts = [READING, caption, model.encoders, model.prompt_template]
+    """The file of a clip's latents and text: its name hashes all that they depend on."""
+    c, film = config, clip.film
+    checkpoint = {k: x for k, x in model.module.config.items() if k[0] != "_"}  # and not its path
+    parts = [READING, caption, checkpoint, model.prompt_template]
     if film:  # what it holds, not its times: a copy is the same film
         size, MB = film.stat().st_size, 2**20
         with open(film, "rb") as file:
@@ -1267,8 +1328,7 @@ def latents_file(config, model, clip, caption):
         parts += [clip.name, size, content.hexdigest(), c.height, c.width, c.frames, c.fps]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     name = f"{film.stem[:40] if film else 'caption'}-{digest}.safetensors"
-    beside = folder if film else folder.parent  # a folder of clips, or a .txt
-    return Path(c.cache or beside / ".w2svd").expanduser() / name
+    return latents_folder(c) / name
 
 
 def encode_clip(model, pipe, video, caption):
@@ -1282,6 +1342,16 @@ def encode_clip(model, pipe, video, caption):
     return {name: x[0] for name, x in tensors.items()}
 
 
+def crop_note(film, config):
+    """What the crop leaves of a film that look() has seen, where that is little: [sentence]."""
+    ratio = film["aspect"] * config.height / config.width
+    if 0.8 < ratio < 1.25:
+        return []
+    height, width = config.height / math.sqrt(ratio), config.width * math.sqrt(ratio)
+    size = f"--height {16 * round(height / 16)} --width {16 * round(width / 16)}"  # the same area
+    return [f"{min(ratio, 1 / ratio):.0%} of the picture is used; more of it with {size}"]
+
+
 def encode_missing(config, model, clips):
     """Find or make each clip's file; a clip that cannot be used is told why."""
     from diffusers.training_utils import free_memory
@@ -1290,12 +1360,15 @@ def encode_missing(config, model, clips):
     pipe = None
     for clip in tqdm([clip for clip in clips if not clip.left_out], desc="encode", unit="clip"):
         try:
-            caption, video, notes = read_caption(clip.caption), None, []
+            caption, video = read_caption(clip.caption), None
+            if not caption:
+                clip.notes.append("the caption is empty")
             clip.file = latents_file(config, model, clip, caption)
             if clip.file.exists():
                 continue
+            clip.notes.append("encoded now")
             if clip.film:
-                notes = notes_of(look(clip.film), config)
+                clip.notes += crop_note(look(clip.film), config)
                 video = read_clip(clip.film, config)
             pipe = pipe or load_pipeline(config.checkpoint, ENCODERS)
             tensors = encode_clip(model, pipe, video, caption)
@@ -1305,29 +1378,33 @@ def encode_missing(config, model, clips):
             clip.left_out = (str(error).strip().splitlines() or [repr(error)])[-1]
             continue
         if not model.form and len(tensors["prompt_embeds"]) >= model.text_limit:
-            notes.append(f"the text encoder reads {model.text_limit} tokens: its end is unread")
-        clip.notes = ("encoded", *notes)
-        clip.file.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(clip.file, tensors, {"source": clip.name, "caption": caption})
+            clip.notes.append(f"the text encoder reads {model.text_limit} tokens, and not its end")
+        try:
+            clip.file.parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(clip.file, tensors, {"source": clip.name, "caption": caption})
+        except OSError as error:
+            raise Refused(
+                f"{error}: name a folder that can be written, with room, as --cache."
+            ) from error
     del pipe
     free_memory()
 
 
 def encoded_clips(config, model):
     """The files of all clips that can be used, encoded where they are missing; says what is not."""
+    if rank() == 0:
+        delete_leftovers(latents_folder(config))
     clips = gather(find_clips(config.data) if rank() == 0 else None)[0]
     mine = clips[rank() :: ranks()]  # several processes share the work
     encode_missing(config, model, mine)
     for first, share in enumerate(gather(mine)):
         clips[first :: ranks()] = share
     used = [clip for clip in clips if not clip.left_out]
-    files = list(dict.fromkeys(clip.file for clip in used))  # one that is listed twice is one clip
-    new = sum("encoded" in clip.notes for clip in used)
-    print(f"{config.data}: {len(files)} clips, {new} encoded now")
-    for note in dict.fromkeys(note for clip in used for note in clip.notes[1:]):
-        names = [clip.name for clip in used if note in clip.notes]
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        print(f"  {names[0]}{more}: {note}")
+    files = list(dict.fromkeys(clip.file for clip in used))
+    twice = f", {len(used) - len(files)} listed twice" if len(files) < len(used) else ""
+    print(f"{config.data}: {len(files)} clips{twice}")
+    for note, count in Counter(note for clip in used for note in clip.notes).items():
+        print(f"  {count}: {note}")
     for clip in clips:
         if clip.left_out:
             print(f"  left out, {clip.name}: {clip.left_out}")
@@ -1352,21 +1429,19 @@ class VideoTask:
 
     def __init__(self, config, Model):
         self.config, self.device, self.backbone = config, device(), Model.outline(config)
-        if self.backbone.form and ".txt" in (config.data[-4:], config.sample_prompts[-4:]):
-            raise Refused("--data, --sample-prompts: a .txt has no first frames; name a folder.")
+        if self.backbone.form and config.data.endswith(".txt"):
+            raise Refused("--data: a .txt has no first frames; name a folder of clips.")
 
     def load(self, machine=Machine()):
         """Encode what is missing, then read the weights."""
-        c, model = self.config, self.backbone
+        model = self.backbone
         if machine.shard and ranks() == 1:
             raise Refused("--shard splits the backbone over processes: start them by torchrun.")
         if self.device == "cpu" and model.module.num_parameters() > 1e9:
             raise Refused(f"A model of this size needs a GPU; torch finds none. There: {EXAMPLE}")
-        shown = dataclasses.replace(c, data=c.sample_prompts)
-        prompts = encoded_clips(shown, model) if c.sample_prompts else []
-        self.clips = encoded_clips(c, model)
+        self.clips = encoded_clips(self.config, model)
         some = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(0))
-        self.filmed = (prompts or [self.clips[i] for i in some])[:4]
+        self.filmed = [self.clips[i] for i in some[: films_at_once(model)]]
         # a backbone that will be split may be too large for one GPU
         self.backbone = model.load("cpu" if machine.shard else self.device)
 
@@ -1396,7 +1471,7 @@ class VideoTask:
             write_film(path, self.backbone.decode(decoder, x0), self.config.fps)
 
     def on_log(self, step, generator):
-        """Film up to four prompts at the start and at every save, always from the same noise."""
+        """Film some prompts at the start and at every save, always from the same noise."""
         c, model, drawn = self.config, self.backbone, {}
         if step % c.save_every and step != c.iterations:
             return
@@ -1415,10 +1490,10 @@ class VideoTask:
 
     def finish(self, folder, generator):
         """No exact answer here: the last logged numbers, and what to do next."""
-        lines = (folder / "metrics.jsonl").read_text().splitlines() or ["{}"]
+        last = (folder / "metrics.jsonl").read_text().splitlines()[-1:]
         image = "--image face.png " if self.backbone.form else ""
-        now = f'python w2svd.py sample --run {folder} {image}--prompt "..." --out video.mp4'
-        return {"student": {**json.loads(lines[-1]), "steps": self.config.steps}}, f"now: {now}"
+        now = f'now: python w2svd.py sample --run {folder} {image}--prompt "..." --out video.mp4'
+        return {"student": {**json.loads("".join(last) or "{}"), "steps": self.config.steps}}, now
 
     def student(self, tensors, info):
         """The velocity of a stored generator, in place of the backbone's."""
@@ -1427,9 +1502,6 @@ class VideoTask:
             return self.backbone.velocity
         roles = Roles(self.backbone, info["rank"], 0.0, 1.0)
         roles.load("generator", tensors)
-        # other arithmetic adds up in another order, and 8 bits round
-        if not math.isclose(base_sum(roles), info["base_sum"], rel_tol=1e-2):
-            print("w2svd: this is not the backbone that it was trained on.", file=sys.stderr)
         return roles.generator
 
     def first_frame(self, path):
@@ -1474,15 +1546,19 @@ def load_task(config, models=MODELS):
     return VideoTask(config, models[config.model])
 
 
+PATIENT = None  # the processes as a group that waits for clips to be encoded
+
+
 def join_processes():
     """Under torchrun: take this process's GPU and meet the others; the first alone speaks."""
+    global PATIENT
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or torch.distributed.is_initialized():
         return
     if device() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if device() == "cuda" else "gloo"
-    # a long wait is one for clips to be encoded; torchrun ends all processes when one dies
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    PATIENT = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     if rank():
         sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
 
@@ -1491,7 +1567,7 @@ def gather(x):
     """Every process's x, a list; small things only."""
     every = [x] * ranks()
     if ranks() > 1:
-        torch.distributed.all_gather_object(every, x)
+        torch.distributed.all_gather_object(every, x, group=PATIENT)
     return every
 
 
@@ -1538,6 +1614,29 @@ def build_roles(config, backbone, machine):
     return roles
 
 
+@torch.no_grad()
+def gap_floor(roles, batch, lr):
+    """The relative gap that rounding alone makes between real and fake, before any training.
+
+    The fake's B, still 0, becomes +-lr as one update would make it: what that does to a sample is
+    far below the steps of bf16, which show all the same. A logged gap of this size is noise.
+    """
+    x0, cond = batch["x0"], batch["cond"]
+    rng = torch.Generator(x0.device).manual_seed(0)
+    eps = torch.randn(x0.shape, generator=rng, device=x0.device, dtype=x0.dtype)
+    x_t, sigma = add_noise(x0, eps, 0.5), torch.full((len(x0),), 0.5, device=x0.device)
+    adapter = [p for name, p in roles.state("fake").items() if "lora_B" in name]
+    for parameter in adapter:
+        parameter.copy_(torch.randn(parameter.shape, generator=rng, device=x0.device).sign() * lr)
+    x0_fake, x0_real = (
+        x0_from_velocity(x_t, velocity(x_t, sigma, cond), sigma)
+        for velocity in (roles.fake, roles.plain)
+    )
+    for parameter in adapter:
+        parameter.zero_()
+    return float((x0_fake - x0_real).norm() / x0_real.norm())
+
+
 def evaluations(config):
     """Forwards of an iteration of `distil` without and with gradient, in the mean."""
     c = config
@@ -1551,20 +1650,21 @@ def evaluations(config):
     return forwards, c.fake_updates + 1
 
 
+def films_at_once(model):
+    """How many prompts are filmed at a time: four at 480p, one where a film takes minutes."""
+    return max(1, min(4, 10**5 // model.tokens))
+
+
 def memory_plan(config, model, machine, generator, fake):
-    """GiB on each GPU by line, simulated; and how many blocks a backward goes through."""
+    """GiB on each GPU by line, simulated, for so many parameters of generator and fake."""
     c, n, tensor = config, len(model.blocks), 2 * model.tokens * model.width / 2**30
-    learning = [any(p.requires_grad for p in block.parameters()) for block in model.blocks]
-    reached = n
-    if "full" not in (c.generator, c.fake):
-        reached -= learning.index(True)  # a backward ends at the first adapter
     frozen = sum(p.numel() for p in model.module.parameters() if not p.requires_grad)
     base = (1.29 if c.fp8_base else 2) * frozen / 2**30  # some stay in bf16: 15.4 GiB at 13B
-    trained = (generator + fake) / 2**30
+    reached = n * share_reached(c, model)
     lines = {
         "backbone, frozen": base,
-        "generator and fake, float32": 4 * trained,
-        "Adam, average": 8 * trained + 4 * generator / 2**30,
+        "generator and fake, float32": 4 * (generator + fake) / 2**30,
+        "Adam, average": (12 * generator + 8 * fake) / 2**30,
         "gradients": 4 * max(generator, fake) / 2**30,  # of one update at a time
         "inputs of the blocks": (reached + n / 3 if c.gan_weight else reached) * tensor,
         "a block at work": 37.2 * tensor,  # what its backward needs
@@ -1577,65 +1677,95 @@ def memory_plan(config, model, machine, generator, fake):
     elif not c.checkpointing:
         lines["inputs of the blocks"] = 25.6 * reached * tensor
         lines["a block at work"] = 11.6 * tensor
-    return lines, reached
+    # simulations were up to 4 % off; NCCL has buffers
+    lines["margin"] = 0.03 * sum(lines.values()) + (1.5 if ranks() > 1 else 0)
+    return lines
+
+
+def share_reached(config, model):
+    """The share of the blocks that a backward goes through: it ends at the first adapter."""
+    if "full" in (config.generator, config.fake):
+        return 1.0
+    learning = [any(p.requires_grad for p in block.parameters()) for block in model.blocks]
+    return 1 - learning.index(True) / len(learning)
+
+
+def time_plan(config, model, machine, loop):
+    """PFLOP and time, on an H100 at published rates; nothing was measured."""
+    c = config
+    forwards, backwards = loop.evaluations(c) if hasattr(loop, "evaluations") else evaluations(c)
+    back = backwards * share_reached(c, model)
+    again = forwards + backwards
+    if c.checkpointing or machine.offload:  # one more forward, of the blocks that are reached
+        again += back
+    linear, attention = model.flop()
+    moved = 358 * model.tokens * model.width * len(model.blocks)  # bytes, element-wise
+    # FLOP/s in large products, 2.8 % of them adapters', and in cuDNN's attention; bytes/s
+    one = 1.028 * linear / 650e12 + attention / 550e12 + moved / 3e12
+    # a backward is one more forward in frozen linear layers, two of element-wise work and, as its
+    # kernel recomputes a product, 2.5 of attention
+    linear *= 1.028 * (again + back) * c.accumulate
+    attention *= (again + 2.5 * back) * c.accumulate
+    moved *= (again + 2 * back) * c.accumulate
+    seconds = linear / 650e12 + attention / 550e12 + moved / 3e12
+    # convolutions of the VAE at 150 TFLOP/s, an assumption
+    encode, decode = (x * c.frames * c.height * c.width / 150e12 for x in model.vae_flop)
+    films, saves = films_at_once(model), math.ceil(c.iterations / c.save_every)
+    film = films * (c.steps * one + decode)
+    hours = (seconds * c.iterations + film * (2 + saves)) / 3600
+    return {
+        "seconds an iteration on an H100": seconds,
+        "PFLOP an iteration": (linear + attention) / 1e15,
+        "seconds to encode a clip": encode,
+        "minutes of films, at the start": 2 * film / 60,  # the backbone's beside the student's
+        "minutes of films, at each save": film / 60,
+        "hours": hours,
+        "GPU-hours": hours * ranks(),
+    }
 
 
 def plan(config, model, machine=Machine(), loop=distil):
     """What a run takes, by formulas: simulated or published figures, nothing measured."""
     c, GiB = config, 2**30
-    forwards, backwards = loop.evaluations(c) if hasattr(loop, "evaluations") else evaluations(c)
     with torch.device("meta"):  # nothing is loaded yet; load() brings one without these adapters
         roles = Roles(model, c.lora_rank, 0.0, 1.0, c.generator, c.fake)
     generator, fake = (sum(p.numel() for p in roles.parameters(r)) for r in ("generator", "fake"))
-    frozen = [p for p in model.module.parameters() if not p.requires_grad]
-    parameters = sum(p.numel() for p in frozen)
-    git = f'git -C "{Path(__file__).parent}" rev-parse HEAD'
-    code, commit = subprocess.getstatusoutput(git)
-    names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
-    about = {
-        "parameters: backbone, generator, fake": [parameters, generator, fake],
-        "sigmas": [round(x, 6) for x in few_step_sigmas(c.steps, c.shift).tolist()],
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "commit": commit if code == 0 else "",
-    }
+    frozen = sum(p.numel() for p in model.module.parameters() if not p.requires_grad)
+    about = {"parameters: backbone, generator, fake": [frozen, generator, fake]}
     if c.model == "toy":  # too small to plan for
         return about
-    n, tensor = len(model.blocks), 2 * model.tokens * model.width  # bytes, of all tokens in bf16
-    memory, reached = memory_plan(c, model, machine, generator, fake)
-    # a backward takes as much as a forward in frozen linear layers and, as its kernel recomputes a
-    # product, 2.5 times as much in attention; checkpointing takes one more forward
-    share = reached / n
-    recomputed = share if c.checkpointing or machine.offload else 0
-    again = forwards + backwards * (1 + recomputed)
-    linear, attention = model.flop()
-    linear *= 1.028 * c.accumulate * (again + backwards * share)  # adapters: 2.8 %
-    attention *= c.accumulate * (again + backwards * 2.5 * share)
-    moved = 179 * tensor * n * c.accumulate * (again + backwards * 2 * share)  # element-wise work
-    # on an H100, published: 650 TFLOP/s in large products, 550 in cuDNN's attention, 3 TB/s
-    seconds = linear / 650e12 + attention / 550e12 + moved / 3e12
-    waiting = reached * tensor / GiB if machine.offload else 0
-    saves = 2 if c.generator == "full" else math.ceil(c.iterations / c.save_every)
-    stored = 4 * (3 * (4 * generator + 3 * fake) + (saves + 1) * generator)  # 3 checkpoints
+    memory, saves = memory_plan(c, model, machine, generator, fake), c.iterations / c.save_every
+    waiting = share_reached(c, model) * len(model.blocks) * 2 * model.tokens * model.width
     return {
         **{f"GiB, {name}": x for name, x in memory.items()},
         "GiB in all": sum(memory.values()),
-        "GiB of host memory": 2 * parameters / GiB + waiting,
-        "GiB of disk": stored / GiB,
-        "seconds an iteration on an H100": seconds,
-        "hours": seconds * c.iterations / 3600,
-        "PFLOP an iteration": (linear + attention) / 1e15,
+        "GiB of host memory": (2 * frozen + (waiting if machine.offload else 0)) / GiB,
+        # three checkpoints, of float32 weights, averages and Adam's, and all generators
+        "GiB of disk": 4 * (13 * generator + 9 * fake + math.ceil(saves) * generator) / GiB,
+        "MB of cache a clip": 4 * math.prod(model.video) / 1e6 + 2,  # 2 of text
+        **time_plan(c, model, machine, loop),
         "clips an update": c.accumulate * ranks(),
         **about,
     }
 
 
-def check_fit(need, room):
-    """Refuse a run that does not fit into so many GiB or, if these are 0, the GPU here."""
+def check_fit(config, model, machine, numbers):
+    """Refuse a run that does not fit into the GPU here or that is planned for; names what would."""
+    room, (_, *trained) = machine.gpu_memory, numbers["parameters: backbone, generator, fake"]
     if not room and device() == "cuda":
         room = torch.cuda.mem_get_info()[1] / 2**30
-    if 0 < room < need:
-        cure = "--frames, --height, --width, --lora-rank; --checkpointing, --offload, --fp8-base"
-        raise Refused(f"{need:.2f} GiB do not fit into {room:.2f}; less need smaller {cure}.", 1)
+    need = numbers.get("GiB in all", 0)
+    if not 0 < room < need:
+        return
+    ways = {
+        "--checkpointing": (dataclasses.replace(config, checkpointing=True), machine),
+        "--offload": (config, dataclasses.replace(machine, offload=True)),
+        "--fp8-base": (dataclasses.replace(config, fp8_base=True), machine),
+    }
+    less = {name: sum(memory_plan(c, model, m, *trained).values()) for name, (c, m) in ways.items()}
+    cures = [f"{name} {GiB:.2f}" for name, GiB in less.items() if GiB < need]
+    cures = ", ".join([*cures, "a smaller --frames, --height, --width or --lora-rank"])
+    raise Refused(f"{need:.2f} GiB do not fit into {room:.2f}. Less need: {cures}.", status=1)
 
 
 def memory_mb(place):
@@ -1687,14 +1817,13 @@ class Run:
         self.folder, self.loop = Path(config.out), loop.__name__
         self.state = State(config, build_roles(config, task.backbone, machine), task.device)
         self.base = base_sum(self.state.roles)
+        self.floor = {}
+        if loop is distil and config.fake == "lora":
+            batch = next(task.batches())
+            self.floor["gap_floor"] = gap_floor(self.state.roles, batch, config.fake_lr)
+        # the clips' names themselves may be too many for a file's header
         names = "\n".join(file.name for file in task.clips)
-        # the names themselves may be too many for a file's header
         self.data = [len(task.clips), hashlib.sha256(names.encode()).hexdigest()]
-
-    def due(self, every):
-        """Whether this iteration is one of every so many, or the last."""
-        step = self.state.iteration
-        return step == self.config.iterations or step % every == 0
 
     def picture(self):
         """Let the task draw: in the first process, or in all if the backbone is split."""
@@ -1712,18 +1841,20 @@ class Run:
 
     def after_iteration(self, line, log, stopped):
         """Log, compare, save and draw where it is due; end the run after a signal."""
-        c = self.config
-        if self.due(c.log_every):
+        c, step = self.config, self.state.iteration
+        logs = step == c.iterations or step % c.log_every == 0
+        saves = step == c.iterations or step % c.save_every == 0
+        if logs:
             print(json.dumps(line), file=log, flush=True)
-        if self.due(c.save_every) or stopped or self.state.iteration < 3:
+        if saves or stopped or step < 3:
             self.check_processes()
-        if self.due(c.save_every) or stopped:
+        if saves or stopped:
             self.save()
-        if self.due(c.log_every) or self.due(c.save_every):
+        if logs or saves:
             self.picture()  # last, as it may fail
         if stopped:
             gather(None)  # torchrun would end a process that still writes
-            raise KeyboardInterrupt(stopped)
+            raise KeyboardInterrupt(stopped, f"it was saved at iteration {step}")
 
     def save_generator(self, path):
         """Save the average under diffusers' names; the header has all that sampling needs."""
@@ -1744,17 +1875,13 @@ class Run:
         state, name = self.state, f"{self.state.iteration:06}.safetensors"
         self.save_generator(self.folder / f"generator-{name}")
         info = {"iteration": state.iteration, "taken": state.taken, "base_sum": self.base}
-        info.update(
-            loop=self.loop, data=self.data, clips_an_update=self.config.accumulate * ranks()
-        )
+        info.update(loop=self.loop, data=self.data)
         info.update(metrics_bytes=(self.folder / "metrics.jsonl").stat().st_size)
         write_safetensors(self.folder / f"checkpoint-{name}", held_tensors(state), info)
-        full = self.config.generator == "full"
-        for kind in ("checkpoint", "generator") if full else ("checkpoint",):
-            saved = sorted(self.folder.glob(f"{kind}-*"))
-            # a later one was damaged, or the run would have gone on from it
-            for path in [path for path in saved if path.name <= f"{kind}-{name}"][:-2]:
-                path.unlink()
+        # a later one was damaged, or the run would have gone on from it
+        saved = [p for p in sorted(self.folder.glob("checkpoint-*")) if p.name[11:] <= name]
+        for path in saved[:-2]:
+            path.unlink()
 
     @torch.no_grad()
     def restore(self):
@@ -1776,9 +1903,6 @@ class Run:
                 x.copy_(tensors[name])
             self.state.iteration, self.state.taken = info["iteration"], info["taken"]
             print(f"{path.name}: it goes on from iteration {self.state.iteration}")
-            then, now = info["clips_an_update"], self.config.accumulate * ranks()
-            if then != now:
-                print(f"w2svd: an update read {then} clips, now {now}.")
             if info["data"] != self.data:
                 clips = f"{info['data'][0]} clips then, {self.data[0]} now"
                 print(f"w2svd: the data have changed: {clips}.")
@@ -1821,9 +1945,12 @@ def stopping():
             signal.signal(number, handler)
 
 
-def prefer_cudnn():
-    """A context, for backward too: cuDNN's attention first on Hopper, the fastest (published)."""
-    if device() == "cpu" or torch.cuda.get_device_capability()[0] != 9:
+def prefer_cudnn(machine=Machine()):
+    """A context, for backward too: cuDNN's attention first on Hopper, the fastest (published).
+
+    Its backward with a mask was reported to give NaN at some lengths; nothing here has a mask.
+    """
+    if not machine.cudnn or device() == "cpu" or torch.cuda.get_device_capability()[0] != 9:
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -1838,13 +1965,13 @@ def iterate(run, loop, pflop):
     config, state, tick = run.config, run.state, time.perf_counter()
     data = run.task.batches(state.taken, rank(), ranks())
     bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
-    with bar, prefer_cudnn(), stopping() as stop:
+    with bar, stopping() as stop:
         try:
             for stats in loop(config, state.roles, state, data):
                 line = log_line(stats, state, time.perf_counter() - tick, pflop)
                 bar.set_postfix({name: line[name] for name in list(stats)[:2]}, refresh=False)
                 bar.update()
-                yield line, max(gather(stop[0] if stop else 0))
+                yield {**line, **run.floor}, max(gather(stop[0] if stop else 0))
                 tick = time.perf_counter()
         except FloatingPointError as error:
             clips = [f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads]
@@ -1854,19 +1981,64 @@ def iterate(run, loop, pflop):
             raise Refused(f"Stopped {where}; {cure}.") from error
 
 
+@contextmanager
+def claimed(config, resume):
+    """The config with a run folder that no other process has, until this one ends.
+
+    A folder that was named is refused if it is in use; else the next free number is taken.
+    """
+    k = 1
+    while True:
+        name = config.out or f"runs/{run_name(config)}" + (f"-{k}" if k > 1 else "")
+        folder, k = Path(name), k + 1
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = resume or not any(folder.glob("[!.]*"))
+        except ImportError:  # Windows
+            free = resume or not any(folder.glob("[!.]*"))
+        except BlockingIOError:
+            free = False
+        if free:
+            break
+        lock.close()
+        if config.out:
+            raise Refused(f"{name} is in use: name another --out, or, if it is a run, --resume.")
+    try:
+        yield dataclasses.replace(config, out=name)
+    finally:
+        lock.close()
+        (folder / ".lock").unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, models=MODELS):
-    """The whole run, from the backbone to result.json. The loop has distil's signature."""
-    started, folder, task = time.perf_counter(), Path(config.out), load_task(config, models)
+    """The whole run, from the plan to result.json. The loop has distil's signature."""
+    task = load_task(config, models)
     numbers = plan(config, task.backbone, machine, loop)
-    for name, value in {**numbers, "config": vars(config), "machine": vars(machine)}.items():
+    for name, value in numbers.items():
         print(f"{name:38} {f'{value:.4g}' if isinstance(value, float) else value}")
-    check_fit(numbers.get("GiB in all", 0.0), machine.gpu_memory)
+    usual = preset_of({"model": config.model, "data": config.data}, models)
+    for name, value in vars(config).items():
+        if value != usual.get(name, getattr(Config, name)) and value != "":
+            print(f"{flag(name):38} {value}")
+    check_fit(config, task.backbone, machine, numbers)
     if dry_run:
         return
+    with claimed(config, resume) if rank() == 0 else nullcontext() as own:
+        task.config = gather(own)[0]
+        run_training(task, machine, numbers, resume, loop)
+
+
+def run_training(task, machine, numbers, resume, loop):
+    """Load, train, save and measure, in the task's own run folder."""
+    started, config, folder = time.perf_counter(), task.config, Path(task.config.out)
     task.load(machine)
-    folder.mkdir(parents=True, exist_ok=True)
-    for half in folder.rglob(".part-*"):
-        half.unlink(missing_ok=True)  # of a save that was killed
+    delete_leftovers(folder)
     run = Run(config, machine, task, loop)
     log_bytes = run.restore() if resume else 0
     run.check_processes()
@@ -1875,8 +2047,7 @@ def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, m
     with open(os.devnull if rank() else folder / "metrics.jsonl", "a") as log:
         if rank() == 0:
             log.truncate(min(log_bytes, log.tell()))  # to where the checkpoint was made
-        with prefer_cudnn():  # of the beginning; after a resume the checkpoint's, if missing
-            run.picture()
+        run.picture()  # of the beginning; after a resume the checkpoint's, if missing
         for line, stopped in iterate(run, loop, numbers.get("PFLOP an iteration")):
             run.after_iteration(line, log, stopped)
     if base_sum(run.state.roles) != run.base:
@@ -1913,8 +2084,7 @@ def sample(run, out, seed=0, at=None, models=MODELS, **given):
     steps = given.get("steps", config.steps)
     check(dataclasses.replace(config, seed=seed, steps=steps, gt_weight=0.0))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with prefer_cudnn():
-        print(load_task(config, models).sample(*read_generator(run, at), out, seed, **given))
+    print(load_task(config, models).sample(*read_generator(run, at), out, seed, **given))
 
 
 CARD = """---
@@ -1946,7 +2116,7 @@ none of it, silently (notebooks/to_comfyui.py converts it). A second LoRA switch
 IMAGE = 'image=pipe.video_processor.resize(load_image("a.png"), **size, resize_mode="crop"), '
 
 
-def export(run, out, at=None, checkpoint="", dtype="float32", format="diffusers", models=MODELS):
+def export(run, out, at=None, checkpoint="", models=MODELS):
     """Write a run's LoRA for diffusers: the weights, the scheduler with its grid, a card."""
     from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
 
@@ -1962,7 +2132,6 @@ def export(run, out, at=None, checkpoint="", dtype="float32", format="diffusers"
     lora = {"r": info["rank"], "lora_alpha": info["lora_alpha"]}
     lora.update(target_modules=model.lora_targets, rank_pattern={}, alpha_pattern={})
     lora = json.dumps({f"transformer.{name}": x for name, x in lora.items()})
-    tensors = {name: x.to(getattr(torch, dtype)) for name, x in tensors.items()}
     path = out / "pytorch_lora_weights.safetensors"
     write_safetensors(path, tensors, info, lora_adapter_metadata=lora)
     scheduler = Scheduler(shift=info["shift"], stochastic_sampling=info["renoise"])
@@ -1971,7 +2140,7 @@ def export(run, out, at=None, checkpoint="", dtype="float32", format="diffusers"
     write_json(out / "w2svd.json", about)  # for notebooks/to_comfyui.py
     about.update(image=IMAGE if model.form else "", guidance_scale=model.guidance)
     (out / "README.md").write_text(CARD.format(**about), encoding="utf-8")
-    print(f"wrote {out} ({format})")
+    print(f"wrote {out}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -2022,10 +2191,9 @@ def parse(argv, models=MODELS):
     samples.add_argument("--n", type=int, help="toy: number of samples [1000]")
     samples.add_argument("--prompt", help="what to show")
     samples.add_argument("--image", help="image-to-video: the first frame")
+    add_settings(samples, Machine, models, ("cudnn",))
     for name in ("height", "width", "frames", "steps"):
         samples.add_argument(f"--{name}", type=int, help="not the toy's [as trained]")
-    exports.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32]")
-    exports.add_argument("--format", choices=("diffusers",), help="others: see notebooks/")
     return vars(top.parse_args(argv))
 
 
@@ -2044,63 +2212,71 @@ def resumed(given):
 
 
 def resolve(given, resume=False, models=MODELS):
-    """A whole Config: the model's preset, what was given, a free run folder; or the run's own."""
+    """A whole Config: the model's preset and what was given; or a run's own."""
     model = given.get("model", Config.model)
     if resume:
         if "out" not in given:
             raise Refused("--resume needs the run's folder as --out.")
         model = read_run(given["out"]).model
-    for name in ("checkpoint", "cache", "sample_prompts", "data"):  # it may resume from elsewhere
+    for name in ("checkpoint", "cache", "data"):  # it may resume from elsewhere
         value, a_name = given.get(name), (name, model) == ("data", "toy")
         if value and not a_name and (name == "cache" or Path(value).exists()):
             given[name] = str(Path(value).resolve())
-    if resume:
-        return resumed(given)
+    return resumed(given) if resume else Config(**{**preset_of(given, models), **given})
+
+
+def preset_of(given, models=MODELS):
+    """The settings that follow from what was given: the model's, the checkpoint's own, and more."""
+    model = given.get("model", Config.model)
     if model == "toy":
         import toy
 
         preset = toy.preset(given.get("data", "ring"))
     else:
-        preset = {"checkpoint": models[model].checkpoint, **models[model].preset}
-    # settings that follow from others
+        checkpoint = given.get("checkpoint", models[model].checkpoint)
+        own = about_checkpoint(checkpoint).get("settings", {})
+        preset = {"checkpoint": checkpoint, **models[model].preset, **own}
     if given.get("data", "").endswith(".txt"):  # there is nothing to pair
         preset.update(generator_input="rollout", fake_samples="final")
     if given.get("fake") == "full":  # real is the plain backbone; a decay would pull weights to 0
         preset.update(alpha_weak=0.0, fake_weight_decay=0.0)
     if given.get("generator_input") == "paired":  # 'final' means something for rollouts only
         preset.update(fake_samples="all")
-    config = Config(**{**preset, **given})
-    out, k = config.out or f"runs/{model}", 2
-    while Path(out).is_file() or any(Path(out).glob("[!.]*")):
-        if config.out:
-            raise Refused(f"{out} is in use: name another --out, or, if it is a run, --resume.")
-        out, k = f"runs/{model}-{k}", k + 1
-    return dataclasses.replace(config, out=out)
+    return preset
+
+
+def run_name(config):
+    """What a run's folder is called if it was not named: after the model and the toy's data."""
+    default = config.model != "toy" or config.data == "ring"
+    return config.model if default else f"{config.model}-{config.data}"
 
 
 def run_command(argv, models, loop):
     """Parse and run one of the four commands."""
     given = parse(argv, models)
     command = given.pop("command")
-    if command in ("sample", "export"):
-        return {"sample": sample, "export": export}[command](**given, models=models)
     resume, dry_run = given.pop("resume", False), given.pop("dry_run", False)
     machine = Machine(**{name: given.pop(name) for name in vars(Machine()) if name in given})
-    join_processes()
-    config = resolve(given, resume, models) if rank() == 0 else None
-    config = gather(config)[0]  # the first one's, for which alone a new folder is free
-    check(config, machine)
-    if command == "train":
-        train(config, machine, resume, dry_run, loop, models)
-    else:
-        encoded_clips(config, load_task(config, models).backbone)
+    with prefer_cudnn(machine):
+        if command == "sample":
+            return sample(**given, models=models)
+        if command == "export":
+            return export(**given, models=models)
+        join_processes()
+        config = resolve(given, resume, models) if rank() == 0 else None
+        config = gather(config)[0]
+        check(config, machine)
+        if command == "train":
+            train(config, machine, resume, dry_run, loop, models)
+        else:
+            encoded_clips(config, load_task(config, models).backbone)
 
 
 def main(argv=None, models=MODELS, loop=distil):
     """Run a command; 0, or another status after a sentence about what failed."""
     from safetensors import SafetensorError
 
-    status, again = 2, "--resume --out goes on with a run; where none is yet, repeat the command."
+    status, again = 2, "train --resume --out RUN goes on; where no run is yet, repeat the command."
     try:
         run_command(argv, models, loop)
         return 0
@@ -2113,7 +2289,8 @@ def main(argv=None, models=MODELS, loop=distil):
     except (OSError, SafetensorError) as error:  # no space left, a folder that went away
         reason = f"{error}; what was written before is whole: {again}"
     except KeyboardInterrupt as stop:
-        reason, status = f"stopped; {again}", 128 + (stop.args or [signal.SIGINT])[0]
+        number, *saved = stop.args or [signal.SIGINT]
+        reason, status = f"stopped; {'; '.join([*saved, again])}", 128 + number
     except Exception:  # a bug
         if ranks() == 1:
             raise

@@ -143,7 +143,7 @@ class Reference:
         return (x_gen * g).mean(), numbers
 
     def update(self, role, loss_of, data, rate, decay=0.0):
-        """AdamW with beta 0 and .999 on the mean over `accumulate` batches, clipped to norm 1."""
+        """AdamW with beta 0 and .999 on the mean over `accumulate` batches, spikes cut off."""
         named, total, all_numbers = self.weights[role], 0.0, []
         for batch in itertools.islice(data, self.c.accumulate):
             loss, numbers = loss_of(batch["x0"], batch["cond"])
@@ -151,13 +151,17 @@ class Reference:
             all_numbers.append(numbers)
         gradients = torch.autograd.grad(total, list(named.values()), materialize_grads=True)
         norm = sum(g.square().sum() for g in gradients).sqrt()
+        clip, steps = 1.0, self.updates[role]
+        if steps:  # to three times the root mean square of the norms so far
+            usual = sum(square.sum() for square in self.squares[role].values())
+            clip = min(1.0, 3 * (usual / (1 - 0.999**steps)).sqrt() / norm)
         self.updates[role] += 1
         for (name, p), g in zip(named.items(), gradients):
-            g, square = g * min(1.0, 1 / (norm + 1e-6)), self.squares[role][name]
+            g, square = g * clip, self.squares[role][name]
             self.least[role][name] = torch.minimum(self.least[role][name], g.abs())
             square.mul_(0.999).add_(0.001 * g**2)
             unbiased = square / (1 - 0.999 ** self.updates[role])
-            p.data = (1 - rate * decay) * p.data - rate * g / (unbiased.sqrt() + 1e-8)
+            p.data = (1 - rate * decay) * p.data - rate * g / (unbiased.sqrt() + 1e-15)
         return {k: sum(one[k] for one in all_numbers) / len(all_numbers) for k in numbers}, norm
 
     def iterate(self, data):

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from w2svd import MAX_GRAD_NORM, Roles, State, alpha_weak_at, distil, ema_at, lr_scale
+from w2svd import SPIKE, Roles, State, alpha_weak_at, distil, ema_at, lr_scale
 
 
 def along(numbers, x):
@@ -164,7 +164,11 @@ class Stack(State):
         norm = scale * squared.sqrt()
         if not norm.isfinite().all():
             raise FloatingPointError(f"the gradient of the {role} is not finite")
-        clip = scale * (MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1)
+        clip = torch.as_tensor(scale).expand(len(norm))
+        if self.updates[role] > 1:  # as w2svd.usual_norm
+            usual = sum(square.flatten(1).sum(1) for square in self.squares[role])
+            usual = (usual / (1 - beta ** (self.updates[role] - 1))).sqrt()
+            clip = clip * (SPIKE * usual / norm).clamp(max=1)
         lr = self.each(lambda c: getattr(c, f"{role}_lr") * lr_scale(c, self.iteration))
         decay = 1 - lr * self.each(lambda c: c.fake_weight_decay if role == "fake" else 0.0)
         correction = (1 - beta ** self.updates[role]) ** 0.5
