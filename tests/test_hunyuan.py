@@ -8,7 +8,6 @@ test_data.py for clips and test_first_image.py for image-to-video.
 
 import itertools
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -26,14 +25,11 @@ from video_runs import SMALL, run_card, watch_films
 
 import w2svd
 from toy.tiny_hunyuan import SIZE, TEMPLATE, clips, save_tiny
-from w2svd import Config, HunyuanVideo, Machine, Roles, VideoTask, few_step_sigmas, read_generator
+from w2svd import Config, HunyuanVideo, Machine, Roles, VideoTask, few_step_sigmas
 
 FORMS = (None, "token_replace", "latent_concat")
-# rates at which a few steps show; and no default where a default could hide that it is ignored
 LINEARS = 2 * (12 + 5)  # of two double and two single blocks
 FULL = "--generator full --fake full --gan-weight .003"  # DMD2
-
-
 ROLES = ("generator", "fake")
 
 
@@ -70,21 +66,18 @@ def tiny(tinies):
 @pytest.fixture(scope="module")
 def fixed(tiny, tmp_path_factory):
     """Flags of train, with a folder of two clips."""
-    folder = clips(tmp_path_factory.mktemp("clips"), a="a dog", b="a red square")
+    folder = clips(tmp_path_factory.mktemp("clips"), a="a dog", b="a red dog/cat, blue?")
     return ["--model", "hunyuan", "--data", folder, "--checkpoint", tiny, *SIZE, *SMALL]
 
 
 @pytest.fixture(scope="module")
 def trained(fixed, tmp_path_factory):
-    """A finished run, whose adapters do something from its beginning on; its films of prompts."""
+    """A finished run, whose adapters do something from its beginning on; its films."""
     folder, build = tmp_path_factory.mktemp("runs") / "mine", w2svd.build_roles
-    prompts = folder.with_name("prompts.txt")
-    prompts.write_text("a dog\n\na red dog/cat, blue?\nthe woman\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(w2svd, "build_roles", lambda *args: randomise(build(*args)))
         films = watch_films(patch)
-        flags = ["--iterations", 4, "--sample-prompts", prompts]
-        run("train", *fixed, *flags, "--out", folder)
+        run("train", *fixed, "--iterations", 4, "--out", folder)
     return folder, films
 
 
@@ -325,24 +318,15 @@ def test_what_does_not_fit_ends_with_1_and_the_cure(capsys, fixed):
 # ---- train ---------------------------------------------------------------------------------------
 
 
-def test_a_run_logs_finite_numbers_and_ratios_of_samples_to_data(trained):
-    rows = lines(trained[0])
-    assert [row["step"] for row in rows] == [2, 4]
-    assert all(math.isfinite(value) for row in rows for value in row.values())
-    assert {"fake_loss", "relative_gap", "cos_fake_real", "grad_norm"} < rows[0].keys()
-    for row, name in itertools.product(rows, ("std", "motion")):
-        assert row[f"{name}_ratio"] == row[f"gen_{name}"] / row[f"data_{name}"] != 1
-
-
 def test_films_are_the_student_s_at_0_and_saves_and_the_backbone_s_beside_the_first(
     trained, tiny, drawn
 ):
     folder, films = trained
     assert names(folder, "*.mp4") == sorted(f"samples/{name}" for name in films)
-    assert sorted(name[:6] for name in films) == 6 * ["000000"] + 3 * ["000002"] + 3 * ["000004"]
-    ends = ["0-a-dog", "1-a-red-dog-cat-blue", "2-the-woman"]
-    last = "000004-0-a-dog.mp4"
-    assert [name for name in films if name[:6] == "000004"] == [f"000004-{end}.mp4" for end in ends]
+    assert sorted(name[:6] for name in films) == 4 * ["000000"] + 2 * ["000002"] + 2 * ["000004"]
+    last = {name[9:]: name for name in films if name[:6] == "000004"}
+    assert last.keys() == {"a-dog.mp4", "a-red-dog-cat-blue.mp4"}
+    last = last["a-dog.mp4"]
     assert iio.imread(folder / "samples" / last).shape == (9, 32, 48, 3)
     run("sample", "--run", folder, "--prompt", "a dog", "--out", "dog.mp4")
     torch.testing.assert_close(drawn["dog.mp4"], films[last])  # the average's, as of sample
@@ -384,7 +368,9 @@ def test_a_run_resumed_elsewhere_equals_a_whole_one_and_is_sampled(
 # ---- sample and export ---------------------------------------------------------------------------
 
 
-def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(trained, monkeypatch, drawn):
+def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(
+    trained, monkeypatch, drawn, capsys
+):
     frames = watch(monkeypatch, HunyuanVideo, "decode")
     run("sample", "--run", trained[0], "--prompt", "a dog", "--out", "dog.mp4")
     run("export", "--run", trained[0], "--out", "lora")
@@ -395,25 +381,10 @@ def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(trained, 
     film = iio.imread("dog.mp4") / 255.0
     assert abs(film - shown.numpy()).mean() < 0.05  # x264 loses some
     assert iio.immeta("dog.mp4", plugin="FFMPEG")["fps"] == 12
-
-
-def test_an_exported_lora_has_whole_metadata_and_the_dtype_asked_for(trained, capsys):
-    export = ["export", "--run", trained[0], "--out"]
-    run(*export, "lora", "--dtype", "bfloat16", "--at", 2)
-    path = "lora/pytorch_lora_weights.safetensors"
-    with safe_open(path, "pt") as file:
+    with safe_open("lora/pytorch_lora_weights.safetensors", "pt") as file:
         about = json.loads(file.metadata()["lora_adapter_metadata"])
     assert about["transformer.r"] == about["transformer.lora_alpha"] == 2
-    assert about["transformer.rank_pattern"] == about["transformer.alpha_pattern"] == {}
-    found, info = read_generator(trained[0], 2)
-    assert info["step"] == 2 and len(found) == 2 * LINEARS
-    ours = {name: x.bfloat16() for name, x in found.items()}
-    assert tensors(path).keys() == ours.keys()
-    assert all(
-        x.dtype == torch.bfloat16 and torch.equal(x, ours[n]) for n, x in tensors(path).items()
-    )
-    for used in ("lora", path):
-        assert "in use" in refused(capsys, ".", *export, used)
+    assert "in use" in refused(capsys, ".", "export", "--run", trained[0], "--out", "lora")
 
 
 def test_seed_iteration_steps_and_size_change_the_sample(trained, drawn):
