@@ -83,10 +83,10 @@ the fake is trained at another strength @ fake_step: roles.fake( ==> roles.real(
 a rollout takes one evaluation too many @ rollout_input: level + 1 ==> level + 2
 a batch of paired inputs has one noise level @ paired_input: (len(x0),) ==> (1,)
 non-finite values pass @ require_finite: if bad.any() ==> if False
-motion is measured along the height @ moments: diff(dim=2) ==> diff(dim=3)
-the average keeps 1 - decay @ State.update_average: 1 - ema ==> ema
 the average is not exchanged back @ State.averaged: finally: exchange() ==> finally: pass
 # test_distil.py
+motion is measured along the height @ moments: diff(dim=2) ==> diff(dim=3)
+the average keeps 1 - decay @ State.update_average: 1 - ema ==> ema
 streams are the same in every iteration @ State.seed_streams: self.iteration, own ==> 0, own
 streams are the same in every process @ State.seed_streams: iteration, own ==> iteration, 0
 streams are the same for every purpose @ State.seed_streams: own, purpose) ==> own, "noise")

@@ -16,8 +16,8 @@ from torch.distributions import MultivariateNormal
 import toy.tasks
 import w2svd
 from toy import table
-from toy.metrics import Metrics, still
-from toy.mixtures import GaussianMixture, GivenFirstFrame, KeptFirstFrame, LowRank, videos
+from toy.metrics import Metrics
+from toy.mixtures import GaussianMixture, GivenFirstFrame, LowRank
 from toy.tasks import FORMS
 
 SHAPE, K, R = (2, 3, 1, 2), 3, 2  # C, T, H, W
@@ -77,14 +77,6 @@ def test_density_and_velocity_agree_with_dense_conditioning(joint):
     assert relative(-(x_t + (1 - level) * v) / level, score) < 1e-9
 
 
-def test_first_frame_and_others_multiply_to_the_joint_density():
-    joint = videos()
-    mixture, x = GivenFirstFrame(joint), joint.sample(64, generator()).double()
-    first, others = x[:, :, :1], x[:, :, 1:]
-    product = mixture.first.log_prob(first) + mixture.log_prob(others, 0.0, first)
-    assert torch.allclose(product, joint.log_prob(x), rtol=1e-9)
-
-
 def test_samples_of_one_frame_have_the_dense_moments(joint):
     n, given = 100_000, randn(1, 2, 1, 1, 2)
     weights, means, covariances = dense(joint, given.flatten())
@@ -93,29 +85,6 @@ def test_samples_of_one_frame_have_the_dense_moments(joint):
     spread = (means - mean)[:, :, None] * (means - mean)[:, None]
     assert (x.mean(0) - mean).abs().max() < 0.02
     assert relative(torch.cov(x.T), torch.einsum("k,kij->ij", weights, covariances + spread)) < 0.02
-
-
-def test_exact_frames_followed_by_exact_samples_are_the_joint_s_clips():
-    """And a still one is found out, by the numbers of a run."""
-    joint, n = videos(), 2048
-    mixture, measure = KeptFirstFrame(joint), Metrics(joint, n)
-    given = mixture.first.sample(n, generator())
-    numbers = measure(mixture.sample(n, generator(1), given))
-    assert abs(numbers["kl"] - measure.floor(generator(2))["kl"]) < 0.1
-    assert numbers["dynamic_degree"] == pytest.approx(1, abs=0.03)
-    frozen = measure(still(joint, n, generator()))
-    assert frozen["kl"] > 10 and frozen["dynamic_degree"] == 0
-
-
-def test_the_kept_frame_s_velocity_points_to_it(joint):
-    mixture, given = KeptFirstFrame(joint), randn(6, 2, 1, 1, 2)
-    sigma, x0 = torch.linspace(0.1, 1, 6).double(), mixture.sample(6, generator(), given)
-    eps, level = randn(*x0.shape, seed=5), sigma.reshape(-1, 1, 1, 1, 1)
-    x_t = (1 - level) * x0 + level * eps
-    v = mixture.velocity(x_t, sigma, given)
-    assert torch.allclose(v[:, :, :1], eps[:, :, :1] - given)
-    others = mixture.others.velocity(x_t[:, :, 1:], sigma, given)
-    assert torch.equal(v[:, :, 1:], others)
 
 
 @pytest.fixture(params=FORMS)

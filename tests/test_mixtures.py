@@ -184,22 +184,6 @@ def test_the_flow_of_one_gaussian_ends_where_its_closed_form_says():
     assert torch.allclose(torch.from_numpy(end).reshape(4, D), expected, atol=1e-6)
 
 
-def test_the_flow_from_noise_ends_in_the_mixture():
-    mixture, n = ring(), 4096
-    x = torch.randn(n, 2, generator=generator(), dtype=torch.float64)
-    sigmas = torch.linspace(1, 0, 101, dtype=torch.float64) ** 2
-    for sigma, after in zip(sigmas[:-1], sigmas[1:]):  # Heun
-        v = mixture.velocity(x, sigma)
-        x_euler = x + (after - sigma) * v
-        x = x + (after - sigma) * (v + mixture.velocity(x_euler, after)) / 2
-    assert x.mean(0).abs().max() < 4 / math.sqrt(n)
-    assert relative(torch.cov(x.T), mixture.covariance()) < 0.05
-    own = mixture.responsibilities(x).argmax(1)
-    share = torch.bincount(own, minlength=8) / n
-    assert (share - 1 / 8).abs().max() < 0.02
-    assert mixture.mahalanobis(x).amin(1).mean() == pytest.approx(2, rel=0.05)
-
-
 def test_a_condition_is_the_mixture_of_its_own_components():
     mixture, covariances = small_mixture("full", labels=torch.tensor([1, 0, 1]))
     own = torch.tensor([0, 2])

@@ -72,17 +72,6 @@ def test_a_notebook_is_stored_as_it_ran_from_top_to_bottom(path):
     assert not [out for out in outputs if out.output_type == "error" or out.get("name") == "stderr"]
 
 
-@EACH
-def test_a_question_in_prose_comes_before_each_picture(path):
-    prose = ""
-    for cell in read(path).cells:
-        if cell.cell_type == "markdown":
-            prose += cell.source
-        elif has_picture(cell):
-            assert "?" in prose, cell.source
-            prose = ""
-
-
 @pytest.mark.parametrize("path", SLOW, ids=[path.stem for path in PATHS])
 def test_a_notebook_runs_in_quick_mode_and_leaves_nothing_behind(path):
     notebook, before = read(path), sorted(FOLDER.iterdir())

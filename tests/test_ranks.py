@@ -307,21 +307,5 @@ def test_a_signal_to_one_process_saves_once_and_stops_all(folder, tmp_path):
     assert helpers.names(run, "checkpoint-*") == [f"checkpoint-{steps[-1]:06}.safetensors"]
 
 
-@pytest.mark.slow
-def test_the_toy_trains_in_two_processes_on_batches_of_both(tmp_path):
-    small = "import sys, w2svd; sys.path.insert(0, 'tests'); import helpers\n"
-    small += "helpers.make_small(); sys.exit(w2svd.main(sys.argv[1:]))"
-    for ranks in (1, 2):
-        flags = ["--iterations", 6, "--accumulate", 2 // ranks, "--cache", tmp_path / "cache"]
-        flags = helpers.flags_of(tmp_path / str(ranks), *flags)
-        finish(ranks, "-c", small, "train", *flags, cwd=ROOT)
-    runs = [tmp_path / "1", tmp_path / "2"]
-    ends = [w2svd.read_safetensors(run / "checkpoint-000006.safetensors") for run in runs]
-    assert ends[0][1]["taken"] == ends[1][1]["taken"] > 0  # the same batches, with other noise
-    assert any(not torch.equal(x, ends[1][0][name]) for name, x in ends[0][0].items())
-    results = [json.loads((run / "result.json").read_text()) for run in runs]
-    assert results[0]["euler"] == results[1]["euler"]  # the backbone is the same
-
-
 if __name__ == "__main__":
     work(Path(sys.argv[1]), sys.argv[2:])

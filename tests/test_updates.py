@@ -7,7 +7,7 @@ Run: python -m pytest tests/test_updates.py, 5 seconds on one core.
 
 import pytest
 import torch
-from conftest import SHAPES, STEPS, VIDEO, column, gradients
+from conftest import SHAPES, STEPS, column, gradients
 from torch import nn
 from torch.func import functional_call
 
@@ -177,15 +177,6 @@ def test_in_a_linear_network_w2svd_scales_dmds_difference_exactly(
     assert torch.equal(ours, (alpha_strong - alpha_weak) / alpha_strong * dmd)
 
 
-def test_the_linear_networks_difference_by_hand(monkeypatch):
-    """x0_fake - x0_real = -sigma (alpha_strong - alpha_weak) B A x_t; the second sample of two.
-
-    x_in (3, 1), sigma_in .5, the generator's W + B A = [[1, -3], [5, 11]]: v = (0, 26), and
-    x_gen = (3, -12). x_t = .75 x_gen + .25 (-1, 4) = (2, -8); A x_t = -14, B A x_t = (14, -56)."""
-    ours = difference_of_one_layer(0.25, 1.0, monkeypatch)[1]
-    assert torch.equal(ours, -0.25 * 0.75 * torch.tensor([14.0, -56.0]))
-
-
 # -------------------------------------------------------------------- the generator's inputs
 
 
@@ -268,31 +259,6 @@ def test_a_non_finite_value_stops_the_step_with_stage_and_noise_level_and_no_gra
 
 
 # -------------------------------------------------------------------- numbers for the log
-
-
-def test_videos_have_a_motion_and_points_have_none(new_roles, draw):
-    roles, given = new_roles(VIDEO), draw(VIDEO)["generator"]
-    stats, sigma_in = generator_step(roles, **given), given["sigma_in"]
-    with torch.no_grad():
-        v = roles.generator(given["x_in"], sigma_in, given["cond"])
-    x_gen = given["x_in"] - column(sigma_in, v) * v
-    motion = (x_gen[:, :, 1:] - x_gen[:, :, :-1]).abs().mean()
-    torch.testing.assert_close(stats["gen_motion"], motion, rtol=1e-5, atol=0)
-    assert "gen_motion" not in generator_step(new_roles(), **draw()["generator"])
-
-
-@pytest.mark.parametrize("ema", [0.75, 0.0])
-def test_the_moving_average_keeps_decay_of_the_old_weights(new_roles, ema):
-    roles = new_roles()
-    state = State(Config(ema=ema), roles, "cpu")
-    state.iteration = 1000  # long after the warm-up
-    old = {name: p.detach().clone() for name, p in roles.state("generator").items()}
-    with torch.no_grad():
-        for parameter in roles.parameters("generator"):
-            parameter.add_(1.0)
-    state.update_average()
-    for name, average in state.average.items():
-        torch.testing.assert_close(average, old[name] + 1 - ema, rtol=1e-5, atol=1e-6)
 
 
 def test_under_the_average_the_generator_has_its_weights_and_after_an_exception_its_own(
