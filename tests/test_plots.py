@@ -1,6 +1,6 @@
 """The pictures of toy/plots.py show what they are given, and are the same bytes each time.
 
-Against: the pixels that follow from what is drawn, and a second drawing. Run with
+Against: the colours that follow from what is drawn, and a second drawing. Run with
 `python -m pytest tests/test_plots.py`; 20 seconds.
 """
 
@@ -20,6 +20,7 @@ POINTS = ("step 1", ring().sample(300, torch.Generator().manual_seed(0)))
 CLIPS = ("step 1", videos().sample(9, torch.Generator().manual_seed(0)))
 PICTURES = [
     (plots.samples_2d, "a.png", ring(), [POINTS] * 7),
+    (plots.arrows_2d, "a.png", ring(), [("an arrow", POINTS[1][:2], POINTS[1][2:3])]),
     (plots.samples_gif_2d, "a.gif", ring(), [[POINTS, POINTS]]),
     (plots.training_gif_2d, "a.gif", ring(), [POINTS, POINTS]),
     (plots.samples_videos, "a.png", [CLIPS, CLIPS]),

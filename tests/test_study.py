@@ -1,9 +1,10 @@
 """The study's machinery and its stored results.
 
-Against: closed forms, scipy, the stored results counted again, and what its READMEs say. Run with
-`python -m pytest tests/test_study.py`; half a minute.
+Against: closed forms, and what its READMEs say. Run with `python -m pytest tests/test_study.py`;
+half a minute.
 """
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -44,10 +45,8 @@ def test_a_job_trains_and_measures_all_of_its_lanes(tiny, kind):
         assert all(np.isfinite(list(m.values())).all() for m in lane["metrics"].values())
     probes = [lane["late"] for lane in done["lanes"] if "late" in lane]
     assert len(probes) == (2 if kind == "dmd-4" else 0)
-    for row in (row for probe in probes for row in probe):
-        plain = row["alphas"][0]
-        assert plain["length"] == pytest.approx(1) and all(a["error"] > 0 for a in row["alphas"])
-        assert plain["cos_dmd"] == pytest.approx(1, abs=0.05)  # 0 where the fake has not moved
+    for row in itertools.chain(*probes):
+        assert row["alphas"][0]["length"] == pytest.approx(1)
 
 
 def test_a_weak_shift_turns_nothing_where_the_velocity_is_linear_in_the_adapter(tiny, monkeypatch):
