@@ -205,17 +205,20 @@ the plan's rollouts all end at the last exit @ evaluations: (c.steps - 1) / 2 ==
 films are on another grid @ VideoTask.on_log: (c.steps, c.shift) ==> (c.steps, 5.0)
 the backbone's film is the student's @ VideoTask.on_log:
     euler_sample, model.velocity ==> euler_sample, generator
+# test_hunyuan.py -k scaled_mode
+latents are encoded unscaled @ HunyuanVideo.encode_video: * vae.config.scaling_factor ==>
+text is not trimmed @ HunyuanVideo.encode_text: [:, mask[0].bool()] ==>
+the text did not see the picture @ HunyuanVideo.encode_text: 4 if self.form == ==> 2 if self.form ==
 # test_hunyuan.py -k sample_draws
-latents are decoded unscaled @ HunyuanVideo.decode: / pipe.vae.config.scaling_factor ==>
-sample ignores the header's grid @ VideoTask.sample: info["sigmas"] ==> [1.0, 0.5, 0.0]
-the exported scheduler forgets the shift @ export: shift=info["shift"] ==> shift=5.0
-the exported scheduler adds no noise @ export: info["renoise"] ==> False
-# test_first_image.py -k clip_has or draws or stretched or goes_on_from
 the first frame comes last @ HunyuanVideo.with_image: [cond["image"].to(x_t), x_t] ==>
     [x_t, cond["image"].to(x_t)]
 the mask of the first frame is empty @ HunyuanVideo.with_image:
     cond["image"], 1 ==> cond["image"], 0
-the text did not see the picture @ HunyuanVideo.encode_text: 4 if self.form == ==> 2 if self.form ==
+latents are decoded unscaled @ HunyuanVideo.decode: / pipe.vae.config.scaling_factor ==>
+sample ignores the header's grid @ VideoTask.sample: info["sigmas"] ==> [1.0, 0.5, 0.0]
+the exported scheduler forgets the shift @ export: shift=info["shift"] ==> shift=5.0
+the exported scheduler adds no noise @ export: info["renoise"] ==> False
+# test_hunyuan.py -k stretched
 the picture is stretched @ VideoTask.first_frame: "crop" ==> "default"
 # test_comfyui.py
 fused layers are stacked in reverse @ notebooks/to_comfyui.py:convert:
@@ -223,9 +226,6 @@ fused layers are stacked in reverse @ notebooks/to_comfyui.py:convert:
 fused layers are read at a third @ notebooks/to_comfyui.py:convert:
     float(len(stacked)) ==> len(stacked) / 3
 the workflow is on another grid @ notebooks/to_comfyui.py:workflow: about["shift"] ==> 5.0
-# test_data.py -k scaled_mode
-latents are encoded unscaled @ HunyuanVideo.encode_video: * vae.config.scaling_factor ==>
-text is not trimmed @ HunyuanVideo.encode_text: [:, mask[0].bool()] ==>
 # test_clips.py -k colours or hdr or disc or fields or damaged or transparent
 untagged films are bt601 @ read_clip: "setparams=colorspace=bt709," + chain ==> chain
 HDR is not tone-mapped @ read_clip: chain += TONE_MAP ==> pass
