@@ -79,7 +79,6 @@ the real DiT keeps a little of the adapter at alpha_weak 0 @ Roles._velocity:
 fake and real see different noise @ generator_step:
     real(x_t, sigma, cond) ==> real(x_t + eps, sigma, cond)
 the guided real DiT keeps the condition @ generator_step: sigma, None ==> sigma, cond
-the fake is trained at another strength @ fake_step: roles.fake( ==> roles.real(
 a rollout takes one evaluation too many @ rollout_input: level + 1 ==> level + 2
 a batch of paired inputs has one noise level @ paired_input: (len(x0),) ==> (1,)
 non-finite values pass @ require_finite: if bad.any() ==> if False
@@ -122,6 +121,7 @@ the fake's warm-up is ignored @ distil: config.fake_warmup if ==> 0 if
 the fake's warm-up comes in every iteration @ distil: if state.iteration == 0 ==> if True
 the fake's samples are not final @ distil: cond, final) ==> cond)
 the fake's samples are of another level @ distil: v, sigma_in), ==> v, sigma_in / 2),
+the fake is trained at another strength @ fake_step: roles.fake( ==> roles.real(
 the fake's update trains the generator @ fake_step: roles.fake( ==> roles.generator(
 the generator is trained at the last exit only @ distil:
     x0, cond) sigma, eps = draw_noise(config, state, name, x0) ==>

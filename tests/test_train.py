@@ -140,10 +140,6 @@ def test_sample_draws_tensors_pictures_and_animations(data):
     assert samples.shape == (8, *((2,) if data == "ring" else (4, 8, 8, 8)))
     assert torch.equal(samples, drawn("r", "--seed", 0))
     assert not torch.equal(samples, drawn("r", "--seed", 1))
-    path = "r/generator-000002.safetensors"
-    weights, info = w2svd.read_safetensors(path)
-    w2svd.write_safetensors(w2svd.Path(path), weights, {**info, "sigmas": [1.0, 0.5, 0.0]})
-    assert not torch.equal(samples, drawn("r"))  # the header's grid
 
 
 def test_a_run_that_was_cut_off_can_be_sampled(monkeypatch):

@@ -1,7 +1,8 @@
 """Section 6: the two updates, their inputs, what they refuse; W2SVD against plain DMD.
 
-References: both updates written out again here with merged weights W + alpha B A and autograd, a
-separate copy of the backbone without adapters, and a one-layer network whose arithmetic is exact.
+References: the generator's update written out again with merged weights W + alpha B A and autograd
+(the fake's: see test_distil.py), a separate copy of the backbone without adapters, and a one-layer
+network whose arithmetic is exact.
 Run: python -m pytest tests/test_updates.py, 5 seconds on one core.
 """
 
@@ -17,7 +18,6 @@ from w2svd import (
     Roles,
     State,
     dmd_gradient,
-    fake_step,
     few_step_sigmas,
     generator_step,
     paired_input,
@@ -38,14 +38,7 @@ def x0_of(new_backbone, merged):
     return x0
 
 
-def expect_gradients(roles, role, loss):
-    for got, exact in zip(
-        gradients(roles, role), torch.autograd.grad(loss, roles.parameters(role))
-    ):
-        torch.testing.assert_close(got, exact, rtol=1e-3, atol=2e-5 * exact.abs().max())
-
-
-# -------------------------------------------------------------------- the updates, written again
+# -------------------------------------------------------------------- the updates
 
 
 @SHAPES
@@ -73,26 +66,12 @@ def test_the_generators_update_is_autograd_of_its_loss_with_the_gradient_held_fi
         away = x0_fake[i] - given["x0_gt"][i]
         g[i] = (x0_fake[i] - x0_real[i]) / (x[i] - x0_real[i]).abs().mean()
         g[i] += w * away / away.abs().mean()
-    expect_gradients(roles, "generator", (x_gen * g).mean())
+    expected = torch.autograd.grad((x_gen * g).mean(), roles.parameters("generator"))
+    for got, exact in zip(gradients(roles, "generator"), expected):
+        torch.testing.assert_close(got, exact, rtol=1e-3, atol=2e-5 * exact.abs().max())
     gap = (x0_fake - x0_real).square().mean().sqrt() / x0_real.square().mean().sqrt()
     torch.testing.assert_close(stats["relative_gap"], gap, rtol=1e-4, atol=0)
     torch.testing.assert_close(stats["gen_std"], x.std(), rtol=1e-4, atol=0)
-
-
-@SHAPES
-def test_the_fakes_update_is_autograd_of_flow_matching_on_the_samples_it_is_given(
-    new_roles, x0_of, draw, shape
-):
-    roles, given = new_roles(shape, alpha_strong=1.5), draw(shape)["fake"]
-    stats = fake_step(roles, **given)
-
-    x_gen, eps, sigma = given["x_gen"], given["eps"], given["sigma"]
-    s = column(sigma, eps)
-    x_t = (1 - s) * x_gen + s * eps
-    v_fake = (x_t - x0_of(roles, "fake", 1.5, x_t, sigma, given["cond"])) / s
-    loss = (v_fake - (eps - x_gen)).square().sum() / eps.numel()
-    torch.testing.assert_close(stats["fake_loss"], loss.detach(), rtol=1e-4, atol=0)
-    expect_gradients(roles, "fake", loss)
 
 
 @pytest.mark.parametrize("role", STEPS)
