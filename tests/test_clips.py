@@ -18,11 +18,6 @@ COLOURS = torch.tensor([[200, 40, 40], [40, 180, 60], [50, 60, 200], [210, 200, 
 X264 = "-c:v libx264 -crf 4".split()
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def ffmpeg(*flags, **how):
     command = [get_ffmpeg_exe(), *"-y -v error".split(), *map(str, flags)]
     subprocess.run(command, check=True, **how)

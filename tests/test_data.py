@@ -30,8 +30,7 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def small(elsewhere, monkeypatch):
     monkeypatch.setattr(HunyuanVideo, "prompt_template", TEMPLATE)
     monkeypatch.setattr(w2svd.VideoTask, "on_log", lambda *_: None)
     Path("clips").mkdir()

@@ -34,10 +34,9 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.fixture
-def whole(undisturbed, monkeypatch, tmp_path):
-    """The undisturbed run of six iterations; ./ is in a folder of its own."""
+def whole(undisturbed, elsewhere, monkeypatch):
+    """The undisturbed run of six iterations."""
     helpers.make_small(monkeypatch.setattr, measured=False)
-    monkeypatch.chdir(tmp_path)
     Path("cache").symlink_to(undisturbed / "cache")
     return undisturbed / "whole"
 

@@ -201,14 +201,3 @@ def test_euler_sampling_of_one_gaussian_converges_to_its_moments_at_first_order(
         errors.append(torch.cat([x.mean(0) - MEAN, (covariance - COVARIANCE).flatten()]))
     assert errors[1].abs().max() < 1e-2
     assert (2 * errors[1] - errors[0]).abs().max() < 1e-4  # what the first order does not explain
-
-
-def test_euler_sampling_of_a_mixture_gives_its_moments():
-    means = torch.tensor([[-1.0, 0.3], [1.2, 0.8], [0.1, -1.0]])
-    variances = torch.tensor([0.02, 0.1, 0.3])
-    mixture = GaussianMixture(torch.tensor([0.2, 0.5, 0.3]), means, variances)
-    n = 4096
-    x = euler_sample(mixture.velocity, randn(n, 2), few_step_sigmas(100, 1.0))
-    tolerance = 4 / n**0.5  # of sample means and covariances of variables of variance near 1
-    torch.testing.assert_close(x.mean(0), mixture.mean(), rtol=0, atol=tolerance)
-    torch.testing.assert_close(x.T.cov(), mixture.covariance(), rtol=0, atol=2 * tolerance)

@@ -174,14 +174,6 @@ def test_a_condition_is_the_mixture_of_its_own_components():
     assert torch.allclose(mixture.velocity(x, 0.4, mixed), both)
 
 
-def test_bayes_joins_the_conditions_to_the_whole():
-    mixture, _ = small_mixture("diagonal", labels=torch.tensor([1, 0, 1]))
-    x = torch.randn(10, *SHAPE, generator=generator(), dtype=torch.float64)
-    given = [mixture.log_prob(x, 0.2, torch.full((10,), label)) for label in (0, 1)]
-    joined = (0.3 * given[0].exp() + 0.7 * given[1].exp()).log()
-    assert torch.allclose(mixture.log_prob(x, 0.2), joined)
-
-
 def test_samples_follow_their_labels():
     mixture = ring(std=0.1)  # so that no sample is nearer to another mode
     labels = mixture.sample_labels(4000, generator())

@@ -13,18 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-import w2svd
 from toy.study import cases, moved, report, study
 from toy.study.cases import CASES
 from toy.tasks import Recipe
-
-
-def test_tuning_seeds_are_shown_nowhere_and_what_is_done_is_not_done_again():
-    assert not any(set(case.tuning) & set(case.seeds) for case in CASES.values())
-    every = study.jobs(full=True)
-    case, kind, seed = every[3]
-    left, minutes = study.todo({case: {kind: {str(seed): {}}}}, every)
-    assert left == every[:3] + every[4:] and minutes > 0
 
 
 @pytest.fixture
@@ -47,25 +38,6 @@ def test_a_job_trains_and_measures_all_of_its_lanes(tiny, kind):
     assert len(probes) == (2 if kind == "dmd-4" else 0)
     for row in itertools.chain(*probes):
         assert row["alphas"][0]["length"] == pytest.approx(1)
-
-
-def test_a_weak_shift_turns_nothing_where_the_velocity_is_linear_in_the_adapter(tiny, monkeypatch):
-    """A normaliser of 1, and predictions that lie on a line: the gradient is (1 - alpha) DMD's."""
-
-    def shifted(weight):
-        def velocity(roles, x_t, sigma, cond=None):
-            return roles.backbone.velocity(x_t, sigma, cond) + weight(roles) * (x_t + 1)
-
-        return velocity
-
-    monkeypatch.setattr(w2svd, "dmd_gradient", lambda x_gen, x0_real, x0_fake: x0_fake - x0_real)
-    monkeypatch.setattr(w2svd.Roles, "real", shifted(lambda roles: roles.alpha_weak))
-    monkeypatch.setattr(w2svd.Roles, "fake", shifted(lambda roles: 1))
-    found = study.run("ring", "turn", 0, small=90)["lanes"][0]["late"]
-    for row in found["alphas"]:
-        assert row["length"] == pytest.approx(1 - row["alpha"], rel=1e-3)
-        assert row["cosine"] == pytest.approx(1, abs=1e-4)
-    assert found["again"] < 1
 
 
 def test_a_sign_flip_s_p_is_the_share_of_flips_as_far_from_0():

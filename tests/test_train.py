@@ -19,9 +19,8 @@ CONSTANT = helpers.CONSTANT
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(monkeypatch, tmp_path):
+def small(monkeypatch):
     helpers.make_small(monkeypatch.setattr, measured=False)
-    monkeypatch.chdir(tmp_path)
 
 
 def saved(kind, *iterations):
