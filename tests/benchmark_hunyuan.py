@@ -1,11 +1,11 @@
 """Time, memory and TFLOP/s of an iteration of the 13B HunyuanVideo, with random weights, on a GPU.
 
-    python tests/benchmark_hunyuan.py [--sizes 480x832x61] [--options default compile]
+    python tests/benchmark_hunyuan.py [--size 544x960x129] [--option compile] [--out FILE]
 
-No download. Every case is a process of its own; the first option of a size is what the others are
-held against. On a small --checkpoint it also runs on a CPU, to show that it works:
+No download. A case is a process of its own, whose numbers are added to --out, a line of JSON. On a
+small checkpoint it also runs on a CPU, to show that it works:
 
-    python tests/benchmark_hunyuan.py --checkpoint tiny/ --sizes tiny
+    python tests/benchmark_hunyuan.py --checkpoint tiny/ --size tiny
 
 Measured are the iterations of `distil` on clips of random numbers, with captions of two lengths in
 turns, after one for each length; and what only a GPU can tell of bf16: the gap of real and fake
@@ -15,7 +15,6 @@ beside the one that is rounding alone, the norms, and the share of gradients bel
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 import time
 from datetime import date
@@ -79,7 +78,7 @@ class Watched(w2svd.State):
         return super().update(role, lr)
 
 
-def measure(size, option, checkpoint, repeats):
+def measure(size, option, checkpoint):
     """The numbers of one case, a dictionary."""
     (height, width, frames), settings = SIZES[size], {**OPTIONS[option]}
     fields = {name: settings.pop(name) for name in ("offload", "cudnn") if name in settings}
@@ -92,13 +91,13 @@ def measure(size, option, checkpoint, repeats):
     state, ticks = Watched(config, roles, place), []
     with w2svd.prefer_cudnn(machine):
         floor = w2svd.gap_floor(roles, next(batches(model, place)), config.fake_lr)
-        for stats in w2svd.distil(config, roles, state, batches(model, place)):
+        iterations = w2svd.distil(config, roles, state, batches(model, place))
+        for _ in range(2):  # the first one meets every length
+            stats = next(iterations)
             if place == "cuda":
                 torch.cuda.synchronize()
             ticks.append(time.perf_counter())
-            if len(ticks) == 1 + repeats:  # the first one meets every length
-                break
-    seconds = (ticks[-1] - ticks[0]) / repeats
+    seconds = ticks[1] - ticks[0]
     result = {"size": size, "option": option, "iteration_s": round(seconds, 3)}
     numbers = {name: float(stats[name]) for name in ("relative_gap", "grad_norm", "fake_grad_norm")}
     shares = {f"below_1e-8_{role}": share for role, share in state.small.items()}
@@ -108,46 +107,23 @@ def measure(size, option, checkpoint, repeats):
     result["planned_gib"] = round(planned["GiB in all"], 2)
     result["tflops"] = float(f"{1e3 * planned['PFLOP an iteration'] / seconds:.4g}")
     if place == "cuda":
+        result["hardware"] = torch.cuda.get_device_name()
         result["allocated_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         result["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-    return result
-
-
-def run_case(size, option, flags):
-    """measure() in a process of its own; what it ended with, if it failed."""
-    command = [sys.executable, __file__, "--one", "--sizes", size, "--options", option]
-    done = subprocess.run(command + flags, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"size": size, "option": option, "failed": last[:300]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return {**result, "date": str(date.today()), "torch": torch.__version__}
 
 
 def main():
-    """Run the cases, print each one as it comes, and write them all to --out after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", default="", help="only its transformer's config [13B]")
-    parser.add_argument("--repeats", type=int, default=1, help="timed iterations [1]")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES)[:2])
-    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
-    parser.add_argument("--out", type=Path, default=Path("benchmark.json"))
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--size", choices=SIZES, default="480x832x61")
+    parser.add_argument("--option", choices=OPTIONS, default="default")
+    parser.add_argument("--out", type=Path, default=Path("benchmark.jsonl"))
     given = parser.parse_args()
-    if given.one:
-        case = given.sizes[0], given.options[0], given.checkpoint, given.repeats
-        print(json.dumps(measure(*case)))
-        return
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    head = {"hardware": gpu, "date": str(date.today()), "torch": torch.__version__}
-    flags, rows, first = ["--checkpoint", given.checkpoint, "--repeats", str(given.repeats)], [], {}
-    for size, option in itertools.product(given.sizes, given.options):
-        row = run_case(size, option, flags)
-        if "failed" not in row:
-            held = first.setdefault(size, row)
-            row["time_ratio"] = round(row["iteration_s"] / held["iteration_s"], 3)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        given.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    line = json.dumps(measure(given.size, given.option, given.checkpoint))
+    print(line)
+    with given.out.open("a") as file:
+        file.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,12 @@ TWO_CAPTIONS = 2
 STEPS = {"fake": fake_step, "generator": generator_step}
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """./ is a test's own empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 def column(sigma, x):
     """sigma (B,), shaped to multiply x (B, ...)."""
     return sigma.reshape(-1, *[1] * (x.ndim - 1))

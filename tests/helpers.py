@@ -32,10 +32,9 @@ def make_small(put=setattr, measured=True):
 
 
 @pytest.fixture
-def small_toy(monkeypatch, tmp_path):
-    """The small toy, and ./ in a folder of its own."""
+def small_toy(monkeypatch):
+    """The small toy."""
     make_small(monkeypatch.setattr)
-    monkeypatch.chdir(tmp_path)
 
 
 def run(*flags, code=0):

@@ -79,14 +79,13 @@ the real DiT keeps a little of the adapter at alpha_weak 0 @ Roles._velocity:
 fake and real see different noise @ generator_step:
     real(x_t, sigma, cond) ==> real(x_t + eps, sigma, cond)
 the guided real DiT keeps the condition @ generator_step: sigma, None ==> sigma, cond
-the fake is trained at another strength @ fake_step: roles.fake( ==> roles.real(
 a rollout takes one evaluation too many @ rollout_input: level + 1 ==> level + 2
 a batch of paired inputs has one noise level @ paired_input: (len(x0),) ==> (1,)
 non-finite values pass @ require_finite: if bad.any() ==> if False
-motion is measured along the height @ moments: diff(dim=2) ==> diff(dim=3)
-the average keeps 1 - decay @ State.update_average: 1 - ema ==> ema
 the average is not exchanged back @ State.averaged: finally: exchange() ==> finally: pass
 # test_distil.py
+motion is measured along the height @ moments: diff(dim=2) ==> diff(dim=3)
+the average keeps 1 - decay @ State.update_average: 1 - ema ==> ema
 streams are the same in every iteration @ State.seed_streams: self.iteration, own ==> 0, own
 streams are the same in every process @ State.seed_streams: iteration, own ==> iteration, 0
 streams are the same for every purpose @ State.seed_streams: own, purpose) ==> own, "noise")
@@ -122,6 +121,7 @@ the fake's warm-up is ignored @ distil: config.fake_warmup if ==> 0 if
 the fake's warm-up comes in every iteration @ distil: if state.iteration == 0 ==> if True
 the fake's samples are not final @ distil: cond, final) ==> cond)
 the fake's samples are of another level @ distil: v, sigma_in), ==> v, sigma_in / 2),
+the fake is trained at another strength @ fake_step: roles.fake( ==> roles.real(
 the fake's update trains the generator @ fake_step: roles.fake( ==> roles.generator(
 the generator is trained at the last exit only @ distil:
     x0, cond) sigma, eps = draw_noise(config, state, name, x0) ==>
@@ -205,17 +205,20 @@ the plan's rollouts all end at the last exit @ evaluations: (c.steps - 1) / 2 ==
 films are on another grid @ VideoTask.on_log: (c.steps, c.shift) ==> (c.steps, 5.0)
 the backbone's film is the student's @ VideoTask.on_log:
     euler_sample, model.velocity ==> euler_sample, generator
+# test_hunyuan.py -k scaled_mode
+latents are encoded unscaled @ HunyuanVideo.encode_video: * vae.config.scaling_factor ==>
+text is not trimmed @ HunyuanVideo.encode_text: [:, mask[0].bool()] ==>
+the text did not see the picture @ HunyuanVideo.encode_text: 4 if self.form == ==> 2 if self.form ==
 # test_hunyuan.py -k sample_draws
-latents are decoded unscaled @ HunyuanVideo.decode: / pipe.vae.config.scaling_factor ==>
-sample ignores the header's grid @ VideoTask.sample: info["sigmas"] ==> [1.0, 0.5, 0.0]
-the exported scheduler forgets the shift @ export: shift=info["shift"] ==> shift=5.0
-the exported scheduler adds no noise @ export: info["renoise"] ==> False
-# test_first_image.py -k clip_has or draws or stretched or goes_on_from
 the first frame comes last @ HunyuanVideo.with_image: [cond["image"].to(x_t), x_t] ==>
     [x_t, cond["image"].to(x_t)]
 the mask of the first frame is empty @ HunyuanVideo.with_image:
     cond["image"], 1 ==> cond["image"], 0
-the text did not see the picture @ HunyuanVideo.encode_text: 4 if self.form == ==> 2 if self.form ==
+latents are decoded unscaled @ HunyuanVideo.decode: / pipe.vae.config.scaling_factor ==>
+sample ignores the header's grid @ VideoTask.sample: info["sigmas"] ==> [1.0, 0.5, 0.0]
+the exported scheduler forgets the shift @ export: shift=info["shift"] ==> shift=5.0
+the exported scheduler adds no noise @ export: info["renoise"] ==> False
+# test_hunyuan.py -k stretched
 the picture is stretched @ VideoTask.first_frame: "crop" ==> "default"
 # test_comfyui.py
 fused layers are stacked in reverse @ notebooks/to_comfyui.py:convert:
@@ -223,9 +226,6 @@ fused layers are stacked in reverse @ notebooks/to_comfyui.py:convert:
 fused layers are read at a third @ notebooks/to_comfyui.py:convert:
     float(len(stacked)) ==> len(stacked) / 3
 the workflow is on another grid @ notebooks/to_comfyui.py:workflow: about["shift"] ==> 5.0
-# test_data.py -k scaled_mode
-latents are encoded unscaled @ HunyuanVideo.encode_video: * vae.config.scaling_factor ==>
-text is not trimmed @ HunyuanVideo.encode_text: [:, mask[0].bool()] ==>
 # test_clips.py -k colours or hdr or disc or fields or damaged or transparent
 untagged films are bt601 @ read_clip: "setparams=colorspace=bt709," + chain ==> chain
 HDR is not tone-mapped @ read_clip: chain += TONE_MAP ==> pass

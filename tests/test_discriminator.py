@@ -9,7 +9,6 @@ import dataclasses
 import pytest
 import torch
 from conftest import POINT, SHAPES, VIDEO
-from helpers import lines, resume, same_run, small_toy, train  # noqa: F401
 from torch.nn.functional import softplus
 
 import w2svd
@@ -206,23 +205,3 @@ def test_the_trained_logit_is_the_log_density_ratio_of_two_mixtures():
     steep = steepest.norm(dim=1) > steepest.norm(dim=1).median()
     cosine = torch.cosine_similarity(-gradient, steepest)[steep]
     assert cosine.mean() > 0.8, cosine.mean()
-
-
-# ---- as a command --------------------------------------------------------------------------------
-
-
-def test_a_run_with_a_discriminator_is_resumed_to_the_same_bits(small_toy):  # noqa: F811
-    flags = ["--gan-weight", 0.5, "--lr-schedule", "constant"]
-    train("whole", "--iterations", 4, *flags)
-    train("parts", "--iterations", 2, *flags)
-    resume("parts", "--iterations", 4)
-    same_run("whole", "parts")
-    saved = w2svd.read_safetensors("whole/checkpoint-000004.safetensors")[0]
-    heads = [w2svd.read_safetensors(f"whole/checkpoint-00000{i}.safetensors")[0] for i in (2, 4)]
-    name = "discriminator/1.weight"
-    assert not torch.equal(heads[0][name], heads[1][name])
-    assert f"optimizer/{name}/exp_avg_sq" in saved
-    assert {"discriminator_loss", "gan_loss"} <= lines("whole")[0].keys()
-    train("plain", "--iterations", 4, "--lr-schedule", "constant")
-    generator = [w2svd.read_generator(run)[0] for run in ("whole", "plain")]
-    assert any(not torch.equal(x, generator[1][n]) for n, x in generator[0].items())

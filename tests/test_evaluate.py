@@ -1,7 +1,7 @@
-"""notebooks/evaluate.py: its numbers against closed forms and numpy, and the whole command.
+"""notebooks/evaluate.py: its numbers against numpy's, and the whole command.
 
-Against: Gaussians whose distance is known, scipy's square root of a matrix, films with one known
-fault each, diffusers' pipeline, `w2svd.py sample`, a second run of the same command.
+Against: numpy, scipy's square root of a matrix, diffusers' pipeline, `w2svd.py sample`, a second
+run of the same command.
 Run with `python -m pytest tests/test_evaluate.py`; about half a minute.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
-from helpers import names, run, said, timeless
+from helpers import names, run, said
 from scipy.linalg import sqrtm
 
 import w2svd
@@ -63,18 +63,6 @@ def result_of(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
 
-def test_the_distance_of_gaussians_on_a_line_is_the_closed_form():
-    rng = torch.Generator().manual_seed(0)
-    line, beside = torch.linalg.qr(torch.randn(50, 2, generator=rng))[0].T
-    along = torch.randn(40, 1, generator=rng)
-    data, variance = 1 + along * line, along.var().item()
-    shifted, wider = data + 3 * line, 1 + (along.mean() + 1.5 * (along - along.mean())) * line
-    still = data.mean(0).expand(7, -1)
-    found, share = evaluate.distances(data, [data, shifted, wider, still, data + 2 * beside], k=1)
-    expected = [0.0, 9 / variance, 0.25, 1.0, 4 / variance]  # the last leaves the line
-    assert found == pytest.approx(expected, rel=1e-3, abs=1e-5) and share == pytest.approx(1)
-
-
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_distance_is_numpy_s_and_scipy_s(k):
     rng = np.random.default_rng(0)
@@ -95,22 +83,8 @@ def test_the_distance_is_numpy_s_and_scipy_s(k):
     assert share == pytest.approx(np.trace(V.T @ total @ V) / total.trace(), rel=1e-4)
 
 
-def test_fresh_data_are_about_as_far_as_the_data_s_own_row_and_noise_is_farther():
-    rng, scale = torch.Generator().manual_seed(0), 4 / torch.arange(1, 201)
-    data, fresh, noise = (torch.randn(n, 200, generator=rng) for n in (64, 32, 32))
-    found, about = evaluate.compare(data * scale, {"fresh": fresh * scale, "noise": noise / 3})
-    assert 0 < found["fresh"] < 2 * found["data"] < found["noise"] / 2
-    assert about["directions"] == 32 // 8 and about["held_out"] == 32 and about["clips"] == 64
-
-
-def clip():
-    """Frames (9, 32, 48, 3) in [0, 1] of something that moves evenly and has detail."""
-    wide = np.random.default_rng(0).uniform(0.2, 0.8, size=(32, 64, 3))
-    return np.stack([wide[:, t : t + 48] for t in range(9)])
-
-
 def test_the_pixel_numbers_are_numpy_s():
-    x = clip().astype(np.float32)
+    x = np.random.default_rng(0).uniform(size=(9, 32, 48, 3)).astype(np.float32)
     tiles = x.mean(-1).reshape(9, 2, 16, 3, 16).mean((2, 4))
     edges = np.abs(np.diff(x, axis=1)).mean() + np.abs(np.diff(x, axis=2)).mean()
     expected = {
@@ -119,22 +93,7 @@ def test_the_pixel_numbers_are_numpy_s():
         "flicker": np.abs(np.diff(tiles, n=2, axis=0)).mean(),
         "sharpness": edges / 2,
     }
-    assert evaluate.measure(clip()) == pytest.approx(expected, rel=1e-4)
-
-
-def test_each_fault_moves_its_number():
-    def ratios(frames):
-        return evaluate.against([evaluate.measure(frames)], [evaluate.measure(clip())])
-
-    assert set(ratios(clip()).values()) == {1.0}
-    frozen = ratios(np.repeat(clip()[:1], 9, axis=0))
-    assert frozen["dynamic_degree"] < 1e-4 and frozen["sharpness"] == pytest.approx(1, abs=0.05)
-    noise = ratios(np.random.default_rng(1).uniform(size=(9, 32, 48, 3)))
-    assert noise["flicker"] > 1 and noise["motion_smoothness"] < 1
-    light = 0.1 * (-1.0) ** np.arange(9)[:, None, None, None]  # a lamp that flickers
-    assert ratios(clip() + light)["flicker"] > 5
-    blurred = sum(np.roll(clip(), (i, j), (1, 2)) for i in range(3) for j in range(3)) / 9
-    assert ratios(blurred)["sharpness"] < 0.5
+    assert evaluate.measure(x) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_command_leaves_films_of_each_method_and_all_numbers(evaluated):
@@ -169,18 +128,6 @@ def test_the_backbone_s_28_steps_are_the_stock_pipeline_s(place):
     assert (stock - latents["euler-28-shift-7"]).abs().max() < 1e-5
     own, released, student = (latents[METHODS[i]] for i in (0, 1, 3))
     assert (own - released).abs().max() > 1e-3 and (student - own).abs().max() > 1e-3
-
-
-def test_seeds_decide_all_and_another_iteration_changes_the_student_alone(place, evaluated):
-    for name, flags in {"same": [], "other": ["--seed", 1], "earlier": ["--at", 1]}.items():
-        command(place, *flags, "--out", place / name)
-    films = names(evaluated, "*.mp4")
-    assert all((evaluated / x).read_bytes() == (place / "same" / x).read_bytes() for x in films)
-    folders = (evaluated, *(place / name for name in ("same", "other", "earlier")))
-    one, same, other, earlier = (timeless(result_of(folder)) for folder in folders)
-    assert one == same and other["methods"] != one["methods"] and other["prompts"] != one["prompts"]
-    changed = {name for name in METHODS if one["methods"][name] != earlier["methods"][name]}
-    assert changed == {"student-4"}
 
 
 def test_what_cannot_be_compared_is_refused_in_one_sentence(place, tmp_path, capsys):

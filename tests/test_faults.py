@@ -1,25 +1,19 @@
 """What goes wrong in a long run: numbers, disks, damaged files, being stopped or killed.
 
 Against: an undisturbed run of the same seed, bit for bit: both adapters, optimizers, average, log
-and result. Run with `python -m pytest tests/test_faults.py`; 20 seconds, with `-m slow` instead 40.
+and result. Run with `python -m pytest tests/test_faults.py`; 20 seconds.
 """
 
 import errno
-import multiprocessing
 import os
-import random
 import signal
-import sys
-import time
 from pathlib import Path
 
 import helpers
 import pytest
 import safetensors.torch
-import torch
 from helpers import lines, names, raising, resume, said, same_run, tensors, train, watch
 
-import toy.tasks
 import w2svd
 from toy.mixtures import GaussianMixture
 
@@ -40,10 +34,9 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.fixture
-def whole(undisturbed, monkeypatch, tmp_path):
-    """The undisturbed run of six iterations; ./ is in a folder of its own."""
+def whole(undisturbed, elsewhere, monkeypatch):
+    """The undisturbed run of six iterations."""
     helpers.make_small(monkeypatch.setattr, measured=False)
-    monkeypatch.chdir(tmp_path)
     Path("cache").symlink_to(undisturbed / "cache")
     return undisturbed / "whole"
 
@@ -55,18 +48,12 @@ def go_on(out):
 
 # ---- numbers that are not finite -----------------------------------------------------------------
 
-NAN, INF = float("nan"), float("inf")
 # the nth call of a function returns, or leaves as a gradient, a number that is not finite: in the
-# third iteration, of two fake updates each, with four evaluations of a picture after the second
+# third iteration, of two fake updates each; test_updates.py has all stages of a step
 STAGES = {
-    "the data": (GaussianMixture, "sample", 7, NAN),
-    "sample in the fake's": (w2svd, "x0_from_velocity", 19, INF),
-    "the generator's sample is": (w2svd, "x0_from_velocity", 21, NAN),
-    "the fake's velocity": (w2svd.Roles, "fake", 7, INF),
-    "gradient of the fake": (w2svd, "fake_step", 5, NAN),
-    "the real DiT's velocity": (w2svd.Roles, "real", 3, INF),
-    "the generator's gradient": (w2svd, "dmd_gradient", 3, NAN),
-    "gradient of the generator": (w2svd, "generator_step", 3, INF),
+    "the data": (GaussianMixture, "sample", 7),
+    "gradient of the fake": (w2svd, "fake_step", 5),
+    "the generator's gradient": (w2svd, "dmd_gradient", 3),
 }
 
 
@@ -74,7 +61,7 @@ STAGES = {
 def test_a_number_that_is_not_finite_stops_the_run_with_stage_iteration_and_level_named(
     whole, capsys, monkeypatch, stage
 ):
-    owner, name, nth, bad = STAGES[stage]
+    owner, name, nth = STAGES[stage]
     original, calls = getattr(owner, name), []
 
     def spoilt(*args, **how):
@@ -83,7 +70,7 @@ def test_a_number_that_is_not_finite_stops_the_run_with_stage_iteration_and_leve
         if len(calls) == nth:
             role = name.removesuffix("_step")
             x = out if role == name else args[0].parameters(role)[1].grad
-            x.view(-1)[0] = bad
+            x.view(-1)[0] = float("nan")
         return out
 
     with monkeypatch.context() as patch:
@@ -154,19 +141,6 @@ def test_a_signal_finishes_the_iteration_saves_and_stops(whole, capsys, monkeypa
     same_run(whole, "r")
 
 
-def test_a_picture_that_fails_comes_after_its_checkpoint_and_is_drawn_later(
-    whole, capsys, monkeypatch
-):
-    with monkeypatch.context() as patch:
-        error = raising(torch.OutOfMemoryError("CUDA out of memory"))
-        watch(patch, toy.tasks.Task, "on_log", 2, error)
-        train("r", *SIX, code=2)
-    assert "GPU memory" in said(capsys) and "checkpoint-000002.safetensors" in names("r")
-    resume("r")
-    same_run(whole, "r")
-    assert names("r") == names(whole)
-
-
 # ---- being killed --------------------------------------------------------------------------------
 
 
@@ -199,49 +173,3 @@ def test_a_run_that_ends_before_any_of_its_writes_goes_on_to_the_same_bits(whole
         go_on(f"r{nth}")
         same_run(whole, f"r{nth}")
         assert {*names(whole)} <= {*names(f"r{nth}")}, nth  # an old checkpoint may stay
-
-
-def child(folder, argv):
-    """A command in a process of its own; its output is left in ./log."""
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    helpers.make_small()
-    with open("log", "a") as sys.stdout:
-        sys.stderr = sys.stdout
-        sys.exit(w2svd.main([str(flag) for flag in argv]))
-
-
-def killed_until_done(out, rng, kills):
-    """Kill the run with -9 a moment after it wrote so many files more, then let it end."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["test_faults", "peft"]
-    )  # a process that has imported everything
-    for nth in range(kills + 1):
-        begun = Path(out, "config.json").exists()
-        argv = (
-            ["--resume", "--out", out] if begun else helpers.flags_of(out, *SIX, "--save-every", 1)
-        )
-        files = len(names(out)) + rng.randrange(8)
-        process = context.Process(target=child, args=(os.getcwd(), ["train", *argv]))
-        process.start()
-        while process.is_alive() and (nth == kills or len(names(out)) < files):
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.05))
-        if nth < kills:
-            process.kill()
-        process.join()
-    assert process.exitcode == 0, Path("log").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-def test_a_run_that_is_killed_at_random_moments_goes_on_to_the_same_bits(
-    monkeypatch, tmp_path, seed
-):
-    helpers.make_small(monkeypatch.setattr)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    train("whole", *SIX, "--save-every", 1)
-    killed_until_done("r", random.Random(seed), kills=4)
-    same_run("whole", "r")

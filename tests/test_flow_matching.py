@@ -130,13 +130,6 @@ def test_noise_levels_are_uniform_between_low_and_high_and_then_shifted_once(shi
     assert (uniform - steps).abs().max() < 1.95 / n**0.5
 
 
-def test_the_same_generator_state_gives_the_same_noise_levels():
-    first, second = (
-        sample_sigma(5, 0.02, 0.98, 5.0, torch.Generator().manual_seed(3)) for _ in range(2)
-    )
-    assert torch.equal(first, second)
-
-
 # -------------------------------------------------------------------- samplers
 
 
@@ -182,25 +175,6 @@ def test_few_step_sampling_without_a_generator_draws_from_torchs_global_one():
     torch.testing.assert_close(ours, state, rtol=1e-6, atol=1e-6)
 
 
-def test_a_grid_cut_before_its_0_gives_the_noised_state_and_a_whole_one_the_clean_sample():
-    """A velocity that points at one sample: the state is that sample plus the step's new noise."""
-    target, noise = randn(3, 2, dtype=torch.float32), randn(3, 2, seed=1, dtype=torch.float32)
-
-    def velocity(x, sigma, cond):
-        return (x - target) / sigma[:, None]
-
-    sigmas = few_step_sigmas(4, 5.0)
-    rng = torch.Generator().manual_seed(7)
-    fresh = [torch.randn(3, 2, generator=rng) for _ in range(4)]
-    for k in (1, 2, 3):
-        rng.manual_seed(7)
-        state = few_step_sample(velocity, noise, sigmas[: k + 1], rng=rng)
-        expected = (1 - sigmas[k]) * target + sigmas[k] * fresh[k - 1]
-        torch.testing.assert_close(state, expected, rtol=0, atol=1e-5)
-    clean = few_step_sample(velocity, noise, sigmas, rng=rng)
-    torch.testing.assert_close(clean, target, rtol=0, atol=1e-5)
-
-
 def test_euler_sampling_is_diffusers_deterministic_scheduler_and_draws_nothing():
     sigmas, noise = few_step_sigmas(10, 5.0), randn(3, 2, dtype=torch.float32)
     cond, rng = torch.tensor([0.0, 0.5, 1.0]), torch.Generator()
@@ -227,14 +201,3 @@ def test_euler_sampling_of_one_gaussian_converges_to_its_moments_at_first_order(
         errors.append(torch.cat([x.mean(0) - MEAN, (covariance - COVARIANCE).flatten()]))
     assert errors[1].abs().max() < 1e-2
     assert (2 * errors[1] - errors[0]).abs().max() < 1e-4  # what the first order does not explain
-
-
-def test_euler_sampling_of_a_mixture_gives_its_moments():
-    means = torch.tensor([[-1.0, 0.3], [1.2, 0.8], [0.1, -1.0]])
-    variances = torch.tensor([0.02, 0.1, 0.3])
-    mixture = GaussianMixture(torch.tensor([0.2, 0.5, 0.3]), means, variances)
-    n = 4096
-    x = euler_sample(mixture.velocity, randn(n, 2), few_step_sigmas(100, 1.0))
-    tolerance = 4 / n**0.5  # of sample means and covariances of variables of variance near 1
-    torch.testing.assert_close(x.mean(0), mixture.mean(), rtol=0, atol=tolerance)
-    torch.testing.assert_close(x.T.cov(), mixture.covariance(), rtol=0, atol=2 * tolerance)

@@ -110,13 +110,6 @@ def test_the_file_imports_torch_alone_and_is_imported_without_a_trace():
     run("-c", LOOK)
 
 
-def test_imports_go_one_way():
-    """tests -> toy -> w2svd; and no file of tests from another."""
-    for path in [*TOY, *TESTS]:
-        of_tests = imports(nodes(path)) & {other.stem for other in TESTS}
-        assert not [name for name in of_tests if path in TOY or name.startswith("test_")], path
-
-
 def test_sections_2_to_6_run_with_the_imports_that_the_readme_names(tmp_path):
     place = read(PAGES[0]).split("## Copying")[1].split("Sections 2 to 6")[0]
     needs = re.findall(r"`((?:import|from) [^`]+)`", place)

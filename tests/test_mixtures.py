@@ -9,7 +9,6 @@ import math
 
 import pytest
 import torch
-from scipy.integrate import solve_ivp
 from torch.distributions import MultivariateNormal
 
 from toy.mixtures import GaussianMixture, LowRank, clip, grid, ring, videos
@@ -96,20 +95,6 @@ def test_density_and_posterior_agree_with_dense_normals(kind, sigma):
     assert relative(mixture.velocity(x_t, sigma), (x_t - x0) / sigma) < 1e-9
 
 
-@pytest.mark.parametrize("sigma", (0.2, 0.5, 0.9))
-def test_posterior_mean_equals_an_integral_over_the_plane(sigma):
-    mixture = ring(std=0.1)  # so that the plane's edge is far from every mode
-    axis = torch.linspace(-2.2, 2.2, 300, dtype=torch.float64)
-    x0 = torch.cartesian_prod(axis, axis)
-    prior = mixture.log_prob(x0)
-    x_t = torch.randn(20, 2, generator=generator(), dtype=torch.float64)
-    distance = ((x_t[:, None] - (1 - sigma) * x0) ** 2).sum(2)
-    posterior = (prior - distance / (2 * sigma**2)).softmax(1)
-    assert torch.allclose(mixture.posterior_mean(x_t, sigma), posterior @ x0, atol=1e-6)
-    area = (axis[1] - axis[0]) ** 2
-    assert prior.exp().sum() * area == pytest.approx(1, abs=1e-6)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_sigma_zero_and_one_are_the_limits(kind):
     mixture, _ = small_mixture(kind)
@@ -169,37 +154,6 @@ def test_a_projection_has_the_projected_moments_and_components(kind):
     assert torch.allclose(projected.log_prob(x), joint.logsumexp(1))
 
 
-def test_the_flow_of_one_gaussian_ends_where_its_closed_form_says():
-    # Along dx/dsigma = v, a Gaussian's whitened coordinate is conserved.
-    _, covariances = small_mixture("full")
-    mixture = GaussianMixture(torch.ones(1), torch.ones(1, D), covariances[:1])
-    eps = torch.randn(4, D, generator=generator(), dtype=torch.float64)
-    lam, U = torch.linalg.eigh(covariances[0])
-    expected = 1 + eps @ U * lam.sqrt() @ U.T
-
-    def slope(sigma, x):
-        return mixture.velocity(torch.from_numpy(x).reshape(4, D), sigma).flatten().numpy()
-
-    end = solve_ivp(slope, (1, 0), eps.flatten().numpy(), rtol=1e-8, atol=1e-10).y[:, -1]
-    assert torch.allclose(torch.from_numpy(end).reshape(4, D), expected, atol=1e-6)
-
-
-def test_the_flow_from_noise_ends_in_the_mixture():
-    mixture, n = ring(), 4096
-    x = torch.randn(n, 2, generator=generator(), dtype=torch.float64)
-    sigmas = torch.linspace(1, 0, 101, dtype=torch.float64) ** 2
-    for sigma, after in zip(sigmas[:-1], sigmas[1:]):  # Heun
-        v = mixture.velocity(x, sigma)
-        x_euler = x + (after - sigma) * v
-        x = x + (after - sigma) * (v + mixture.velocity(x_euler, after)) / 2
-    assert x.mean(0).abs().max() < 4 / math.sqrt(n)
-    assert relative(torch.cov(x.T), mixture.covariance()) < 0.05
-    own = mixture.responsibilities(x).argmax(1)
-    share = torch.bincount(own, minlength=8) / n
-    assert (share - 1 / 8).abs().max() < 0.02
-    assert mixture.mahalanobis(x).amin(1).mean() == pytest.approx(2, rel=0.05)
-
-
 def test_a_condition_is_the_mixture_of_its_own_components():
     mixture, covariances = small_mixture("full", labels=torch.tensor([1, 0, 1]))
     own = torch.tensor([0, 2])
@@ -218,14 +172,6 @@ def test_a_condition_is_the_mixture_of_its_own_components():
         mixture.velocity(x, 0.4, 0 * ones),
     )
     assert torch.allclose(mixture.velocity(x, 0.4, mixed), both)
-
-
-def test_bayes_joins_the_conditions_to_the_whole():
-    mixture, _ = small_mixture("diagonal", labels=torch.tensor([1, 0, 1]))
-    x = torch.randn(10, *SHAPE, generator=generator(), dtype=torch.float64)
-    given = [mixture.log_prob(x, 0.2, torch.full((10,), label)) for label in (0, 1)]
-    joined = (0.3 * given[0].exp() + 0.7 * given[1].exp()).log()
-    assert torch.allclose(mixture.log_prob(x, 0.2), joined)
 
 
 def test_samples_follow_their_labels():

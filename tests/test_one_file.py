@@ -1,8 +1,7 @@
 """w2svd.py alone in an empty folder trains HunyuanVideo on raw clips, resumes, samples, exports.
 
-Against: nothing beside it, and a stock pipeline that reads what it exported. Each command is a
-process of its own that sees the copy, the installed libraries and no network. Run with `python -m
-pytest tests/test_one_file.py`; 20 seconds.
+Against: nothing beside it. Each command is a process of its own that sees the copy, the installed
+libraries and no network. Run with `python -m pytest tests/test_one_file.py`; 20 seconds.
 """
 
 import os
@@ -12,8 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
 
 from toy.tiny_hunyuan import SIZE, TEMPLATE, clips, save_tiny
 
@@ -57,7 +54,7 @@ def start(folder, code, *flags):
     return done
 
 
-def test_the_copy_goes_from_clips_to_a_lora_in_a_stock_pipeline(folder):
+def test_the_copy_goes_from_clips_to_a_lora(folder):
     folder, away = folder
     small = "--lora-rank 2 --fake-updates 2 --save-every 2 --generator-lr .1 --ema .5".split()
     data = ["--data", away / "clips", "--checkpoint", away / "tiny", *SIZE, *small]
@@ -72,45 +69,15 @@ def test_the_copy_goes_from_clips_to_a_lora_in_a_stock_pipeline(folder):
     assert saved >= {*saves, "generator.safetensors", "result.json", "config.json"}
     assert len(list((folder / "r/samples").glob("000003-*.mp4"))) == 2
     assert (folder / "red.mp4").stat().st_size > 0
+    assert (folder / "lora/pytorch_lora_weights.safetensors").stat().st_size > 0
     names = {path.name for path in folder.iterdir()} - {"__pycache__"}
     assert names == {"w2svd.py", "r", "red.mp4", "lora"}
 
-    pipe, latents = HunyuanVideoPipeline.from_pretrained(away / "tiny"), []
-    Scheduler = FlowMatchEulerDiscreteScheduler
-    pipe.scheduler = Scheduler.from_pretrained(folder / "lora/scheduler")
-    how = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 4}
-    for load in (lambda folder: None, pipe.load_lora_weights):
-        load(folder / "lora")
-        torch.manual_seed(0)
-        pixels = {"prompt_template": TEMPLATE, "output_type": "latent"}
-        latents.append(pipe("a dog", **how, **pixels).frames)
-    assert (latents[0] - latents[1]).abs().max() > 1e-3
 
-
-@pytest.mark.slow
-def test_the_plan_of_the_13b_model_needs_no_other_file_no_gpu_and_no_download(folder):
-    flags = ["train", "--model", "hunyuan", "--data", "my_clips/", "--dry-run"]
-    done = start(folder[0], AS_SCRIPT, *flags)
-    assert done.returncode == 0 and "12821012544" in done.stdout, done.stderr
-    assert not (folder[0] / "runs").exists()
-
-
-GPU = """
-import torch
-torch.cuda.is_available = lambda: True
-torch.cuda.mem_get_info = lambda *args: (80 * 2**30, 80 * 2**30)
-"""
-
-
-MISSING = [("", "--model toy", "toy/"), ("", "--model hunyuan --data clips", "GPU")]
-MISSING.append(pytest.param(GPU, "--model hunyuan", "--data", marks=pytest.mark.slow))
-
-
-@pytest.mark.parametrize("code, flags, word", MISSING)
-def test_what_is_missing_is_said_in_one_sentence_before_any_download(folder, code, flags, word):
-    done = start(folder[0], code + AS_SCRIPT, "train", *flags.split())
+@pytest.mark.parametrize("flags, word", [("toy", "toy/"), ("hunyuan --data clips", "GPU")])
+def test_what_is_missing_is_said_in_one_sentence_before_any_download(folder, flags, word):
+    done = start(folder[0], AS_SCRIPT, "train", "--model", *flags.split())
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     sentence = done.stderr.strip().splitlines()[-1]
     assert sentence.startswith("w2svd: ") and word in sentence
-    assert word == "toy/" or "python w2svd.py train --model hunyuan --data" in sentence
     assert not (folder[0] / "runs").exists() and not (folder[0] / "no-hub").exists()

@@ -1,10 +1,9 @@
 """Several processes under torchrun's environment train as one does on all of their clips.
 
-Against: the same updates written again for one process, which takes every process's clips and noise
-in turn and averages the gradients. On two processes a sum has one order, so weights are equal to
-the bit; on four, or with several forwards in an update, within 1e-4. One launch for each number of
-processes runs all of its cases. Run: `python -m pytest tests/test_ranks.py`, 25 seconds; with `-m
-slow` instead four processes and the commands, 90.
+Against: one process, whose updates take every process's clips and noise in turn. On two processes a
+sum has one order, so weights are equal to the bit; on four, or with several forwards in an update,
+within 1e-4. One launch for each number of processes runs all of its cases. Run: `python -m pytest
+tests/test_ranks.py`, 25 seconds; with `-m slow` instead four processes and the commands, 90.
 """
 
 import dataclasses
@@ -105,77 +104,43 @@ def work(folder, names):
 # ---- the same in one process ---------------------------------------------------------------------
 
 
-def fake_step(c, roles, state, x0, cond, x_gen):
-    sigma, eps = w2svd.draw_noise(c, state, "", x_gen)
-    stats = w2svd.fake_step(roles, x_gen, cond, sigma, eps)
-    if c.gan_weight:
-        stats.update(w2svd.discriminator_step(roles, x_gen, x0, cond, sigma, eps))
-    return stats
+def reference(folder, name, ranks, monkeypatch):
+    """`distil` in one process: each update takes every process's forwards, with its noise, in turn.
 
-
-def seed(c, state, iteration, rank):
-    for purpose, rng in state.rngs.items():
-        own = 0 if purpose == "exit" and c.generator_input == "rollout" else rank
-        rng.manual_seed(w2svd.stream_seed(c.seed, iteration, own, purpose))
-
-
-def generator_step(c, roles, state, x0, cond):
-    x, level = w2svd.draw_input(c, roles, state, x0, cond)
-    noise = w2svd.draw_noise(c, state, "", x0)
-    how = {"gan_weight": c.gan_weight, "gt_weight": c.gt_weight}
-    how["x0_gt"] = x0 if c.gt_weight else None
-    return w2svd.generator_step(roles, x, level, cond, *noise, **how)
-
-
-def reference(folder, name, ranks):  # noqa: C901
-    """Algorithm 1 for several processes, one after the other, on one copy of everything.
-
-    Yields after each iteration the tensors, the mean numbers, and how many clips were taken.
+    Yields after each iteration the tensors, the numbers, and how many clips were taken.
     """
     c, roles = new_roles(folder, name, alone=True)
-    data = [endless(CASES[name][1], rank, ranks) for rank in range(ranks)]
-    states, taken = [State(c, roles, "cpu") for _ in data], 0
+    state = State(dataclasses.replace(c, accumulate=ranks * c.accumulate), roles, "cpu")
+    streams = [State(c, roles, "cpu").rngs for _ in range(ranks)]
+
+    def seed():
+        for rank, state.rngs in enumerate(streams):
+            with monkeypatch.context() as patch:
+                patch.setattr(w2svd, "rank", lambda rank=rank: rank)
+                State.seed_streams(state)
+
+    def of_each(draw):
+        """A process's forwards come together, then the next one's."""
+        turns = itertools.cycle(rngs for rngs in streams for _ in range(c.accumulate))
+
+        def drawn(*args):
+            state.rngs = next(turns)
+            return draw(*args)
+
+        return drawn
 
     def batches():
-        """A process's forwards together, then the next one's."""
-        for state, own in zip(states, data):
-            for batch in itertools.islice(own, c.accumulate):
-                yield state, batch["x0"], batch["cond"]
+        data = [endless(CASES[name][1], rank, ranks) for rank in range(ranks)]
+        while True:
+            for own in data:
+                yield from itertools.islice(own, c.accumulate)
 
-    def update(role, lr):
-        for parameter in roles.parameters(role):
-            parameter.grad /= c.accumulate * ranks
-        optimizer = states[0].optimizers[role]
-        largest = w2svd.SPIKE * w2svd.usual_norm(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in roles.parameters(role)])
-        if norm > largest:
-            torch._foreach_mul_([p.grad for p in roles.parameters(role)], largest / norm)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def sample(state, x0, cond):
-        x, level = w2svd.draw_input(c, roles, state, x0, cond, c.fake_samples == "final")
-        with torch.no_grad():
-            x_gen = w2svd.x0_from_velocity(x, roles.generator(x, level, cond), level)
-        return state, x0, cond, x_gen
-
-    for iteration in range(c.iterations):
-        for rank, state in enumerate(states):
-            seed(c, state, iteration, rank)
-        for k in range(c.fake_updates):
-            if k % c.reuse == 0:
-                samples = [sample(*batch) for batch in batches()]
-            fakes = [fake_step(c, roles, *one) for one in samples]
-            for role in states[0].optimizers.keys() - {"generator"}:
-                update(role, c.fake_lr)
-        generators = [generator_step(c, roles, *batch) for batch in batches()]
-        update("generator", c.generator_lr)
-        states[0].update_average()
-        states[0].iteration += 1
-        taken += ranks * c.accumulate * (-(-c.fake_updates // c.reuse) + 1)
-        line = {**w2svd.mean_of(fakes), **w2svd.mean_of(generators)}
-        yield w2svd.held_tensors(states[0]), line, taken
+    state.seed_streams = seed
+    for draw in ("draw_input", "draw_noise"):
+        monkeypatch.setattr(w2svd, draw, of_each(getattr(w2svd, draw)))
+    for stats in w2svd.distil(state.config, roles, state, batches()):
+        held = {key: x.detach().clone() for key, x in w2svd.held_tensors(state).items()}
+        yield held, stats, state.taken
 
 
 # ---- tests ---------------------------------------------------------------------------------------
@@ -215,19 +180,21 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_train_as_one_does_on_all_of_their_clips(folder, ranks):
+def test_processes_train_as_one_does_on_all_of_their_clips(folder, ranks, monkeypatch):
     cases = list(CASES) if ranks == 2 else list(CASES)[:4]
     finish(ranks, __file__, folder, *cases)
     for name in cases:
         exact = ranks == 2 and "accumulate" not in CASES[name][0] and name != "full copies"
-        for i, (expected, line, taken) in enumerate(reference(folder, name, ranks), 1):
+        with monkeypatch.context() as patch:
+            iterations = list(reference(folder, name, ranks, patch))
+        for i, (expected, line, taken) in enumerate(iterations, 1):
             found, info = w2svd.read_safetensors(folder / f"{name} {ranks} {i}.safetensors")
             assert info["taken"] == taken and found.keys() == expected.keys()
             for key, x in line.items():
                 assert info["line"][key] == pytest.approx(float(x), rel=1e-4, abs=1e-6), (name, key)
             kinds = {}
             for key, x in found.items():
-                y = expected[key].detach()
+                y = expected[key]
                 assert not exact or torch.equal(x, y), (name, i, key)
                 kind = key.split("/")[0] + key.split("/")[-1] * key.startswith("optimizer/")
                 kinds.setdefault(kind, []).append(((x - y).flatten(), y.flatten()))
@@ -311,22 +278,6 @@ def test_a_signal_to_one_process_saves_once_and_stops_all(folder, tmp_path):
     assert [process.wait(60) for process in started] == [128 + signal.SIGTERM] * 2
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
     assert helpers.names(run, "checkpoint-*") == [f"checkpoint-{steps[-1]:06}.safetensors"]
-
-
-@pytest.mark.slow
-def test_the_toy_trains_in_two_processes_on_batches_of_both(tmp_path):
-    small = "import sys, w2svd; sys.path.insert(0, 'tests'); import helpers\n"
-    small += "helpers.make_small(); sys.exit(w2svd.main(sys.argv[1:]))"
-    for ranks in (1, 2):
-        flags = ["--iterations", 6, "--accumulate", 2 // ranks, "--cache", tmp_path / "cache"]
-        flags = helpers.flags_of(tmp_path / str(ranks), *flags)
-        finish(ranks, "-c", small, "train", *flags, cwd=ROOT)
-    runs = [tmp_path / "1", tmp_path / "2"]
-    ends = [w2svd.read_safetensors(run / "checkpoint-000006.safetensors") for run in runs]
-    assert ends[0][1]["taken"] == ends[1][1]["taken"] > 0  # the same batches, with other noise
-    assert any(not torch.equal(x, ends[1][0][name]) for name, x in ends[0][0].items())
-    results = [json.loads((run / "result.json").read_text()) for run in runs]
-    assert results[0]["euler"] == results[1]["euler"]  # the backbone is the same
 
 
 if __name__ == "__main__":

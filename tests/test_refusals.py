@@ -20,11 +20,9 @@ REFUSED = {
     "": "--help",
     "distill": "distill",
     "train --sed 3": "--sed",
-    "export --run r --out lora --sed 3": "--sed",
     "train --iter 3": "--iter",  # not taken for --iterations
     "train --seed": "--seed",
     "train --steps 0": "--steps",
-    "train --iterations -1": "--iterations",
     "train --alpha-weak nan": "--alpha-weak",
     "train --generator half": "--generator",
     "train --alpha-weak .5 --alpha-strong .4": "--alpha-strong",
@@ -33,7 +31,6 @@ REFUSED = {
     "train --gt-weight .1 --generator-input paired --steps 1": "--steps",
     "train --generator-input paired --fake-samples final": "rollout",
     "train --sigma-low .9 --sigma-high .1": "--sigma-low",
-    "train --ema 1": "--ema",
     "train --data moons": "ring",
     "train --guidance 3": "captions",
     "train --compile": "--compile",
@@ -83,14 +80,11 @@ def test_a_run_folder_is_only_gone_on_with_by_what_fits_it(capsys, tmp_path):
     for used in ("r", "mine"):
         assert "in use" in refused(capsys, tmp_path, "train", "--out", used)
     again = ("train", "--resume", "--out")
-    for text in (None, "", "[]", '{"config": {"model"', '{"config": {"learning_rate": 1}}'):
-        if text is not None:
-            Path("mine/config.json").write_text(text)
-        for command in (again, ("sample", "--run", "mine", "--out")):
-            assert "not a run" in refused(capsys, tmp_path, *command, "mine")
-    for name in "seed batch lora_rank steps shift fake_updates accumulate alpha_weak".split():
-        assert w2svd.flag(name) in refused(capsys, tmp_path, *again, "r", w2svd.flag(name), 7)
-    assert "--data" in refused(capsys, tmp_path, *again, "r", "--data", "grid")
+    for text in ("", "[]", '{"config": {"learning_rate": 1}}'):
+        Path("mine/config.json").write_text(text)
+        assert "not a run" in refused(capsys, tmp_path, *again, "mine")
+    for flags in ("--seed 7", "--lora-rank 7", "--alpha-weak 7", "--data grid"):
+        assert flags.split()[0] in refused(capsys, tmp_path, *again, "r", *flags.split())
     for out, iterations in (("r", 2), ("scheduled", 9)):  # fewer than it has; a schedule's
         error = refused(capsys, tmp_path, *again, out, "--iterations", iterations)
         assert "--iterations" in error
@@ -104,11 +98,10 @@ def test_a_generator_or_backbone_that_does_not_fit_is_refused(capsys, tmp_path):
     for flags in ("--n 0", "--seed -1", "--prompt dog", "--image a.png", "--height 32"):
         assert flags.split()[0] in refused(capsys, tmp_path, *sample, *flags.split())
     path = Path("r/generator-000004.safetensors")
-    whole, (weights, info) = path.read_bytes(), w2svd.read_safetensors(path)
-    for size in (0, 100, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        assert path.name in refused(capsys, tmp_path, *sample)
-    save_file({"x": torch.zeros(2)}, path)
+    weights, info = w2svd.read_safetensors(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert path.name in refused(capsys, tmp_path, *sample)
+    save_file({"x": torch.zeros(2)}, path)  # whole, but not ours
     assert path.name in refused(capsys, tmp_path, *sample)
     w2svd.write_safetensors(path, {n: x[:1] for n, x in weights.items()}, info)
     assert "fit" in refused(capsys, tmp_path, *sample)
@@ -140,8 +133,7 @@ def test_what_ends_a_run_has_its_status_and_sentence(monkeypatch, capsys, error,
     assert word in said(capsys)
 
 
-@pytest.mark.parametrize("bug", [ValueError, KeyError, AssertionError, RuntimeError])
-def test_a_bug_shows_its_traceback(monkeypatch, bug):
-    watch(monkeypatch, w2svd, "generator_step", 1, raising(bug("a bug")))
-    with pytest.raises(bug, match="a bug"):
+def test_a_bug_shows_its_traceback(monkeypatch):
+    watch(monkeypatch, w2svd, "generator_step", 1, raising(ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
         train("r", "--iterations", 1)

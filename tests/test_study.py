@@ -1,9 +1,10 @@
 """The study's machinery and its stored results.
 
-Against: closed forms, scipy, the stored results counted again, and what its READMEs say. Run with
-`python -m pytest tests/test_study.py`; half a minute.
+Against: closed forms, and what its READMEs say. Run with `python -m pytest tests/test_study.py`;
+half a minute.
 """
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,30 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import ttest_rel
 
-import w2svd
 from toy.study import cases, moved, report, study
-from toy.study.cases import CASES, DMD, W2S
+from toy.study.cases import CASES
 from toy.tasks import Recipe
-
-
-def test_tuning_seeds_are_shown_nowhere_and_what_is_done_is_not_done_again():
-    assert not any(set(case.tuning) & set(case.seeds) for case in CASES.values())
-    every = study.jobs(full=True)
-    case, kind, seed = every[3]
-    left, minutes = study.todo({case: {kind: {str(seed): {}}}}, every)
-    assert left == every[:3] + every[4:] and minutes > 0
-
-
-def test_the_controls_scale_what_they_say():
-    for case in CASES.values():
-        for lane in [lane for lane in study.sweep(case) if "scaled" in lane]:
-            what, left = lane["scaled"]
-            gradient, rate = (left, 1) if what == "gradient" else (1, left)
-            assert lane["alpha_weak"] == 0 and study.gradient_scale(lane) == gradient
-            full = pytest.approx(lane["generator_lr"] / rate)
-            assert {"alpha_weak": 1 - left, "generator_lr": full} in list(study.sweep(case))
 
 
 @pytest.fixture
@@ -55,56 +36,18 @@ def test_a_job_trains_and_measures_all_of_its_lanes(tiny, kind):
         assert all(np.isfinite(list(m.values())).all() for m in lane["metrics"].values())
     probes = [lane["late"] for lane in done["lanes"] if "late" in lane]
     assert len(probes) == (2 if kind == "dmd-4" else 0)
-    for row in (row for probe in probes for row in probe):
-        plain = row["alphas"][0]
-        assert plain["length"] == pytest.approx(1) and all(a["error"] > 0 for a in row["alphas"])
-        assert plain["cos_dmd"] == pytest.approx(1, abs=0.05)  # 0 where the fake has not moved
-
-
-def test_a_weak_shift_turns_nothing_where_the_velocity_is_linear_in_the_adapter(tiny, monkeypatch):
-    """A normaliser of 1, and predictions that lie on a line: the gradient is (1 - alpha) DMD's."""
-
-    def shifted(weight):
-        def velocity(roles, x_t, sigma, cond=None):
-            return roles.backbone.velocity(x_t, sigma, cond) + weight(roles) * (x_t + 1)
-
-        return velocity
-
-    monkeypatch.setattr(w2svd, "dmd_gradient", lambda x_gen, x0_real, x0_fake: x0_fake - x0_real)
-    monkeypatch.setattr(w2svd.Roles, "real", shifted(lambda roles: roles.alpha_weak))
-    monkeypatch.setattr(w2svd.Roles, "fake", shifted(lambda roles: 1))
-    found = study.run("ring", "turn", 0, small=90)["lanes"][0]["late"]
-    for row in found["alphas"]:
-        assert row["length"] == pytest.approx(1 - row["alpha"], rel=1e-3)
-        assert row["cosine"] == pytest.approx(1, abs=1e-4)
-    assert found["again"] < 1
+    for row in itertools.chain(*probes):
+        assert row["alphas"][0]["length"] == pytest.approx(1)
 
 
 def test_a_sign_flip_s_p_is_the_share_of_flips_as_far_from_0():
     assert report.sign_flip([1.0, 2.0, 0.5, 3.0]) == 2 / 2**4
     assert report.sign_flip([1.0, 2.0, 3.0, -0.5]) == 4 / 2**4
     assert report.sign_flip([0.1, 0.1, -0.1]) == 1  # |+.1| is the least sum that there is
-    draws = np.random.default_rng(0).normal(size=(3000, 6))
-    found = np.array([report.sign_flip(x) for x in draws])
-    for bound in (2 / 64, 6 / 64, 0.5):  # below it as often as it says
-        assert np.mean(found <= bound) == pytest.approx(bound, abs=0.025)
 
 
 def test_a_share_s_interval_is_clopper_and_pearson_s():
-    assert report.share_interval(0, 12) == (0, 0, pytest.approx(1 - 0.025 ** (1 / 12)))
     assert report.share_interval(4, 10) == pytest.approx((0.4, 0.1216, 0.7376), abs=1e-4)
-
-
-def test_rates_are_chosen_on_the_tuning_seeds_and_the_shown_ones_train_at_these():
-    results = report.stored().results
-    for seed, jobs in results["ring"]["dmd-1"].items():
-        for lane in jobs["lanes"]:
-            good = 1e-3 if int(seed) >= 100 else 3e-3
-            lane["metrics"]["1"]["sliced_w2"] = abs(np.log(lane["generator_lr"] / good))
-    wanted = [{**lane, "generator_lr": 1e-3} for lane in (DMD, W2S)]
-    assert report.needed(results, "ring", "dmd-1", 0) == wanted
-    assert report.needed(results, "ring", "dmd-1", 100) is None
-    assert report.needed(results, "ring", "dmd-4", 0) is None  # a map shows all rates
 
 
 def test_the_stored_tables_and_figures_are_those_of_the_stored_results(tmp_path):
@@ -116,27 +59,6 @@ def test_the_stored_tables_and_figures_are_those_of_the_stored_results(tmp_path)
     assert report.filled(readme, report.sections(report.stored())) == readme
     for name in ("phase", "controls", "scores", "gt"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-
-
-def test_the_tables_numbers_are_those_of_the_results_counted_again():
-    """A paired difference by scipy, and the collapses of a map one by one."""
-    seeds = json.loads((report.STORED / "study.json").read_text())["ring"]["dmd-4"]
-    lanes = [lane for seed in CASES["ring"].seeds for lane in seeds[str(seed)]["lanes"]]
-    runs = [(report.settings_of(lane), lane["metrics"]["4"]) for lane in lanes]
-    ours, theirs = (
-        [run["sliced_w2"] for lane, run in runs if lane == {**alpha, "generator_lr": 1e-3}]
-        for alpha in (W2S, DMD)
-    )
-    low, high = ttest_rel(ours, theirs).confidence_interval()
-    mean = (low + high) / 2
-    assert report.interval(np.subtract(ours, theirs)) == pytest.approx((mean, low, high))
-    tables = report.sections(report.stored())
-    row = f"| W2SVD - DMD, LoRA fake | 4 | {mean:+.3f} [{low:+.3f}, {high:+.3f}], p "
-    assert row in tables["ring: paired differences"]
-    base = [run for lane, run in runs if len(lane) == 2 and lane["alpha_weak"] == 0.75]
-    lost = sum(run["coverage"] < 1 or run["weight_tv"] > 0.1 for run in base)
-    row = f"| ring, base settings | 0.75 | {lost} of {len(base)} |"
-    assert row in tables["ring: collapse"] and len(base) == 4 * 8
 
 
 def test_a_merged_backbone_is_the_generator_without_an_adapter(new_backbone, new_roles, draw):

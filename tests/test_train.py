@@ -19,9 +19,8 @@ CONSTANT = helpers.CONSTANT
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(monkeypatch, tmp_path):
+def small(monkeypatch):
     helpers.make_small(monkeypatch.setattr, measured=False)
-    monkeypatch.chdir(tmp_path)
 
 
 def saved(kind, *iterations):
@@ -56,25 +55,19 @@ def test_a_run_leaves_the_files_that_the_readme_names(monkeypatch, capsys, tmp_p
     result = json.load(open("r/result.json"))
     rows = {"student", "euler", "euler_student_grid", "floor", "impostor"}
     assert result.keys() == rows | {"seconds", "peak_rss_mb", "seed"}
-    stored = json.load(open("r/config.json"))
-    assert stored["config"]["iterations"] == 4 and stored["plan"]["versions"]["torch"]
+    assert json.load(open("r/config.json"))["config"]["iterations"] == 4
     assert [row["step"] for row in lines("r")] == [2, 4]
     (tmp_path / "plain.txt").touch()  # files are readable by whom the umask allows
     assert {os.stat(f"r/{n}").st_mode for n in names("r")} == {os.stat("plain.txt").st_mode}
 
 
-def test_two_checkpoints_stay_without_random_state_and_every_small_generator(tmp_path):
-    for kind, kept in (("lora", [1, 2, 3, 4]), ("full", [3, 4])):
-        train(kind, "--iterations", 4, "--save-every", 1, "--generator", kind)
-        assert names(kind, "checkpoint-*") == saved("checkpoint", 3, 4)
-        assert names(kind, "generator-*") == saved("generator", *kept)
-        held, info = w2svd.read_safetensors(f"{kind}/checkpoint-000004.safetensors")
-        assert {n.split("/")[0] for n in held} == {"generator", "fake", "average", "optimizer"}
-        assert len(json.dumps(info)) < 400  # a digest of the clips' names, not the names
-        for name, x in tensors(f"{kind}/generator.safetensors").items():
-            name = name.removeprefix("transformer.")
-            assert torch.equal(x, held[f"average/{name}"])
-            assert "lora_A" in name or not torch.equal(x, held[f"generator/{name}"])
+def test_two_checkpoints_stay_without_random_state_and_every_generator():
+    train("r", "--iterations", 4, "--save-every", 1)
+    assert names("r", "checkpoint-*") == saved("checkpoint", 3, 4)
+    assert names("r", "generator-*") == saved("generator", 1, 2, 3, 4)
+    held, info = w2svd.read_safetensors("r/checkpoint-000004.safetensors")
+    assert {n.split("/")[0] for n in held} == {"generator", "fake", "average", "optimizer"}
+    assert len(json.dumps(info)) < 400  # a digest of the clips' names, not the names
 
 
 def test_without_out_the_next_free_folder_is_taken():
@@ -98,6 +91,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(monkeypatch
 
 HARD = {
     "full": "--generator full --fake full",
+    "judged": "--gan-weight .5",
     "ring": "--alpha-weak-schedule cosine --fake-warmup 3",
     "videos": "--data videos --generator-input paired --gt-weight .1 --guidance 2 --accumulate 2",
 }
@@ -115,20 +109,7 @@ def test_a_run_cut_off_between_two_checkpoints_goes_on_to_the_same_bits(kind, mo
     assert names("whole") == names("cut")
 
 
-def test_n_iterations_resumed_for_n_more_in_a_folder_that_moved_equal_2n(tmp_path):
-    train("whole", "--iterations", 4, *CONSTANT)
-    train("r", "--iterations", 2, *CONSTANT)
-    (tmp_path / "r").rename("parts")
-    resume("parts", "--iterations", 4)
-    same_run("whole", "parts")
-    resume("parts")  # a finished run stays as it is
-    same_run("whole", "parts")
-    assert names("whole") == names("parts")
-    assert torch.equal(drawn("whole", "--at", 4), drawn("parts"))  # by default the newest
-    assert not torch.equal(drawn("whole", "--at", 2), drawn("parts"))
-
-
-def test_what_a_resume_may_change_and_what_not():
+def test_what_a_resume_may_change_also_in_a_folder_that_moved(tmp_path):
     train("whole", "--iterations", 6, *CONSTANT, "--alpha-weak", 0.5)
     for out in ("parts", "slower"):
         train(out, "--iterations", 2, *CONSTANT, "--alpha-weak", 0.5)
@@ -139,9 +120,10 @@ def test_what_a_resume_may_change_and_what_not():
     assert [row["step"] for row in lines("parts")] == [2, 3, 4, 5, 6]
     changed = {"iterations": 6, "log_every": 1, "save_every": 3, "checkpointing": True}
     assert w2svd.read_run("parts") == w2svd.dataclasses.replace(before, **changed)
-    resume("slower", "--iterations", 6, "--generator-lr", 0.01)
-    assert w2svd.read_run("slower").generator_lr == 0.01
-    assert not same_generator("whole", "slower")
+    (tmp_path / "slower").rename("moved")
+    resume("moved", "--iterations", 6, "--generator-lr", 0.01)
+    assert w2svd.read_run("moved").generator_lr == 0.01
+    assert not same_generator("whole", "moved")
 
 
 # ---- sample --------------------------------------------------------------------------------------
@@ -157,10 +139,6 @@ def test_sample_draws_tensors_pictures_and_animations(data):
     assert samples.shape == (8, *((2,) if data == "ring" else (4, 8, 8, 8)))
     assert torch.equal(samples, drawn("r", "--seed", 0))
     assert not torch.equal(samples, drawn("r", "--seed", 1))
-    path = "r/generator-000002.safetensors"
-    weights, info = w2svd.read_safetensors(path)
-    w2svd.write_safetensors(w2svd.Path(path), weights, {**info, "sigmas": [1.0, 0.5, 0.0]})
-    assert not torch.equal(samples, drawn("r"))  # the header's grid
 
 
 def test_a_run_that_was_cut_off_can_be_sampled(monkeypatch):

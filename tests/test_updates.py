@@ -1,13 +1,14 @@
 """Section 6: the two updates, their inputs, what they refuse; W2SVD against plain DMD.
 
-References: both updates written out again here with merged weights W + alpha B A and autograd, a
-separate copy of the backbone without adapters, and a one-layer network whose arithmetic is exact.
+References: the generator's update written out again with merged weights W + alpha B A and autograd
+(the fake's: see test_distil.py), a separate copy of the backbone without adapters, and a one-layer
+network whose arithmetic is exact.
 Run: python -m pytest tests/test_updates.py, 5 seconds on one core.
 """
 
 import pytest
 import torch
-from conftest import SHAPES, STEPS, VIDEO, column, gradients
+from conftest import SHAPES, STEPS, column, gradients
 from torch import nn
 from torch.func import functional_call
 
@@ -17,7 +18,6 @@ from w2svd import (
     Roles,
     State,
     dmd_gradient,
-    fake_step,
     few_step_sigmas,
     generator_step,
     paired_input,
@@ -38,14 +38,7 @@ def x0_of(new_backbone, merged):
     return x0
 
 
-def expect_gradients(roles, role, loss):
-    for got, exact in zip(
-        gradients(roles, role), torch.autograd.grad(loss, roles.parameters(role))
-    ):
-        torch.testing.assert_close(got, exact, rtol=1e-3, atol=2e-5 * exact.abs().max())
-
-
-# -------------------------------------------------------------------- the updates, written again
+# -------------------------------------------------------------------- the updates
 
 
 @SHAPES
@@ -73,26 +66,12 @@ def test_the_generators_update_is_autograd_of_its_loss_with_the_gradient_held_fi
         away = x0_fake[i] - given["x0_gt"][i]
         g[i] = (x0_fake[i] - x0_real[i]) / (x[i] - x0_real[i]).abs().mean()
         g[i] += w * away / away.abs().mean()
-    expect_gradients(roles, "generator", (x_gen * g).mean())
+    expected = torch.autograd.grad((x_gen * g).mean(), roles.parameters("generator"))
+    for got, exact in zip(gradients(roles, "generator"), expected):
+        torch.testing.assert_close(got, exact, rtol=1e-3, atol=2e-5 * exact.abs().max())
     gap = (x0_fake - x0_real).square().mean().sqrt() / x0_real.square().mean().sqrt()
     torch.testing.assert_close(stats["relative_gap"], gap, rtol=1e-4, atol=0)
     torch.testing.assert_close(stats["gen_std"], x.std(), rtol=1e-4, atol=0)
-
-
-@SHAPES
-def test_the_fakes_update_is_autograd_of_flow_matching_on_the_samples_it_is_given(
-    new_roles, x0_of, draw, shape
-):
-    roles, given = new_roles(shape, alpha_strong=1.5), draw(shape)["fake"]
-    stats = fake_step(roles, **given)
-
-    x_gen, eps, sigma = given["x_gen"], given["eps"], given["sigma"]
-    s = column(sigma, eps)
-    x_t = (1 - s) * x_gen + s * eps
-    v_fake = (x_t - x0_of(roles, "fake", 1.5, x_t, sigma, given["cond"])) / s
-    loss = (v_fake - (eps - x_gen)).square().sum() / eps.numel()
-    torch.testing.assert_close(stats["fake_loss"], loss.detach(), rtol=1e-4, atol=0)
-    expect_gradients(roles, "fake", loss)
 
 
 @pytest.mark.parametrize("role", STEPS)
@@ -177,15 +156,6 @@ def test_in_a_linear_network_w2svd_scales_dmds_difference_exactly(
     assert torch.equal(ours, (alpha_strong - alpha_weak) / alpha_strong * dmd)
 
 
-def test_the_linear_networks_difference_by_hand(monkeypatch):
-    """x0_fake - x0_real = -sigma (alpha_strong - alpha_weak) B A x_t; the second sample of two.
-
-    x_in (3, 1), sigma_in .5, the generator's W + B A = [[1, -3], [5, 11]]: v = (0, 26), and
-    x_gen = (3, -12). x_t = .75 x_gen + .25 (-1, 4) = (2, -8); A x_t = -14, B A x_t = (14, -56)."""
-    ours = difference_of_one_layer(0.25, 1.0, monkeypatch)[1]
-    assert torch.equal(ours, -0.25 * 0.75 * torch.tensor([14.0, -56.0]))
-
-
 # -------------------------------------------------------------------- the generator's inputs
 
 
@@ -268,31 +238,6 @@ def test_a_non_finite_value_stops_the_step_with_stage_and_noise_level_and_no_gra
 
 
 # -------------------------------------------------------------------- numbers for the log
-
-
-def test_videos_have_a_motion_and_points_have_none(new_roles, draw):
-    roles, given = new_roles(VIDEO), draw(VIDEO)["generator"]
-    stats, sigma_in = generator_step(roles, **given), given["sigma_in"]
-    with torch.no_grad():
-        v = roles.generator(given["x_in"], sigma_in, given["cond"])
-    x_gen = given["x_in"] - column(sigma_in, v) * v
-    motion = (x_gen[:, :, 1:] - x_gen[:, :, :-1]).abs().mean()
-    torch.testing.assert_close(stats["gen_motion"], motion, rtol=1e-5, atol=0)
-    assert "gen_motion" not in generator_step(new_roles(), **draw()["generator"])
-
-
-@pytest.mark.parametrize("ema", [0.75, 0.0])
-def test_the_moving_average_keeps_decay_of_the_old_weights(new_roles, ema):
-    roles = new_roles()
-    state = State(Config(ema=ema), roles, "cpu")
-    state.iteration = 1000  # long after the warm-up
-    old = {name: p.detach().clone() for name, p in roles.state("generator").items()}
-    with torch.no_grad():
-        for parameter in roles.parameters("generator"):
-            parameter.add_(1.0)
-    state.update_average()
-    for name, average in state.average.items():
-        torch.testing.assert_close(average, old[name] + 1 - ema, rtol=1e-5, atol=1e-6)
 
 
 def test_under_the_average_the_generator_has_its_weights_and_after_an_exception_its_own(

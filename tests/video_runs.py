@@ -8,9 +8,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from w2svd import VideoTask
 
+# rates at which a few steps show; and no default where a default could hide that it is ignored
 SMALL = "--generator-lr .02 --fake-lr .02 --ema .5 --shift 4 --embedded-guidance 3".split()
-
-
 SMALL += "--lora-rank 2 --fake-updates 2 --log-every 2 --save-every 2".split()
 
 
