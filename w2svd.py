@@ -674,14 +674,16 @@ SPIKE = 3.0  # ours. A gradient larger than so many times the usual one is scale
 def usual_norm(optimizer):
     """The root mean square of the gradient's norms so far, which Adam's second moments add up to.
 
-    A constant bound would never act, or always: norms are 1e-6 for a large video, 1 for a toy.
+    A constant bound would never act, or always: norms are 1e-6 for a large video, 1 for a toy. It
+    is infinite before the first update, and stays on the device.
     """
     group = optimizer.param_groups[0]
-    known = [optimizer.state[p] for p in group["params"]]
-    if not known[0] or known[0]["step"] == 0:
-        return math.inf  # before the first update
+    known = [optimizer.state[p] for p in group["params"] if optimizer.state[p]]
+    if not known:
+        return torch.tensor(math.inf)
     square = sum(adam["exp_avg_sq"].sum() for adam in known)
-    return float(square / (1 - group["betas"][1] ** float(known[0]["step"]))) ** 0.5
+    usual = (square / (1 - group["betas"][1] ** known[0]["step"])).sqrt()
+    return torch.where(usual > 0, usual, math.inf)
 
 
 class State:
@@ -730,10 +732,9 @@ class State:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient of the {role} is not finite")
-        largest = SPIKE * usual_norm(optimizer)
-        if norm > largest:
-            for parameter in parameters:
-                parameter.grad *= largest / norm
+        scale = (SPIKE * usual_norm(optimizer).to(norm) / norm).clamp(max=1.0)
+        for parameter in parameters:
+            parameter.grad *= scale
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
@@ -964,14 +965,14 @@ class HunyuanVideo:
 
         NOTE silent: in bf16 most of x0_fake - x0_real, a hundredth of either, is rounded away.
         """
-        return out if torch.is_grad_enabled() else out.float()
+        return out if torch.is_grad_enabled() or out.is_meta else out.float()
 
     @staticmethod
     def head_in_float32(head, args, out):
         """The last layer of such a stream, in float32 too."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or out.is_meta:  # the meta device knows no autocast
             return out
-        with torch.autocast(out.device.type.replace("meta", "cpu"), enabled=False):
+        with torch.autocast(out.device.type, enabled=False):
             x, weight, bias = (tensor.float() for tensor in (*args, head.weight, head.bias))
             return torch.nn.functional.linear(x, weight, bias)
 
@@ -1125,7 +1126,7 @@ def read_safetensors(path):
     """Read (tensors, info) back. A file that is missing, damaged or not ours is refused."""
     from safetensors import safe_open
 
-    if not path.exists():
+    if not Path(path).exists():
         raise Refused(f"There is no {path}.")
     with reading(f"Delete {path}, not whole or not ours", KeyError), safe_open(path, "pt") as file:
         info = json.loads((file.metadata() or {})["w2svd"])
@@ -1401,10 +1402,12 @@ def encoded_clips(config, model):
         clips[first :: ranks()] = share
     used = [clip for clip in clips if not clip.left_out]
     files = list(dict.fromkeys(clip.file for clip in used))
-    twice = f", {len(used) - len(files)} listed twice" if len(files) < len(used) else ""
-    print(f"{config.data}: {len(files)} clips{twice}")
-    for note, count in Counter(note for clip in used for note in clip.notes).items():
-        print(f"  {count}: {note}")
+    notes = Counter(note for clip in used for note in clip.notes)
+    print(f"{config.data}: {len(files)} clips, {notes.pop('encoded now', 0)} encoded now")
+    if len(files) < len(used):
+        notes["listed twice"] = len(used) - len(files)
+    for note, count in notes.items():
+        print(f"  {count} clips: {note}")
     for clip in clips:
         if clip.left_out:
             print(f"  left out, {clip.name}: {clip.left_out}")
@@ -1699,14 +1702,15 @@ def time_plan(config, model, machine, loop):
     if c.checkpointing or machine.offload:  # one more forward, of the blocks that are reached
         again += back
     linear, attention = model.flop()
-    moved = 358 * model.tokens * model.width * len(model.blocks)  # bytes, element-wise
-    # FLOP/s in large products, 2.8 % of them adapters', and in cuDNN's attention; bytes/s
-    one = 1.028 * linear / 650e12 + attention / 550e12 + moved / 3e12
-    # a backward is one more forward in frozen linear layers, two of element-wise work and, as its
-    # kernel recomputes a product, 2.5 of attention
-    linear *= 1.028 * (again + back) * c.accumulate
+    moved = 407 * model.tokens * model.width * len(model.blocks)  # bytes, element-wise, counted
+    adapters = 1.444 * c.lora_rank / model.width  # of the linear FLOP, counted
+    # FLOP/s in large products and in cuDNN's attention, bytes/s
+    one = (1 + adapters) * linear / 650e12 + attention / 550e12 + moved / 3e12
+    # a backward is as much as a forward in frozen linear layers, twice in adapters, 2.5 times in
+    # attention, whose kernel recomputes a product, 1.4 times in element-wise work
+    linear *= (again + back + adapters * (again + 2 * back)) * c.accumulate
     attention *= (again + 2.5 * back) * c.accumulate
-    moved *= (again + 2 * back) * c.accumulate
+    moved *= (again + 1.4 * back) * c.accumulate
     seconds = linear / 650e12 + attention / 550e12 + moved / 3e12
     # convolutions of the VAE at 150 TFLOP/s, an assumption
     encode, decode = (x * c.frames * c.height * c.width / 150e12 for x in model.vae_flop)
@@ -1818,7 +1822,8 @@ class Run:
         self.state = State(config, build_roles(config, task.backbone, machine), task.device)
         self.base = base_sum(self.state.roles)
         self.floor = {}
-        if loop is distil and config.fake == "lora":
+        dtype = next(task.backbone.module.parameters()).dtype
+        if dtype != torch.float32 and loop is distil and config.fake == "lora":
             batch = next(task.batches())
             self.floor["gap_floor"] = gap_floor(self.state.roles, batch, config.fake_lr)
         # the clips' names themselves may be too many for a file's header
@@ -1981,39 +1986,45 @@ def iterate(run, loop, pflop):
             raise Refused(f"Stopped {where}; {cure}.") from error
 
 
+def locked(folder):
+    """A file that keeps other processes out of a folder while it is open; None if one is in it."""
+    lock = open(folder / ".lock", "w")
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return lock
+    except BlockingIOError:
+        return lock.close()
+    return lock
+
+
 @contextmanager
 def claimed(config, resume):
-    """The config with a run folder that no other process has, until this one ends.
-
-    A folder that was named is refused if it is in use; else the next free number is taken.
-    """
-    k = 1
-    while True:
+    """The config with a run folder that is this process's alone; one not named gets a number."""
+    for k in itertools.count(1):
         name = config.out or f"runs/{run_name(config)}" + (f"-{k}" if k > 1 else "")
-        folder, k = Path(name), k + 1
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = resume or not any(folder.glob("[!.]*"))
-        except ImportError:  # Windows
-            free = resume or not any(folder.glob("[!.]*"))
-        except BlockingIOError:
-            free = False
-        if free:
+        folder, lock = Path(name), None
+        fresh = not folder.parent.exists()
+        if resume or not (folder.is_file() or any(folder.glob("[!.]*"))):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = locked(folder)
+        if lock:
             break
-        lock.close()
         if config.out:
-            raise Refused(f"{name} is in use: name another --out, or, if it is a run, --resume.")
+            cure = (
+                "another process has it" if resume else "name another, or, if it is a run, --resume"
+            )
+            raise Refused(f"--out {name} is in use: {cure}.")
     try:
         yield dataclasses.replace(config, out=name)
     finally:
         lock.close()
         (folder / ".lock").unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        for place in [folder, folder.parent] if fresh else [folder]:
+            if not any(place.iterdir()):
+                place.rmdir()
 
 
 def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, models=MODELS):

@@ -252,7 +252,6 @@ def evaluate(run, data, n=16, out="", seed=0, at=None, checkpoint=""):
     out = Path(out or Path(run) / "evaluation")
     task = prepare(run, data, n, out, seed, checkpoint)
     config, generator = task.config, w2svd.read_generator(run, at)
-    made_by = w2svd.plan(config, task.backbone)
     files, n = choose(task, n, seed)
     real = torch.stack([w2svd.read_safetensors(file)[0]["latents"] for file in files])
     captions = [task.read(file)["caption"] for file in files[:n]]
@@ -273,7 +272,6 @@ def evaluate(run, data, n=16, out="", seed=0, at=None, checkpoint=""):
     result.update(sigmas={name: sigmas.tolist() for name, sigmas in levels.items()})
     on_gpu = w2svd.device() == "cuda"
     result.update(device=torch.cuda.get_device_name() if on_gpu else "cpu")
-    result.update({name: made_by[name] for name in ("versions", "commit")})
     w2svd.write_json(out / "evaluation.json", result)
     return result
 
