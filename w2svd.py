@@ -67,6 +67,7 @@ import copy
 import csv
 import dataclasses
 import datetime
+import difflib
 import functools
 import hashlib
 import io
@@ -1353,7 +1354,14 @@ def crop_note(film, config):
     return [f"{min(ratio, 1 / ratio):.0%} of the picture is used; more of it with {size}"]
 
 
-def encode_missing(config, model, clips):
+def text_note(model, embeds):
+    """Whether the text encoder read all of a text, of which embeds (..., L, D): [sentence]."""
+    if model.form or embeds.shape[-2] < model.text_limit:  # image-to-video's have the picture too
+        return []
+    return [f"the text encoder reads {model.text_limit} tokens, and not its end"]
+
+
+def encode_missing(config, model, clips, only_look=False):
     """Find or make each clip's file; a clip that cannot be used is told why."""
     from diffusers.training_utils import free_memory
     from tqdm import tqdm
@@ -1371,6 +1379,9 @@ def encode_missing(config, model, clips):
             if clip.film:
                 clip.notes += crop_note(look(clip.film), config)
                 video = read_clip(clip.film, config)
+            if only_look:
+                clip.notes.remove("encoded now")
+                continue
             pipe = pipe or load_pipeline(config.checkpoint, ENCODERS)
             tensors = encode_clip(model, pipe, video, caption)
         except (Refused, ImportError, torch.OutOfMemoryError):
@@ -1378,8 +1389,7 @@ def encode_missing(config, model, clips):
         except Exception as error:  # each clip is an island: the others go on
             clip.left_out = (str(error).strip().splitlines() or [repr(error)])[-1]
             continue
-        if not model.form and len(tensors["prompt_embeds"]) >= model.text_limit:
-            clip.notes.append(f"the text encoder reads {model.text_limit} tokens, and not its end")
+        clip.notes += text_note(model, tensors["prompt_embeds"])
         try:
             clip.file.parent.mkdir(parents=True, exist_ok=True)
             write_safetensors(clip.file, tensors, {"source": clip.name, "caption": caption})
@@ -1391,13 +1401,16 @@ def encode_missing(config, model, clips):
     free_memory()
 
 
-def encoded_clips(config, model):
-    """The files of all clips that can be used, encoded where they are missing; says what is not."""
-    if rank() == 0:
+def encoded_clips(config, model, only_look=False):
+    """The files of all clips that can be used, encoded where they are missing; says what is not.
+
+    With only_look, nothing is encoded or written: for a plan.
+    """
+    if rank() == 0 and not only_look:
         delete_leftovers(latents_folder(config))
     clips = gather(find_clips(config.data) if rank() == 0 else None)[0]
     mine = clips[rank() :: ranks()]  # several processes share the work
-    encode_missing(config, model, mine)
+    encode_missing(config, model, mine, only_look)
     for first, share in enumerate(gather(mine)):
         clips[first :: ranks()] = share
     used = [clip for clip in clips if not clip.left_out]
@@ -1414,7 +1427,7 @@ def encoded_clips(config, model):
     if not files:
         needs = f"a folder needs {LAYOUTS}; a .txt a caption in each line"
         raise Refused(f"Nothing in {config.data} can be used: {needs}.", status=1)
-    for file in files:
+    for file in files if not only_look else ():
         if not file.exists():
             raise Refused(f"Process {rank()} does not see {file}: name a shared disk as --cache.")
     return files
@@ -1438,6 +1451,7 @@ class VideoTask:
     def load(self, machine=Machine()):
         """Encode what is missing, then read the weights."""
         model = self.backbone
+        find_clips(self.config.data)  # a folder that is none is said before anything about GPUs
         if machine.shard and ranks() == 1:
             raise Refused("--shard splits the backbone over processes: start them by torchrun.")
         if self.device == "cpu" and model.module.num_parameters() > 1e9:
@@ -1482,8 +1496,8 @@ class VideoTask:
         sampler = few_step_sample if model.renoise else euler_sample
         for i, file in enumerate(self.filmed):
             clip = self.read(file)
-            words = re.sub(r"\W+", "-", clip["caption"])[:60].strip("-")
-            path, cond = Path(c.out) / f"samples/{step:06}-{i}-{words}.mp4", clip["cond"]
+            name = f"samples/{step:06}-{i}-{words_of(clip['caption'])}.mp4"
+            path, cond = Path(c.out) / name, clip["cond"]
             drawn[path] = model.draw(sampler, generator, sigmas, cond, c.seed)
             if step == 0:
                 path = path.with_stem(f"{path.stem}-backbone")
@@ -1513,29 +1527,57 @@ class VideoTask:
         from diffusers.utils import load_image
 
         with reading(f"--image {path} is no picture"):
-            picture = load_image(path)
+            picture = load_image(path, convert_method=shown_picture)
+        for note in crop_note({"aspect": picture.width / picture.height}, self.config):
+            print(f"{path}: {note}")
         size = self.config.height, self.config.width
         return VaeImageProcessor().preprocess(picture, *size, resize_mode="crop")[:, :, None]
 
     def sample(self, tensors, info, out, seed, prompt=None, image=None, steps=0):
-        """A video of the prompt; image-to-video: of the image on."""
+        """A video of the prompt, or of each line of a .txt; image-to-video: of the image on."""
         from diffusers.training_utils import free_memory
 
         model, needs = self.backbone, "an --image" if self.backbone.form else "no --image"
-        words = prompt is not None and not prompt.endswith(".txt")  # no file of prompts is read
-        if not words or (image is None) != (model.form is None) or out.suffix != ".mp4":
-            raise Refused(f"This checkpoint needs a --prompt in words, {needs}, an .mp4 as --out.")
+        many = bool(prompt) and prompt.endswith(".txt")
+        if not prompt or (image is None) != (model.form is None):
+            raise Refused(
+                f"This checkpoint needs a --prompt, in words or a .txt of them, and {needs}."
+            )
+        if out.suffix != ("" if many else ".mp4"):
+            raise Refused("--out must be an .mp4; of a .txt of prompts, a folder.")
+        prompts = [clip.caption for clip in find_clips(prompt)] if many else [prompt]
         first = self.first_frame(image) if image else None
-        pipe = load_pipeline(self.config.checkpoint, ENCODERS)
-        cond = model.encode_text(pipe, prompt, first)
+        pipe, conds = load_pipeline(self.config.checkpoint, ENCODERS), {}
+        for i, text in enumerate(prompts):
+            path = out / f"{i:03}-{words_of(text)}.mp4" if many else out
+            conds[path] = model.encode_text(pipe, text, first)
+            for note in text_note(model, conds[path]["prompt_embeds"]):
+                print(f"{text[:40]}...: {note}")
         del pipe
         free_memory()  # before the transformer comes
         self.backbone = model.load()
         sigmas = few_step_sigmas(steps, info["shift"]) if steps else torch.tensor(info["sigmas"])
         sampler = few_step_sample if info["renoise"] else euler_sample
-        student = self.student(tensors, info)
-        self.film({out: self.backbone.draw(sampler, student, sigmas, cond, seed)})
+        student, draw = self.student(tensors, info), self.backbone.draw
+        self.film({p: draw(sampler, student, sigmas, cond, seed) for p, cond in conds.items()})
         return f"wrote {out}"
+
+
+def shown_picture(picture):
+    """A PIL picture in RGB as a viewer shows it: black where it is transparent, 16 bits as 8."""
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # PIL would cut off what is above 255
+        picture = picture.point(lambda x: x * (1 / 257)).convert("L")
+    if picture.has_transparency_data:
+        black = Image.new("RGBA", picture.size, "black")
+        picture = Image.alpha_composite(black, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def words_of(text):
+    """A text as a part of a file's name."""
+    return re.sub(r"\W+", "-", text)[:60].strip("-")
 
 
 def load_task(config, models=MODELS):
@@ -1655,7 +1697,7 @@ def evaluations(config):
 
 def films_at_once(model):
     """How many prompts are filmed at a time: four at 480p, one where a film takes minutes."""
-    return max(1, min(4, 10**5 // model.tokens))
+    return max(1, min(4, 120_000 // model.tokens))
 
 
 def memory_plan(config, model, machine, generator, fake):
@@ -1786,6 +1828,8 @@ def memory_mb(place):
 
 def read_run(folder):
     """The Config that a run folder was made with; a folder that is not one is refused."""
+    if not Path(folder).exists():
+        raise Refused(f"There is no run folder {folder}.")
     with reading(f"{folder} is not a run folder of this version", KeyError, TypeError):
         return Config(**json.loads((Path(folder) / "config.json").read_text())["config"])
 
@@ -1834,7 +1878,10 @@ class Run:
         """Let the task draw: in the first process, or in all if the backbone is split."""
         if rank() == 0 or self.machine.shard:
             with self.state.averaged() as generator:
-                self.task.on_log(self.state.iteration, generator)
+                try:
+                    self.task.on_log(self.state.iteration, generator)
+                except OSError as error:
+                    print(f"w2svd: {error}: a picture is missing; training goes on.")
 
     def check_processes(self):
         """Stop where processes differ in what they share: counts and trained weights."""
@@ -1859,7 +1906,13 @@ class Run:
             self.picture()  # last, as it may fail
         if stopped:
             gather(None)  # torchrun would end a process that still writes
-            raise KeyboardInterrupt(stopped, f"it was saved at iteration {step}")
+            raise KeyboardInterrupt(stopped, self.saved())
+
+    def saved(self):
+        """Where the run was saved, and the command that goes on from there."""
+        how = "w2svd.py train" if self.loop == "distil" else f"-m toy.baselines {self.loop}"
+        command = f"python {how} --resume --out {self.folder}"
+        return f"it was saved at iteration {self.state.iteration}; to go on: {command}"
 
     def save_generator(self, path):
         """Save the average under diffusers' names; the header has all that sampling needs."""
@@ -1963,12 +2016,22 @@ def prefer_cudnn(machine=Machine()):
     return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
 
 
+def read_ahead(config, data, iteration, loop):
+    """The batches of data; all of an iteration are read before it begins, so that it is whole."""
+    while True:
+        updates = config.fake_updates + (config.fake_warmup if iteration == 0 else 0)
+        reads = math.ceil(updates / config.reuse) + 1 if loop is distil else 1
+        yield from [next(data) for _ in range(reads * config.accumulate)]
+        iteration += 1
+
+
 def iterate(run, loop, pflop):
     """Run the loop: yields each iteration's numbers, and the signal that came to a process or 0."""
     from tqdm import tqdm
 
     config, state, tick = run.config, run.state, time.perf_counter()
     data = run.task.batches(state.taken, rank(), ranks())
+    data = read_ahead(config, data, state.iteration, loop)
     bar = tqdm(total=config.iterations, initial=state.iteration, desc="distil", unit="it")
     with bar, stopping() as stop:
         try:
@@ -1978,6 +2041,9 @@ def iterate(run, loop, pflop):
                 bar.update()
                 yield {**line, **run.floor}, max(gather(stop[0] if stop else 0))
                 tick = time.perf_counter()
+        except Refused as error:  # a clip's file is gone
+            run.save()
+            raise Refused(f"{error} Encode the clips anew: {run.saved()}") from error
         except FloatingPointError as error:
             clips = [f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads]
             where = f"in iteration {state.iteration + 1}: {error}"
@@ -2037,6 +2103,8 @@ def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, m
     for name, value in vars(config).items():
         if value != usual.get(name, getattr(Config, name)) and value != "":
             print(f"{flag(name):38} {value}")
+    if dry_run and config.model != "toy" and config.data:
+        encoded_clips(config, task.backbone, only_look=True)
     check_fit(config, task.backbone, machine, numbers)
     if dry_run:
         return
@@ -2127,7 +2195,7 @@ none of it, silently (notebooks/to_comfyui.py converts it). A second LoRA switch
 IMAGE = 'image=pipe.video_processor.resize(load_image("a.png"), **size, resize_mode="crop"), '
 
 
-def export(run, out, at=None, checkpoint="", models=MODELS):
+def export(run, out, at=None, checkpoint="", format="diffusers", models=MODELS):
     """Write a run's LoRA for diffusers: the weights, the scheduler with its grid, a card."""
     from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
 
@@ -2151,7 +2219,7 @@ def export(run, out, at=None, checkpoint="", models=MODELS):
     write_json(out / "w2svd.json", about)  # for notebooks/to_comfyui.py
     about.update(image=IMAGE if model.form else "", guidance_scale=model.guidance)
     (out / "README.md").write_text(CARD.format(**about), encoding="utf-8")
-    print(f"wrote {out}")
+    print(f"wrote {out} ({format})")
 
 
 class Parser(argparse.ArgumentParser):
@@ -2183,7 +2251,10 @@ def parse(argv, models=MODELS):
     commands = top.add_subparsers(dest="command", required=True)
     how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     how["usage"] = "%(prog)s [--flag VALUE ...]"
-    trains = commands.add_parser("train", help="distil a backbone", **how)
+    notation = "A line of help has a flag, its meaning / where that comes from [default]. Example: "
+    trains = commands.add_parser(
+        "train", help="distil a backbone", description=notation + EXAMPLE, **how
+    )
     trains.add_argument("--resume", action="store_true", help="go on in --out, with its settings")
     trains.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     add_settings(trains, Config, models)
@@ -2198,6 +2269,7 @@ def parse(argv, models=MODELS):
         one.add_argument("--out", required=True, help="sample: a file; export: a new folder")
         one.add_argument("--at", type=int, help="the generator of that iteration [the newest]")
         one.add_argument("--checkpoint", help="where the backbone lies now [as trained]")
+    exports.add_argument("--format", choices=("diffusers",), help="others: see notebooks/")
     samples.add_argument("--seed", type=int, help="of the noise [0]")
     samples.add_argument("--n", type=int, help="toy: number of samples [1000]")
     samples.add_argument("--prompt", help="what to show")
@@ -2205,7 +2277,13 @@ def parse(argv, models=MODELS):
     add_settings(samples, Machine, models, ("cudnn",))
     for name in ("height", "width", "frames", "steps"):
         samples.add_argument(f"--{name}", type=int, help="not the toy's [as trained]")
-    return vars(top.parse_args(argv))
+    given, unknown = top.parse_known_args(argv)
+    if unknown:
+        known = [name for one in commands.choices.values() for name in one._option_string_actions]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+        meant = f"; is {near[0]} meant?" if near else ""
+        raise Refused(f"{unknown[0]} is no flag of {given.command}{meant} See --help.")
+    return vars(given)
 
 
 def resumed(given):
@@ -2301,7 +2379,7 @@ def main(argv=None, models=MODELS, loop=distil):
         reason = f"{error}; what was written before is whole: {again}"
     except KeyboardInterrupt as stop:
         number, *saved = stop.args or [signal.SIGINT]
-        reason, status = f"stopped; {'; '.join([*saved, again])}", 128 + number
+        reason, status = f"stopped; {saved[0] if saved else again}", 128 + number
     except Exception:  # a bug
         if ranks() == 1:
             raise
