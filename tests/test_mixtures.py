@@ -1,8 +1,7 @@
 """The exact mixtures, against independent references.
 
-References: autograd of log_prob, torch.distributions' dense normals, integration on a grid, the
-closed-form flow of one Gaussian, and sampling. Run: python -m pytest tests/test_mixtures.py, a few
-seconds on one core.
+References: autograd of log_prob, torch.distributions' dense normals, and sampling. Run: python -m
+pytest tests/test_mixtures.py, a few seconds on one core.
 """
 
 import math
