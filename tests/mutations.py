@@ -100,11 +100,6 @@ gradients are a sum over the processes @ average_gradients: * ranks() ==> * 1
 gradients stay each process's own @ average_gradients: ranks() == 1 ==> True
 accumulated gradients are a sum @ average_gradients: parameter.grad /= forwards ==> pass
 accumulated gradients are a sum, where there are processes @ average_gradients: (forwards * ==> (1 *
-a checkpoint lacks Adam's square @ held_tensors:
-    for slot, x in adam.items() ==> for slot, x in adam.items() if slot != "exp_avg_sq"
-a checkpoint lacks the average @ held_tensors: state.average.items() ==> {}.items()
-a checkpoint lacks the fake @ held_tensors:
-    held[f"{role}/{name}"] = ==> held[f"generator/{name}"] =
 the loss's noise comes from the input's stream @ draw_noise: rngs["noise"] ==> rngs["input"]
 sigma_shift is ignored @ draw_noise: config.sigma_shift ==> 1.0
 sigma_high is ignored @ draw_noise: config.sigma_high ==> 0.98
@@ -145,6 +140,12 @@ the toy's pictures are on another grid @ toy/tasks.py:Task.on_log: self.sigmas =
 the toy's samples ignore the header's grid @ toy/tasks.py:Task.sample:
     info["sigmas"] ==> [1.0, 0.5, 0.0]
 Euler's grid is the worst @ toy/tasks.py:Task.best_shift: min( ==> max(
+# test_train.py -k cut_off_between
+a checkpoint lacks Adam's square @ held_tensors:
+    for slot, x in adam.items() ==> for slot, x in adam.items() if slot != "exp_avg_sq"
+a checkpoint lacks the average @ held_tensors: state.average.items() ==> {}.items()
+a checkpoint lacks the fake @ held_tensors:
+    held[f"{role}/{name}"] = ==> held[f"generator/{name}"] =
 # test_discriminator.py -k not density_ratio
 the discriminator reads an adapter @ Discriminator.logit: use(None) ==> use("generator")
 the generator's term has the wrong sign @ Discriminator.gradient: (-logit) ==> (logit)

@@ -13,7 +13,6 @@ more than other arithmetic would explain, toy/results/table.json is of older cod
 """
 
 import argparse
-import ast
 import json
 import os
 import re
@@ -69,15 +68,6 @@ def in_short(flags):
     return f"`{flags}` {gib:.1f} GiB, {seconds:.0f} s an iteration, {numbers['hours']:.0f} h"
 
 
-def tests_table():
-    """Each test file with the first line of its docstring."""
-    lines = ["| file | what |", "|---|---|"]
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).split("\n")[0]
-        lines.append(f"| [`{path.name}`]({path.name}) | {text} |")
-    return "\n".join(lines)
-
-
 def code(text):
     return textwrap.indent(text.rstrip(), "    ")
 
@@ -94,7 +84,6 @@ def parts():
         "table": table.markdown(results).rstrip(),
         "methods": table.methods(json.loads(METHODS.read_text())),
         "moved": moved.markdown(json.loads(MOVED.read_text())),
-        "tests": tests_table(),
     }
 
 

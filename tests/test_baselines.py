@@ -1,8 +1,7 @@
 """toy/baselines.py: LCM, fine-tuning and the fit to the backbone's pairs, in distil's place.
 
-Against: each loss written again with plain weights and autograd, a consistency function known in
-closed form, forwards counted, an uninterrupted run. Run with
-`python -m pytest tests/test_baselines.py`; 20 seconds.
+Against: each loss written again with plain weights and autograd, forwards counted, an uninterrupted
+run. Run with `python -m pytest tests/test_baselines.py`; 20 seconds.
 """
 
 import pytest

@@ -79,13 +79,11 @@ def test_every_layer_of_every_block_does_what_its_parts_do(made):
     assert not found and not ours
 
 
-def test_the_workflow_is_a_whole_graph_with_the_run_s_numbers(made):
-    """Every link leads to a node; the sampler is ours, its levels come from the shifted model."""
+def test_the_workflow_has_the_run_s_numbers(made):
+    """The sampler is ours, its levels come from the shifted model."""
     form, folder = made
     graph = json.loads((folder / "comfyui/workflow_api.json").read_text())
     inputs = {node["class_type"]: node["inputs"] for node in graph.values()}
-    links = [x for given in inputs.values() for x in given.values() if isinstance(x, list)]
-    assert len(inputs) == len(graph) and len(set(graph) - {node for node, _ in links}) == 1
     video = "HunyuanImageToVideo" if form else "EmptyHunyuanLatentVideo"
     for kind in ("BasicScheduler", "BasicGuider"):
         assert graph[inputs[kind]["model"][0]]["class_type"] == "ModelSamplingSD3"

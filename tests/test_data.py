@@ -1,7 +1,7 @@
 """Clips, captions and their cache: what is read, what is left out and said, what is encoded again.
 
-Against: the tiny pipeline's own VAE and text encoders, films drawn here, a cache made before. Run
-with `python -m pytest tests/test_data.py`; 15 seconds.
+Against: films drawn here, a cache made before. Run with `python -m pytest tests/test_data.py`; 15
+seconds.
 """
 
 import csv

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 import toy.tasks
 import w2svd
-from w2svd import Config, State, distil, held_tensors, stream_seed
+from w2svd import Config, State, distil, stream_seed
 
 N, ITERATIONS = 3, 3
 RATES = dict(generator_lr=3e-3, fake_lr=2e-3, lora_rank=3, fake_updates=2, iterations=6, seed=7)
@@ -289,31 +289,6 @@ def test_all_processes_leave_a_rollout_at_one_exit_and_share_no_other_stream(str
 
 
 # -------------------------------------------------------------------- the state
-
-
-@pytest.mark.parametrize("cut", [0, 1, 3])
-def test_the_loop_ends_after_its_iterations_and_a_new_state_goes_on_from_what_one_held(start, cut):
-    """What is held, iteration and taken are all that is kept: also no gradients lie about."""
-    config = Config(**RATES | dict(lr_schedule="linear", fake_warmup=2, iterations=4))
-    roles, state = start(POINT, config)
-    assert len(list(distil(config, roles, state, batches(POINT)))) == 4 == state.iteration
-
-    (roles, cut_off), data = start(POINT, config), batches(POINT)
-    for _ in itertools.islice(distil(config, roles, cut_off, data), cut):
-        pass
-    assert all(p.grad is None for role in ("generator", "fake") for p in roles.parameters(role))
-    roles, again = start(POINT, config)
-    again.iteration, again.taken = cut_off.iteration, cut_off.taken
-    with torch.no_grad():
-        for name, x in held_tensors(again).items():
-            x.copy_(held_tensors(cut_off)[name])
-    assert len(list(distil(config, roles, again, data))) == 4 - cut
-    assert again.taken == state.taken == N * (4 * 3 + 2)
-    for name, x in state.average.items():
-        assert torch.equal(again.average[name], x)
-    for role in ("generator", "fake"):
-        for p, q in zip(roles.parameters(role), state.roles.parameters(role)):
-            assert torch.equal(p, q)
 
 
 def test_gradients_become_means_over_forwards_and_processes(new_roles, monkeypatch):

@@ -1,6 +1,6 @@
 """Section 2 and the samplers: noise, velocity, score, grids, few-step and Euler sampling.
 
-References: numbers worked out by hand, torch.distributions' normals with autograd, exact mixtures,
+References: numbers worked out by hand, torch.distributions' normals with autograd, exact Gaussians,
 and diffusers' FlowMatchEulerDiscreteScheduler step for step. Run: python -m pytest
 tests/test_flow_matching.py, 8 seconds on one core, most of it the import of diffusers.
 """

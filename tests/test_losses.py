@@ -1,6 +1,6 @@
 """Section 4: the gradients of DMD and of the ground truth, and the fake's loss.
 
-References: autograd of torch.distributions' exact KL between noised Gaussians, posterior means and
+References: autograd of torch.distributions' exact KL between noised Gaussians, exact velocities,
 numbers written out by hand. Expectations are taken exactly: a mean over 2 n points with the moments
 of N(0, I) up to the third. Run: python -m pytest tests/test_losses.py, 5 seconds on one core.
 """

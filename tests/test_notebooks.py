@@ -1,4 +1,4 @@
-"""The notebooks: small, only method code of the repository, outputs stored; and they run.
+"""The notebooks are small, are stored as they ran, and run.
 
 Against: the rules of this file, and a fresh kernel in quick mode (W2SVD_QUICK=1). Run with
 `python -m pytest tests/test_notebooks.py`; 10 to 30 seconds for each notebook on one quiet core,

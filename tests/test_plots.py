@@ -48,14 +48,3 @@ def test_clips_play_in_their_own_colours_by_one_map(tmp_path):
     seen = gif[:, 12:, left + 4 :][:, :64:8, :64:8].astype(int)
     assert np.abs(seen - plots._rgb(CLIPS[1][:1])[0]).max() < 40
     assert (plots._rgb(CLIPS[1])[1] == plots._rgb(CLIPS[1][1:])[0]).all()
-
-
-def test_the_spread_of_runs_is_their_mean_least_and_greatest():
-    _, _, *numbers = plots.spread("a", [1, 2], torch.tensor([[0.0, 4.0], [2.0, 6.0]]))
-    assert [part.tolist() for part in numbers] == [[1, 5], [0, 4], [2, 6]]
-
-
-def test_a_decoded_film_is_clipped_and_rounded():
-    decoded = torch.zeros(1, 3, 3, 32, 48)
-    decoded[:, 0], decoded[:, 2] = 1.5, -1
-    assert (plots._film(decoded) == (255, 128, 0)).all()

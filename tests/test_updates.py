@@ -24,20 +24,6 @@ from w2svd import (
     rollout_input,
 )
 
-
-@pytest.fixture
-def x0_of(new_backbone, merged):
-    """x0_of(roles, adapter, alpha, x_t, sigma, cond): by a plain module with merged weights."""
-
-    def x0(roles, adapter, alpha, x_t, sigma, cond):
-        plain = new_backbone(x_t.shape[1:]).module
-        weights = merged(plain, roles.state(adapter), alpha)
-        v = functional_call(plain, weights, (x_t, sigma, cond))
-        return x_t - column(sigma, x_t) * v
-
-    return x0
-
-
 # -------------------------------------------------------------------- the updates
 
 
@@ -45,21 +31,26 @@ def x0_of(new_backbone, merged):
 @pytest.mark.parametrize("gt_weight", [0.0, 0.5, (0.5, 0.0, 2.0, 1.0)], ids=str)
 @pytest.mark.parametrize("guidance", [1.0, 0.5, 3.0])
 def test_the_generators_update_is_autograd_of_its_loss_with_the_gradient_held_fixed(
-    new_roles, x0_of, draw, shape, gt_weight, guidance
+    new_roles, new_backbone, merged, draw, shape, gt_weight, guidance
 ):
     """loss = mean(x_gen * stopgrad(g)), g of DMD with guidance, and the ground truth's."""
-    roles = new_roles(shape, alpha_weak=0.25, alpha_strong=1.5)
+    roles, plain = new_roles(shape, 0.25, 1.5), new_backbone(shape).module
+
+    def x0_of(adapter, alpha, x_t, sigma, cond):
+        weights = merged(plain, roles.state(adapter), alpha)
+        return x_t - column(sigma, x_t) * functional_call(plain, weights, (x_t, sigma, cond))
+
     given, weight = draw(shape)["generator"], torch.tensor(gt_weight)
     stats = generator_step(roles, **given, gt_weight=weight, guidance=guidance)
 
     level, cond, sigma_in = given["sigma"], given["cond"], given["sigma_in"]
-    x_gen = x0_of(roles, "generator", 1.0, given["x_in"], sigma_in, cond)
+    x_gen = x0_of("generator", 1.0, given["x_in"], sigma_in, cond)
     x = x_gen.detach()
     x_t = (1 - column(level, x)) * x + column(level, x) * given["eps"]
     with torch.no_grad():
-        x0_fake = x0_of(roles, "fake", 1.5, x_t, level, cond)
-        x0_real = x0_of(roles, "fake", 0.25, x_t, level, cond)
-        blind = x0_of(roles, "fake", 0.25, x_t, level, None)
+        x0_fake = x0_of("fake", 1.5, x_t, level, cond)
+        x0_real = x0_of("fake", 0.25, x_t, level, cond)
+        blind = x0_of("fake", 0.25, x_t, level, None)
         x0_real = guidance * x0_real + (1 - guidance) * blind  # as velocities are mixed
     g = torch.empty_like(x)
     for i, w in enumerate(weight.expand(len(x))):
@@ -72,17 +63,6 @@ def test_the_generators_update_is_autograd_of_its_loss_with_the_gradient_held_fi
     gap = (x0_fake - x0_real).square().mean().sqrt() / x0_real.square().mean().sqrt()
     torch.testing.assert_close(stats["relative_gap"], gap, rtol=1e-4, atol=0)
     torch.testing.assert_close(stats["gen_std"], x.std(), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("role", STEPS)
-def test_a_step_adds_to_the_gradients_at_hand(new_roles, draw, role):
-    """Accumulation belongs to the caller: twice the step is twice the gradient."""
-    roles = new_roles()
-    STEPS[role](roles, **draw()[role])
-    once = [g.clone() for g in gradients(roles, role)]
-    STEPS[role](roles, **draw()[role])
-    for twice, gradient in zip(gradients(roles, role), once):
-        assert torch.equal(twice, 2 * gradient)
 
 
 # -------------------------------------------------------------------- W2SVD and DMD
