@@ -2043,7 +2043,7 @@ def iterate(run, loop, pflop):
                 tick = time.perf_counter()
         except Refused as error:  # a clip's file is gone
             run.save()
-            raise Refused(f"{error} Encode the clips anew: {run.saved()}") from error
+            raise Refused(f"{error} But {run.saved()}", error.status) from error
         except FloatingPointError as error:
             clips = [f"{clip} at {s.min():.4f} to {s.max():.4f}" for clip, s in state.reads]
             where = f"in iteration {state.iteration + 1}: {error}"
