@@ -70,6 +70,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -1826,6 +1827,15 @@ def memory_mb(place):
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def made_by():
+    """The versions of what computes, and the commit of this file, if it lies in a repository."""
+    names = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
+    git = f'git -C "{Path(__file__).parent}" rev-parse HEAD'
+    failed, commit = subprocess.getstatusoutput(git)
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"versions": versions, "commit": "" if failed else commit}
+
+
 def read_run(folder):
     """The Config that a run folder was made with; a folder that is not one is refused."""
     if not Path(folder).exists():
@@ -2122,7 +2132,8 @@ def run_training(task, machine, numbers, resume, loop):
     log_bytes = run.restore() if resume else 0
     run.check_processes()
     if rank() == 0:
-        write_json(folder / "config.json", {"config": vars(config), "plan": numbers})
+        about = {"config": vars(config), "plan": numbers, **made_by()}
+        write_json(folder / "config.json", about)
     with open(os.devnull if rank() else folder / "metrics.jsonl", "a") as log:
         if rank() == 0:
             log.truncate(min(log_bytes, log.tell()))  # to where the checkpoint was made
@@ -2167,25 +2178,24 @@ def sample(run, out, seed=0, at=None, models=MODELS, **given):
 
 
 CARD = """---
-base_model: {checkpoint}
-license: other
+{base_model}license: other
 tags: [step-distillation, w2svd]
 ---
 # {checkpoint} in {steps} steps, by w2svd's {loop} (distil: W2SVD, arXiv 2503.13319)
 
 Generator {generator}, fake {fake}, rank {rank}, alpha_weak {alpha_weak}; {step} updates, seed
-{seed}. The base model's licence goes for these weights. For diffusers alone: other programs apply
-none of it, silently (notebooks/to_comfyui.py converts it). A second LoRA switches it off, until
-`pipe.set_adapters(["w2svd", "other"])`.
+{seed}. The base model's licence goes for these weights. For diffusers from 0.35 on: other programs
+apply none of it, silently (notebooks/to_comfyui.py converts it; FastVideo, sglang and xDiT read a
+merged transformer). A second LoRA switches it off, until `pipe.set_adapters(["w2svd", "other"])`.
 
     import torch
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-    from diffusers.utils import export_to_video, load_image
-    pipe = DiffusionPipeline.from_pretrained("{checkpoint}", dtype=torch.bfloat16)
-    pipe.load_lora_weights("this folder", "w2svd")
+    from diffusers.utils import export_to_video{load_image}
+    pipe = DiffusionPipeline.from_pretrained("{checkpoint}", torch_dtype=torch.bfloat16)
+    pipe.load_lora_weights("this folder", "w2svd", weight_name="pytorch_lora_weights.safetensors")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("this folder/scheduler")
     pipe.to("cuda").vae.enable_tiling()
-    torch.manual_seed(0)  # the renoising draws from torch's global generator
+    torch.manual_seed(1)  # the renoising draws from torch's global generator
     size = dict(height={height}, width={width})
     video = pipe(prompt="a woman talks", num_inference_steps={steps}, num_frames={frames}, **size,
                  {image}guidance_scale={guidance_scale},
@@ -2215,9 +2225,17 @@ def export(run, out, at=None, checkpoint="", format="diffusers", models=MODELS):
     write_safetensors(path, tensors, info, lora_adapter_metadata=lora)
     scheduler = Scheduler(shift=info["shift"], stochastic_sampling=info["renoise"])
     scheduler.save_pretrained(out / "scheduler")
-    about = {**vars(config), **info, "checkpoint": config.checkpoint, "image_form": model.form}
+    about, local = (
+        {**vars(config), **info, "image_form": model.form},
+        Path(config.checkpoint).exists(),
+    )
+    about["checkpoint"] = Path(config.checkpoint).name if local else config.checkpoint
+    for path in ("data", "cache", "out"):  # nobody else's business
+        del about[path]
     write_json(out / "w2svd.json", about)  # for notebooks/to_comfyui.py
     about.update(image=IMAGE if model.form else "", guidance_scale=model.guidance)
+    about["base_model"] = "" if local else f"base_model: {config.checkpoint}\n"
+    about["load_image"] = ", load_image" if model.form else ""
     (out / "README.md").write_text(CARD.format(**about), encoding="utf-8")
     print(f"wrote {out} ({format})")
 

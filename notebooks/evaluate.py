@@ -271,7 +271,7 @@ def evaluate(run, data, n=16, out="", seed=0, at=None, checkpoint=""):
     result.update(run=str(run), step=generator[1]["step"], seed=seed, seeds=seeds)
     result.update(sigmas={name: sigmas.tolist() for name, sigmas in levels.items()})
     on_gpu = w2svd.device() == "cuda"
-    result.update(device=torch.cuda.get_device_name() if on_gpu else "cpu")
+    result.update(device=torch.cuda.get_device_name() if on_gpu else "cpu", **w2svd.made_by())
     w2svd.write_json(out / "evaluation.json", result)
     return result
 

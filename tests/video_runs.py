@@ -25,7 +25,7 @@ def watch_films(monkeypatch):
     return films
 
 
-def run_card(folder, monkeypatch, template):
+def run_card(folder, monkeypatch, template, checkpoint):
     """Run the code of an exported folder's card on the CPU: the pipeline, latents and frames.
 
     Noise and the scheduler's renoising come from one stream of seed 0, as those of `sample` do.
@@ -42,6 +42,7 @@ def run_card(folder, monkeypatch, template):
         '"a woman talks"': '"a dog", output_type=output, prompt_template=template',
         "torch.Generator().manual_seed(0)": "rng.manual_seed(0)",
         "this folder": str(folder),
+        f'"{Path(checkpoint).name}"': f'"{checkpoint}"',
         '.to("cuda")': "",
         "torch.bfloat16": "torch.float32",
     }.items():

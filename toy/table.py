@@ -82,7 +82,7 @@ def run(name, command, seed):
             raise RuntimeError(f"{name}, seed {seed}: {done.stderr.splitlines()[-1]}")
         result = json.loads(Path(folder, "run", "result.json").read_text())
         made_by = json.loads(Path(folder, "run", "config.json").read_text())
-        return result | {"commit": made_by["plan"]["commit"]}
+        return result | {"commit": made_by["commit"]}
 
 
 def markdown(results):
