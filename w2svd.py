@@ -1676,7 +1676,7 @@ def gap_floor(roles, batch, lr):
         parameter.copy_(torch.randn(parameter.shape, generator=rng, device=x0.device).sign() * lr)
     x0_fake, x0_real = (
         x0_from_velocity(x_t, velocity(x_t, sigma, cond), sigma)
-        for velocity in (roles.fake, roles.plain)
+        for velocity in (roles.fake, roles.real)
     )
     for parameter in adapter:
         parameter.zero_()
