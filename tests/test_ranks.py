@@ -99,6 +99,7 @@ def work(folder, names):
     with pytest.raises(RuntimeError, match="drifted apart"):  # in all of them
         w2svd.Run.check_processes(run)
     torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # or its threads may outlive what they read
 
 
 # ---- the same in one process ---------------------------------------------------------------------
