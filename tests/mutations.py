@@ -209,7 +209,8 @@ nothing is offloaded @ Roles.checkpoint: if self.offload ==> if False
 # test_hunyuan.py -k flops or forwards or disk
 the plan's hours are minutes @ time_plan: / 3600 ==> / 60
 the plan's clips are those of the fake @ plan: c.accumulate * ranks(), ==> c.fake_updates,
-the plan's disk holds two checkpoints @ plan: 4 * (13 * generator + 9 * fake ==> 4 * (9 * generator + 6 * fake
+the plan's disk holds two checkpoints @ plan:
+    4 * (13 * generator + 9 * fake ==> 4 * (9 * generator + 6 * fake
 the plan's rollouts all end at the last exit @ evaluations: (c.steps - 1) / 2 ==> (c.steps - 1)
 # test_hunyuan.py -k films_are
 films are on another grid @ VideoTask.on_log: (c.steps, c.shift) ==> (c.steps, 5.0)
