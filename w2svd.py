@@ -78,6 +78,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1137,6 +1138,7 @@ def read_safetensors(path):
 
 READING = 4  # the cache's version: raise it when reading or encoding changes
 EXAMPLE = "python w2svd.py train --model hunyuan --data my_clips/"
+NAMES, TEXTS = ("file_name", "file", "video", "path"), ("text", "caption", "prompt")  # of rows
 LAYOUTS = "a.mp4 with a.txt, or metadata.jsonl or .csv with file_name and text"
 ENCODERS = ("text", "tokenizer", "image", "vae")  # of a pipeline
 FILMS = ".mp4 .m4v .mov .mkv .webm .avi .gif .wmv .flv .ts .mts .m2ts .mpg .mpeg .3gp .ogv".split()
@@ -1186,8 +1188,8 @@ def files_below(folder):
 
 
 def listed_clips(file, folder, find):
-    """The clips that a metadata.jsonl or .csv names; a row that names none is left out."""
-    clips, text = [], read_text(file)
+    """The clips that a metadata.jsonl or .csv names; rows that name none are left out, counted."""
+    clips, text, bad = [], read_text(file), {}
     rows = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if file.suffix == ".csv":
         separator = max(",;\t", key=text.split("\n")[0].count)
@@ -1199,12 +1201,18 @@ def listed_clips(file, folder, find):
     for line, row in rows:
         try:
             row = json.loads(row) if isinstance(row, str) else row
-            film = find(Path(os.path.abspath(file.parent / row["file_name"].strip())))
-            clips.append(Clip(os.path.relpath(film, folder), film, row["text"].strip()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            name = f"{os.path.relpath(file, folder)}, line {line}"
+            name, caption = (next(row[k] for k in keys if k in row) for keys in (NAMES, TEXTS))
+            if not name.strip():
+                raise ValueError("a row without a name")
+            film = find(Path(os.path.abspath(file.parent / name.strip())))
+            clips.append(Clip(os.path.relpath(film, folder), film, caption.strip()))
+        except (ValueError, TypeError, AttributeError, StopIteration, RuntimeError):
             has = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) else ""
-            clips.append(Clip(name, left_out=f"no file_name with one text (in quotes){has}"))
+            bad.setdefault(f"no file_name with one text (in quotes){has}", []).append(line)
+    for reason, lines in bad.items():
+        more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+        name = f"{os.path.relpath(file, folder)}, line {lines[0]}{more}"
+        clips.append(Clip(name, left_out=reason))
     return clips
 
 
@@ -1414,6 +1422,9 @@ def encoded_clips(config, model, only_look=False):
     encode_missing(config, model, mine, only_look)
     for first, share in enumerate(gather(mine)):
         clips[first :: ranks()] = share
+    for clip in clips:
+        if clip.file and ranks() == 1 and not (only_look or clip.file.exists()):
+            clip.left_out = clip.left_out or "its latents are gone"
     used = [clip for clip in clips if not clip.left_out]
     files = list(dict.fromkeys(clip.file for clip in used))
     notes = Counter(note for clip in used for note in clip.notes)
@@ -2118,6 +2129,10 @@ def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, m
     check_fit(config, task.backbone, machine, numbers)
     if dry_run:
         return
+    place = Path(config.out or ".").absolute()
+    free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free / 2**30
+    if free < numbers.get("GiB of disk", 0):
+        raise Refused(f"{numbers['GiB of disk']:.2f} GiB do not fit onto the disk of {place}.")
     with claimed(config, resume) if rank() == 0 else nullcontext() as own:
         task.config = gather(own)[0]
         run_training(task, machine, numbers, resume, loop)
@@ -2354,8 +2369,8 @@ def preset_of(given, models=MODELS):
 
 def run_name(config):
     """What a run's folder is called if it was not named: after the model and the toy's data."""
-    default = config.model != "toy" or config.data == "ring"
-    return config.model if default else f"{config.model}-{config.data}"
+    named = config.model == "toy" and config.data not in ("", "ring")
+    return f"toy-{config.data}" if named else config.model
 
 
 def run_command(argv, models, loop):

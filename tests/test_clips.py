@@ -12,7 +12,7 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 
 from toy.tiny_hunyuan import film
-from w2svd import Config, look, read_clip
+from w2svd import Config, look, read_clip, write_film
 
 COLOURS = torch.tensor([[200, 40, 40], [40, 180, 60], [50, 60, 200], [210, 200, 60]])
 X264 = "-c:v libx264 -crf 4".split()
@@ -76,6 +76,12 @@ def test_colours_are_those_that_were_put_in(how):
     flags = ["-vf", filters + ",format=yuv444p", *X264]
     film = make("film.mp4", quarters(height, width, frames=6), *flags)
     assert (colours(read(film)) - COLOURS).abs().max() <= 4
+
+
+@pytest.mark.parametrize("size", [(480, 832), (720, 1280)])
+def test_a_film_of_ours_is_read_with_the_colours_that_were_drawn(size):
+    write_film(Path("film.mp4"), quarters(*size, frames=5).numpy() / 255, fps=24)
+    assert (colours(read("film.mp4")) - COLOURS).abs().max() <= 3
 
 
 RGB = "format=gbrp,setparams=color_primaries=bt709:color_trc=bt709:colorspace=gbr:range=pc"

@@ -94,6 +94,20 @@ def test_every_convention_of_folders_is_read_with_its_whole_captions(how, end):
     assert [read_caption(c.caption) for c in found] == [text.strip() for text in rows.values()]
 
 
+def test_tables_of_spreadsheets_and_names_of_other_systems_are_understood():
+    """UTF-16, spaces behind commas, headers of other tools, accents as two signs or as one."""
+    for name in ("a.mp4", "e\u0301.mp4"):
+        Path("clips", name).touch()
+    Path("clips/metadata.csv").write_bytes(
+        'video, caption\na.mp4, "a dog, runs"\n'.encode("utf-16")
+    )
+    Path("clips/\xe9.txt").write_text("a woman")
+    found = {clip.name: clip for clip in find_clips("clips")}
+    assert not any(clip.left_out for clip in found.values())
+    texts = [read_caption(clip.caption) for clip in found.values()]
+    assert sorted(texts) == ["a dog, runs", "a woman"] and len(found) == 2
+
+
 LOOSE = [
     ("metadata.jsonl", '{"file_name": "a.mp4", "text": ["a", "b"]}'),
     ("metadata.jsonl", "{'file_name': 'a.mp4', 'text': 'x'}"),
@@ -148,7 +162,7 @@ def test_each_unusable_clip_is_an_island_and_nothing_is_left_out_without_a_word(
 
     monkeypatch.setattr(w2svd, "read_clip", broken)
     said, n = encode()
-    assert n == 1 and "1 clips, 1 encoded now" in said  # a row twice is one clip
+    assert n == 1 and "1 clips, 1 encoded now" in said and "1 clips: listed twice" in said
     reasons = left_out(said)
     for name, word in {
         "torn.mp4": "damaged",
@@ -188,6 +202,26 @@ def test_captions_alone_train_from_rollouts_and_long_ones_are_counted(encode):
     for file in Path(".w2svd").glob("*.safetensors"):
         assert tensors(file).keys() == {"prompt_embeds", "pooled"}
     assert encode("--height", 48, data="captions.txt")[1] == 0  # a text has no size
+
+
+def test_a_plan_says_what_it_would_use_of_a_folder_and_writes_nothing(put, encode):
+    put("a", "a dog")
+    put("b", " ")
+    put("short", "a dog")
+    film("clips/short.mp4", frames=4)
+    said, n = encode("--dry-run", command="train")
+    assert n == 0 and "2 clips" in said and left_out(said).keys() == {"short.mp4"}
+    assert "1 clips: the caption is empty" in said and not Path("clips/.w2svd").exists()
+
+
+def test_what_a_killed_encode_left_is_deleted_and_another_machine_s_work_is_not(put, encode):
+    put("a", "a dog")
+    Path("clips/.w2svd").mkdir()
+    others = f".part-1-{'0' * 8}-a.safetensors"
+    for name in (".part-9999999-a.safetensors", f".part-9999999-{w2svd.HOST}-a", others):
+        Path("clips/.w2svd", name).touch()
+    encode()
+    assert [p.name for p in Path("clips/.w2svd").glob(".part*")] == [others]
 
 
 def test_what_is_lost_of_a_film_is_said_with_the_size_that_keeps_it(encode):

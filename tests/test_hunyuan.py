@@ -450,6 +450,15 @@ def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(
     assert "in use" in refused(capsys, ".", "export", "--run", trained[0], "--out", "lora")
 
 
+def test_a_file_of_prompts_is_filmed_line_by_line_with_one_loading(trained, drawn, monkeypatch):
+    Path("prompts.txt").write_text("a dog\n\nthe woman talks\n")
+    loads = watch(monkeypatch, w2svd, "load_pipeline")
+    run("sample", "--run", trained[0], "--prompt", "prompts.txt", "--out", "films")
+    assert names("films") == ["000-a-dog.mp4", "001-the-woman-talks.mp4"] and len(loads) == 3
+    run("sample", "--run", trained[0], "--prompt", "the woman talks", "--out", "one.mp4")
+    assert torch.equal(drawn["one.mp4"], drawn["001-the-woman-talks.mp4"])
+
+
 def test_seed_iteration_steps_and_size_change_the_sample(trained, drawn):
     def sample(*flags):
         run("sample", "--run", trained[0], "--prompt", "a dog", "--out", "a.mp4", *flags)
@@ -479,6 +488,17 @@ def test_a_picture_of_another_shape_is_cropped_and_not_stretched(tiny):
     assert frame.shape == (1, 3, 1, 480, 832)
     white = frame[0, 0, 0] > 0
     assert white.any(0).sum() == white.any(1).sum() == 240
+
+
+MODES = {"RGBA": (0, 255, 0, 0), "LA": (255, 0), "I;16": 40 * 257, "P": 7, "CMYK": (0, 255, 0, 0)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_is_read_as_a_viewer_shows_it(mode):
+    """Black where it is transparent; 16 bits, a palette, four inks."""
+    shown = w2svd.shown_picture(Image.new(mode, (4, 4), MODES[mode])).getpixel((0, 0))
+    expected = {"I;16": (40,) * 3, "CMYK": (255, 0, 255)}.get(mode, (0, 0, 0))
+    assert shown == expected if mode != "P" else len(shown) == 3
 
 
 @IMAGE

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("small_toy")
 REFUSED = {
     "": "--help",
     "distill": "distill",
-    "train --sed 3": "--sed",
+    "train --sed 3": "--seed",
     "train --iter 3": "--iter",  # not taken for --iterations
     "train --seed": "--seed",
     "train --steps 0": "--steps",

@@ -76,6 +76,16 @@ def test_without_out_the_next_free_folder_is_taken():
         assert "result.json" in names(folder)
 
 
+def test_a_run_folder_belongs_to_one_process_at_a_time():
+    config = w2svd.Config()
+    with w2svd.claimed(config, False) as first, w2svd.claimed(config, False) as second:
+        assert (first.out, second.out) == ("runs/toy", "runs/toy-2")
+        for resume in (False, True):
+            with pytest.raises(w2svd.Refused, match="in use"), w2svd.claimed(first, resume):
+                pass
+    assert not os.path.exists("runs")
+
+
 # ---- bits ----------------------------------------------------------------------------------------
 
 
