@@ -1747,10 +1747,9 @@ def share_reached(config, model):
     return 1 - learning.index(True) / len(learning)
 
 
-def time_plan(config, model, machine, loop):
+def time_plan(config, model, machine, forwards, backwards):
     """PFLOP and time, on an H100 at published rates; nothing was measured."""
     c = config
-    forwards, backwards = loop.evaluations(c) if hasattr(loop, "evaluations") else evaluations(c)
     back = backwards * share_reached(c, model)
     again = forwards + backwards
     if c.checkpointing or machine.offload:  # one more forward, of the blocks that are reached
@@ -1785,6 +1784,8 @@ def time_plan(config, model, machine, loop):
 def plan(config, model, machine=Machine(), loop=distil):
     """What a run takes, by formulas: simulated or published figures, nothing measured."""
     c, GiB = config, 2**30
+    # a loop with forwards of its own also refuses here what means nothing to it
+    work = loop.evaluations(c) if hasattr(loop, "evaluations") else evaluations(c)
     with torch.device("meta"):  # nothing is loaded yet; load() brings one without these adapters
         roles = Roles(model, c.lora_rank, 0.0, 1.0, c.generator, c.fake)
     generator, fake = (sum(p.numel() for p in roles.parameters(r)) for r in ("generator", "fake"))
@@ -1801,7 +1802,7 @@ def plan(config, model, machine=Machine(), loop=distil):
         # three checkpoints, of float32 weights, averages and Adam's, and all generators
         "GiB of disk": 4 * (13 * generator + 9 * fake + math.ceil(saves) * generator) / GiB,
         "MB of cache a clip": 4 * math.prod(model.video) / 1e6 + 2,  # 2 of text
-        **time_plan(c, model, machine, loop),
+        **time_plan(c, model, machine, *work),
         "clips an update": c.accumulate * ranks(),
         **about,
     }
@@ -2120,7 +2121,8 @@ def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, m
     numbers = plan(config, task.backbone, machine, loop)
     for name, value in numbers.items():
         print(f"{name:38} {f'{value:.4g}' if isinstance(value, float) else value}")
-    usual = preset_of({"model": config.model, "data": config.data}, models)
+    given = {name: getattr(config, name) for name in ("model", "data", "checkpoint")}
+    usual = {**preset_of(given, models), "model": config.model}
     for name, value in vars(config).items():
         if value != usual.get(name, getattr(Config, name)) and value != "":
             print(f"{flag(name):38} {value}")

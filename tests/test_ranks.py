@@ -219,7 +219,7 @@ def test_each_clip_is_read_once_an_epoch_by_one_of_the_processes(monkeypatch, ra
 
 
 def test_a_process_that_does_not_see_the_latents_is_told(monkeypatch, capsys):
-    def elsewhere(config, model, clips):
+    def elsewhere(config, model, clips, *_):
         clips[0].file = Path("elsewhere/a.safetensors")  # encoded by another process
 
     monkeypatch.setattr(w2svd, "find_clips", lambda data: [Clip("a.mp4", Path("a.mp4"))])
