@@ -224,6 +224,8 @@ def test_a_process_that_does_not_see_the_latents_is_told(monkeypatch, capsys):
 
     monkeypatch.setattr(w2svd, "find_clips", lambda data: [Clip("a.mp4", Path("a.mp4"))])
     monkeypatch.setattr(w2svd, "encode_missing", elsewhere)
+    monkeypatch.setattr(w2svd, "ranks", lambda: 2)
+    monkeypatch.setattr(w2svd, "gather", lambda x: [x])
     with pytest.raises(w2svd.Refused, match="--cache"):
         w2svd.encoded_clips(Config(data="clips"), None)
 
