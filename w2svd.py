@@ -2043,7 +2043,8 @@ def read_ahead(config, data, iteration, loop):
     while True:
         updates = config.fake_updates + (config.fake_warmup if iteration == 0 else 0)
         reads = math.ceil(updates / config.reuse) + 1 if loop is distil else 1
-        yield from [next(data) for _ in range(reads * config.accumulate)]
+        batches = itertools.islice(data, reads * config.accumulate)
+        yield from batches if iteration == 0 else list(batches)  # in the first nothing can be lost
         iteration += 1
 
 
