@@ -42,7 +42,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from wherever it is called
 
 import w2svd  # noqa: E402
-from toy.metrics import frechet, moments, motion, principal  # noqa: E402
+from toy.metrics import distances, motion  # noqa: E402
 from w2svd import BT709, Refused, atomic_write, write_film  # noqa: E402
 
 RELEASED = 28, 7.0  # steps and shift of the released pipeline
@@ -57,31 +57,6 @@ FVDs take about 2,000."""
 
 
 # ---- numbers -------------------------------------------------------------------------------------
-
-
-def distances(data, samples, k):
-    """The Frechet distances of sets of rows (n, D) from data (m, D), over the data's variance.
-
-    In k + 1 coordinates: those in the data's k leading directions, and the length of the rest,
-    without which samples could be anything beside these directions. And the directions' share of
-    the data's variance.
-    """
-    mean = data.mean(0)
-    x = data - mean
-    gram = (x @ x.T).double()  # (m, m), as (D, D) would be too large
-    top = principal(gram, k)
-    share = (top * (gram @ top)).sum() / gram.trace()
-    directions = x.T @ top.float()  # (D, k)
-    directions /= directions.norm(dim=0).clamp(min=1e-12)
-
-    def found(x):
-        along = x @ directions
-        rest = (x.square().sum(1) - along.square().sum(1)).clamp(min=0).sqrt()
-        return moments(torch.cat([along, rest[:, None]], dim=1).double())
-
-    theirs = found(x)
-    mine = [found(other - mean) for other in samples]
-    return [(frechet(*m, *theirs) / theirs[1].trace()).item() for m in mine], share.item()
 
 
 def compare(data, latents):
