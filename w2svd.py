@@ -240,7 +240,6 @@ def check(c: Config, machine=Machine()):
     if c.model != "toy":
         odd = c.height % 16 or c.width % 16 or c.frames % 4 != 1 or c.frames < 5
         refuse_if(odd, "--height, --width must be multiples of 16, --frames 4 k + 1, as 61 or 129.")
-        refuse_if(c.batch > 1, "Captions differ in length: --batch must be 1; see --accumulate.")
     alone = c.fp8_base and (c.compile or machine.shard)
     refuse_if(alone, "--fp8-base works without --compile and --shard.")
 
@@ -1483,15 +1482,26 @@ class VideoTask:
         x0 = x0[:, :, -shape[1] :]  # without a frame that is given
         return {"x0": x0, "cond": cond, "name": file.name, "caption": info["caption"]}
 
-    def batches(self, taken=0, rank=0, ranks=1):
-        """Each clip once an epoch, in an order made of seed and epoch; endless."""
+    def in_order(self, first, step):
+        """The clips' files, every step-th one from number first on: each once an epoch, endless."""
         n, epoch = len(self.clips), -1
-        for count in itertools.count(taken + rank, ranks):
+        for count in itertools.count(first, step):
             if count // n != epoch:
                 epoch = count // n
                 seed = stream_seed(self.config.seed, epoch, 0, "order")
                 order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-            yield self.read(self.clips[order[count % n]])
+            yield self.clips[order[count % n]]
+
+    def batches(self, taken=0, rank=0, ranks=1):
+        """`batch` clips at a time, in an order made of seed and epoch."""
+        files = self.in_order(taken + rank, ranks)
+        while True:
+            clips = [self.read(file) for file in itertools.islice(files, self.config.batch)]
+            if len({clip["cond"]["prompt_embeds"].shape for clip in clips}) > 1:
+                raise Refused("Captions differ in length: --batch must be 1; see --accumulate.")
+            x0 = torch.cat([clip["x0"] for clip in clips])
+            cond = {n: torch.cat([clip["cond"][n] for clip in clips]) for n in clips[0]["cond"]}
+            yield {"x0": x0, "cond": cond, "name": ", ".join(clip["name"] for clip in clips)}
 
     def film(self, latents):
         """Decode {path: latents} and write them as .mp4."""

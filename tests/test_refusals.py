@@ -39,7 +39,6 @@ REFUSED = {
     "train --resume --out typo": "typo",
     "train --model hunyuan --data x --height 481": "--height",
     "train --model hunyuan --data x --frames 60": "--frames",
-    "train --model hunyuan --data x --batch 2": "--accumulate",
     "train --model hunyuan --data x --guidance 2": "--guidance",
     "train --model hunyuan --data x --fp8-base --compile": "--fp8-base",
     "train --model hunyuan --data captions.txt --generator-input paired": "rollout",
