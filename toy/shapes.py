@@ -1,0 +1,147 @@
+"""Clips drawn by formula, 'a red disc moves left slowly', and what a film shows, by formula too.
+
+`judge` measures what frames show, without any learning, and `right` compares it with a caption.
+"""
+
+import itertools
+
+import numpy as np
+import torch
+
+FRAMES, HEIGHT, WIDTH, FPS = 9, 48, 64, 8
+GROUND = (-0.7, -0.7, -0.7)  # colours in [-1, 1]
+COLOURS = {"red": (1, -0.8, -0.8), "green": (-0.8, 0.8, -0.8)}
+COLOURS.update({"blue": (-0.8, -0.5, 1), "yellow": (1, 0.9, -0.8)})
+SIZES = {"disc": 8.0, "square": 7.0}  # radius; half a side
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+SPEEDS = {"slowly": (0.9, 1.3), "fast": (2.2, 2.7)}  # pixels a frame
+CAPTIONS = [
+    f"a {colour} {shape} moves {direction} {speed}"
+    for colour, shape, direction, speed in itertools.product(COLOURS, SIZES, DIRECTIONS, SPEEDS)
+]
+
+
+def draw_shape(shape, x, y):
+    """How much of each pixel the shape covers, its centre at x, y (...): (..., H, W) in [0, 1]."""
+    rows, columns = torch.arange(HEIGHT)[:, None], torch.arange(WIDTH)
+    dx, dy = columns - x[..., None, None], rows - y[..., None, None]
+    if shape == "disc":
+        distance = (dx**2 + dy**2).sqrt()
+    else:
+        distance = torch.maximum(dx.abs(), dy.abs())
+    return torch.sigmoid(2 * (SIZES[shape] - distance))  # an edge about two pixels wide
+
+
+def draw_clip(caption, rng, below=None, motion=1.0):
+    """A clip (3, T, H, W) in [-1, 1] that shows the caption, at a random place and exact speed.
+
+    It is drawn on the dark ground, or on another clip that lies below; motion 0 is a still.
+    """
+    _, colour, shape, _, direction, speed = caption.split()
+    low, high = SPEEDS[speed]
+    u, v, w = torch.rand(3, generator=rng).tolist()
+    step = motion * (low + (high - low) * u)
+    path = step * (torch.arange(FRAMES) - FRAMES // 2)  # the clip's middle is at 0
+    dx, dy = DIRECTIONS[direction]
+    margin = SIZES[shape] + 1
+    reach_x = margin + abs(dx) * path[-1]
+    reach_y = margin + abs(dy) * path[-1]
+    x = reach_x + v * (WIDTH - 1 - 2 * reach_x) + dx * path
+    y = reach_y + w * (HEIGHT - 1 - 2 * reach_y) + dy * path
+    cover = draw_shape(shape, x, y)  # (T, H, W)
+    colour = torch.tensor(COLOURS[colour])[:, None, None, None]
+    if below is None:
+        below = torch.tensor(GROUND)[:, None, None, None]
+    return below + (colour - below) * cover
+
+
+def draw_clips(number, rng):
+    """`number` random clips (N, 3, T, H, W) and their captions."""
+    chosen = torch.randint(len(CAPTIONS), (number,), generator=rng)
+    captions = [CAPTIONS[i] for i in chosen]
+    return torch.stack([draw_clip(caption, rng) for caption in captions]), captions
+
+
+def draw_crowds(number, shapes, rng, motion=1.0):
+    """Clips (N, 3, T, H, W) of several shapes each, one over the other."""
+    crowds = []
+    for _ in range(number):
+        clip = None
+        for k in torch.randint(len(CAPTIONS), (shapes,), generator=rng):
+            clip = draw_clip(CAPTIONS[k], rng, below=clip, motion=motion)
+        crowds.append(clip)
+    return torch.stack(crowds)
+
+
+def judge(frames):
+    """What frames (T, H, W, 3) in [0, 1] show, measured: a dictionary.
+
+    colour, shape, direction, speed: of the nearest word. distance: of the mean colour to that
+    word's, in [0, 1]. fit: overlap of each frame with the drawn shape at the same centre, mean
+    over the frames, 1 is perfect. sharpness: energy of the edges by that of the drawn shape's.
+    motion: pixels a frame. straight: share of the movement along its direction.
+    """
+    frames = torch.as_tensor(np.asarray(frames), dtype=torch.float32)
+    ground = (torch.tensor(GROUND) + 1) / 2
+    palette = (torch.tensor(list(COLOURS.values())) + 1) / 2  # (4, 3)
+    away = frames - ground
+    strength = away.norm(dim=-1)  # (T, H, W)
+    seen = strength * (strength > 0.25)
+    weight = seen.sum() + 1e-6
+    mean = (frames * seen[..., None]).sum(dim=(0, 1, 2)) / weight
+    distances = (palette - mean).norm(dim=-1)
+    k = int(distances.argmin())
+    ray = palette[k] - ground
+    cover = ((away @ ray) / (ray @ ray)).clamp(0, 1)  # (T, H, W), of the nearest colour
+    off = (away - cover[..., None] * ray).norm(dim=-1)  # of other colours
+    cover = cover * (strength > 0.15)
+    mass = cover.sum(dim=(1, 2)) + 1e-6
+    x = (cover * torch.arange(WIDTH)).sum(dim=(1, 2)) / mass
+    y = (cover * torch.arange(HEIGHT)[:, None]).sum(dim=(1, 2)) / mass
+    fits, edges = {}, {}
+    for shape in SIZES:
+        drawn = draw_shape(shape, x, y)
+        union = torch.maximum(cover, drawn).sum(dim=(1, 2))
+        fits[shape] = float((torch.minimum(cover, drawn).sum(dim=(1, 2)) / union).mean())
+        edges[shape] = edge_energy(drawn)
+    shape = max(fits, key=fits.get)
+    moved = torch.stack([x[-1] - x[0], y[-1] - y[0]])
+    along = {name: float(moved @ torch.tensor(d).float()) for name, d in DIRECTIONS.items()}
+    direction = max(along, key=along.get)
+    motion = along[direction] / (len(frames) - 1)
+    return {
+        "colour": list(COLOURS)[k],
+        "shape": shape,
+        "direction": direction,
+        "speed": "fast" if motion > 1.75 else "slowly",
+        "distance": float(distances[k]),
+        "other_colours": float((off * seen).sum() / weight),
+        "fit": fits[shape],
+        "sharpness": edge_energy(cover) / edges[shape],
+        "motion": motion,
+        "straight": along[direction] / (float(moved.abs().sum()) + 1e-6),
+    }
+
+
+def edge_energy(cover):
+    """The squared differences of neighbouring pixels of (T, H, W), summed over the clip."""
+    return float(cover.diff(dim=1).square().sum() + cover.diff(dim=2).square().sum())
+
+
+def right(frames, caption):
+    """Which words of the caption the frames (T, H, W, 3) in [0, 1] show: a dictionary of bools.
+
+    A word counts where it can be seen: a colour near the word's, one shape that fits, a motion of
+    at least .3 pixels a frame that is mostly straight.
+    """
+    _, colour, shape, _, direction, speed = caption.split()
+    seen = judge(frames)
+    moves = seen["motion"] > 0.3 and seen["straight"] > 0.7
+    words = {
+        "colour": seen["colour"] == colour and seen["distance"] < 0.25,
+        "shape": seen["shape"] == shape and seen["fit"] > 0.7,
+        "direction": seen["direction"] == direction and moves,
+        "speed": seen["speed"] == speed,
+    }
+    words["all"] = all(words.values())
+    return words
