@@ -76,35 +76,30 @@ def draw_crowds(number, shapes, rng, motion=1.0):
 def judge(frames):
     """What frames (T, H, W, 3) in [0, 1] show, measured: a dictionary.
 
-    colour, shape, direction, speed: of the nearest word. distance: of the mean colour to that
-    word's, in [0, 1]. fit: overlap of each frame with the drawn shape at the same centre, mean
-    over the frames, 1 is perfect. sharpness: energy of the edges by that of the drawn shape's.
-    motion: pixels a frame. straight: share of the movement along its direction.
+    colour, shape, direction, speed: the nearest words. distance: of the mean colour to that
+    word's, 0 to 1.7. fit: overlap of each frame with the drawn shape at the same centre, the mean
+    over frames, 1 is perfect. sharpness: the energy of the edges by that of the drawn shape's.
+    squareness: see below. motion: pixels a frame. straight: share of it along the direction.
     """
     frames = torch.as_tensor(np.asarray(frames), dtype=torch.float32)
     ground = (torch.tensor(GROUND) + 1) / 2
     palette = (torch.tensor(list(COLOURS.values())) + 1) / 2  # (4, 3)
     away = frames - ground
-    strength = away.norm(dim=-1)  # (T, H, W)
-    seen = strength * (strength > 0.25)
-    weight = seen.sum() + 1e-6
-    mean = (frames * seen[..., None]).sum(dim=(0, 1, 2)) / weight
+    strength = away.norm(dim=-1)  # (T, H, W), how far from the ground
+    strength = strength * (strength > 0.25)
+    mean = (frames * strength[..., None]).sum(dim=(0, 1, 2)) / (strength.sum() + 1e-6)
     distances = (palette - mean).norm(dim=-1)
     k = int(distances.argmin())
     ray = palette[k] - ground
-    cover = ((away @ ray) / (ray @ ray)).clamp(0, 1)  # (T, H, W), of the nearest colour
-    off = (away - cover[..., None] * ray).norm(dim=-1)  # of other colours
-    cover = cover * (strength > 0.15)
-    mass = cover.sum(dim=(1, 2)) + 1e-6
-    x = (cover * torch.arange(WIDTH)).sum(dim=(1, 2)) / mass
-    y = (cover * torch.arange(HEIGHT)[:, None]).sum(dim=(1, 2)) / mass
-    fits, edges = {}, {}
-    for shape in SIZES:
-        drawn = draw_shape(shape, x, y)
-        union = torch.maximum(cover, drawn).sum(dim=(1, 2))
-        fits[shape] = float((torch.minimum(cover, drawn).sum(dim=(1, 2)) / union).mean())
-        edges[shape] = edge_energy(drawn)
-    shape = max(fits, key=fits.get)
+    cover = ((away @ ray) / (ray @ ray)).clamp(0, 1)  # (T, H, W), by the nearest colour
+    cover = cover * (cover > 0.15)
+
+    x, y, squareness = moments(cover)
+    shape = "square" if squareness > 0.8 else "disc"
+    drawn = draw_shape(shape, x, y)
+    overlap = torch.minimum(cover, drawn).sum(dim=(1, 2))
+    overlap = overlap / torch.maximum(cover, drawn).sum(dim=(1, 2))
+
     moved = torch.stack([x[-1] - x[0], y[-1] - y[0]])
     along = {name: float(moved @ torch.tensor(d).float()) for name, d in DIRECTIONS.items()}
     direction = max(along, key=along.get)
@@ -115,12 +110,31 @@ def judge(frames):
         "direction": direction,
         "speed": "fast" if motion > 1.75 else "slowly",
         "distance": float(distances[k]),
-        "other_colours": float((off * seen).sum() / weight),
-        "fit": fits[shape],
-        "sharpness": edge_energy(cover) / edges[shape],
+        "fit": float(overlap.mean()),
+        "sharpness": edge_energy(cover) / edge_energy(drawn),
+        "squareness": squareness,
         "motion": motion,
         "straight": along[direction] / (float(moved.abs().sum()) + 1e-6),
     }
+
+
+def moments(cover):
+    """Of what covers (T, H, W): centres x, y (T,), and the mean of E[x^2 y^2] / E[x^2] E[y^2].
+
+    The last is 1 for a square, also a blurred one, whose x and y are independent, and 2/3 for a
+    disc. It reads what is near the centre.
+    """
+    columns, rows = torch.arange(WIDTH), torch.arange(HEIGHT)[:, None]
+
+    def expectation(weight, of):
+        return (weight * of).sum(dim=(1, 2)) / (weight.sum(dim=(1, 2)) + 1e-6)
+
+    x, y = expectation(cover, columns), expectation(cover, rows)
+    dx, dy = columns - x[:, None, None], rows - y[:, None, None]
+    near = cover * (dx.abs() < 11) * (dy.abs() < 11)
+    both = expectation(near, dx**2 * dy**2)
+    squareness = both / (expectation(near, dx**2) * expectation(near, dy**2) + 1e-6)
+    return x, y, float(squareness.mean())
 
 
 def edge_energy(cover):

@@ -284,7 +284,7 @@ def shares(films, captions):
     """How many of the films show each word of their captions, and the mean of what was measured."""
     words = [right(film, caption) for film, caption in zip(films, captions)]
     seen = [judge(film) for film in films]
-    numbers = ("fit", "sharpness", "distance", "other_colours", "motion")
+    numbers = ("fit", "sharpness", "distance", "motion")
     table = {name: float(np.mean([one[name] for one in words])) for name in words[0]}
     return {**table, **{name: float(np.mean([one[name] for one in seen])) for name in numbers}}
 
