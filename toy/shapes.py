@@ -4,9 +4,13 @@
 """
 
 import itertools
+from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import torch
+
+from w2svd import BT709
 
 FRAMES, HEIGHT, WIDTH, FPS = 9, 48, 64, 8
 GROUND = (-0.7, -0.7, -0.7)  # colours in [-1, 1]
@@ -71,6 +75,20 @@ def draw_crowds(number, shapes, rng, motion=1.0):
             clip = draw_clip(CAPTIONS[k], rng, below=clip, motion=motion)
         crowds.append(clip)
     return torch.stack(crowds)
+
+
+def write_clips(folder, number, seed=1000):
+    """Write random clips as .mp4 with their captions as .txt."""
+
+    videos, captions = draw_clips(number, torch.Generator().manual_seed(seed))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (video, caption) in enumerate(zip(videos, captions)):
+        frames = (127.5 * (video.permute(1, 2, 3, 0) + 1)).round().byte().numpy()
+        # at this size half as many pixels for colour would show
+        how = {"quality": 10, "pixelformat": "yuv444p", "output_params": BT709}
+        iio.imwrite(folder / f"{i:04}.mp4", frames, plugin="FFMPEG", fps=FPS, **how)
+        (folder / f"{i:04}.txt").write_text(caption + "\n")
 
 
 def judge(frames):
@@ -159,3 +177,12 @@ def right(frames, caption):
     }
     words["all"] = all(words.values())
     return words
+
+
+def shares(films, captions):
+    """How many of the films show each word of their captions, and the mean of what was measured."""
+    words = [right(film, caption) for film, caption in zip(films, captions)]
+    seen = [judge(film) for film in films]
+    numbers = ("fit", "sharpness", "distance", "motion")
+    table = {name: float(np.mean([one[name] for one in words])) for name in words[0]}
+    return {**table, **{name: float(np.mean([one[name] for one in seen])) for name in numbers}}
