@@ -1,0 +1,178 @@
+"""The small HunyuanVideo distilled over seeds, in float32 and in bf16, with and without the cures.
+
+    python -m toy.small_table SMALL/ CLIPS/ [--rows float32 bf16 ...] [--seeds 3]
+
+SMALL/ and CLIPS/ as `python -m toy.small_hunyuan SMALL/ --clips CLIPS/` writes them. A row is
+`w2svd.py train --model hunyuan` for each seed. Its student films the 64 captions twice, and
+toy/shapes.py says which films show what was asked; so does the backbone by Euler, in 28 steps and
+in 4 on its best grid. Results go to toy/results/small.json, run by run, and are kept there.
+"""
+
+import argparse
+import contextlib
+import json
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import w2svd
+from toy.metrics import distances
+from toy.shapes import CAPTIONS, draw_clips, shares
+from toy.small_hunyuan import encode_captions
+from toy.table import spread
+
+STORED = Path(__file__).parent / "results/small.json"
+SEEDS = range(60, 63)  # no trial used them
+SHIFTS = (1.0, 3.0, 5.0, 7.0)
+SHOWN = {  # a number's name in the table, and in how many digits
+    "all": ("shows all that was asked", 2),
+    "colour": ("colour", 2),
+    "shape": ("shape", 2),
+    "direction": ("direction", 2),
+    "speed": ("speed", 2),
+    "frechet": ("Frechet", 2),
+    "sharpness": ("sharpness", 2),
+    "motion": ("pixels a frame", 2),
+}
+
+
+class InBf16(w2svd.HunyuanVideo):
+    """The model as a GPU has it, in bf16 under autocast."""
+
+    def load(self, place=None):
+        return type(self)(super().load(place).module.bfloat16(), self.config)
+
+
+class StreamInBf16(InBf16):
+    """The same, and what is added up between its blocks is rounded to bf16 too."""
+
+    @staticmethod
+    def stream_in_float32(_, args, out):
+        return out
+
+    @staticmethod
+    def head_in_float32(head, args, out):
+        return out
+
+
+class UsualEpsilon(w2svd.State):
+    """A State whose Adam has its usual epsilon."""
+
+    def __init__(self, config, roles, device):
+        super().__init__(config, roles, device)
+        for optimizer in self.optimizers.values():
+            optimizer.param_groups[0]["eps"] = 1e-8
+
+
+ROWS = {  # name: the model's class, flags beside the folder's settings, the class of the state
+    "float32": (w2svd.HunyuanVideo, "", w2svd.State),
+    "bf16": (InBf16, "", w2svd.State),
+    "bf16, stream in bf16": (StreamInBf16, "", w2svd.State),
+    "bf16, epsilon 1e-8": (InBf16, "", UsualEpsilon),
+    "bf16, no warm-up": (InBf16, "--fake-warmup 0", w2svd.State),
+    "float32, no warm-up": (w2svd.HunyuanVideo, "--fake-warmup 0", w2svd.State),
+    "alpha_weak 0": (w2svd.HunyuanVideo, "--alpha-weak 0", w2svd.State),
+    "paired": (w2svd.HunyuanVideo, "--generator-input paired", w2svd.State),
+    "paired, GT loss": (
+        w2svd.HunyuanVideo,
+        "--generator-input paired --gt-weight .05",
+        w2svd.State,
+    ),
+    "discriminator": (w2svd.HunyuanVideo, "--gan-weight .03", w2svd.State),
+}
+
+
+class Judge:
+    """The unseen data, and what is measured of a velocity's films of the captions."""
+
+    def __init__(self, folder, task):
+        self.model = task.backbone
+        self.pipe = w2svd.load_pipeline(folder, w2svd.ENCODERS)
+        self.captions = 2 * CAPTIONS
+        self.cond = encode_captions(self.model, self.pipe, self.captions)
+        videos, _ = draw_clips(256, torch.Generator().manual_seed(4))
+        parts = [self.model.encode_video(self.pipe, part) for part in videos.split(32)]
+        self.data = torch.cat(parts).flatten(1)
+
+    def measure(self, velocity, sampler, sigmas, decode=True):
+        """Shares, means and the Frechet distance of latents from unseen clips', a dictionary."""
+        rng = torch.Generator().manual_seed(5)
+        noise = torch.randn(len(self.captions), *self.model.video, generator=rng)
+        x0 = sampler(velocity, noise, sigmas, self.cond, rng)
+        (apart,), _ = distances(self.data, [x0.flatten(1)], 16)
+        films = [self.model.decode(self.pipe, one[None]) for one in x0] if decode else []
+        return {"frechet": apart, **(shares(films, self.captions) if decode else {})}
+
+
+def run(folder, clips, row, seed):
+    """The numbers of one student, with its run's seconds."""
+    Model, flags, State = ROWS[row]
+    flags = f"train --model hunyuan --checkpoint {folder} --data {clips} --seed {seed} {flags}"
+    with tempfile.TemporaryDirectory() as out, mock.patch.object(w2svd, "State", State):
+        with mock.patch.object(w2svd.VideoTask, "on_log"), contextlib.redirect_stdout(None):
+            status = w2svd.main([*flags.split(), "--out", f"{out}/run"], {"hunyuan": Model})
+        if status:
+            raise RuntimeError(f"{row}, seed {seed}: exit status {status}")
+        result = json.loads(Path(out, "run/result.json").read_text())
+        generator = w2svd.read_generator(f"{out}/run")
+        task = w2svd.VideoTask(w2svd.read_run(f"{out}/run"), Model)
+        task.backbone = task.backbone.load()
+        student = task.student(*generator)
+        judge = Judge(folder, task)
+        sigmas = torch.tensor(generator[1]["sigmas"])
+        numbers = judge.measure(student, w2svd.few_step_sample, sigmas)
+    return {**numbers, "seconds": result["seconds"], "last": result["student"]}
+
+
+def backbone(folder):
+    """The numbers of the backbone by Euler, in 28 steps and in 4, each on its best grid."""
+    config = w2svd.resolve({"model": "hunyuan", "checkpoint": str(folder)})
+    task, found = w2svd.VideoTask(config, w2svd.HunyuanVideo), {}
+    task.backbone = task.backbone.load()
+    judge = Judge(folder, task)
+    for steps in (28, 4):
+        grids = [w2svd.few_step_sigmas(steps, shift) for shift in SHIFTS]
+        look = (task.backbone.velocity, w2svd.euler_sample)
+        best = min(grids, key=lambda grid: judge.measure(*look, grid, decode=False)["frechet"])
+        found[f"backbone, Euler, {steps} steps"] = {"0": judge.measure(*look, best)}
+    return found
+
+
+def table(results):
+    """The mean over seeds of every number, with half a 95 % interval where there are several."""
+    lines = [
+        f"| 4 steps, but for the second row | seeds | {' | '.join(t for t, _ in SHOWN.values())} |"
+    ]
+    lines.append("|---" * (len(SHOWN) + 2) + "|")
+    for row, seeds in results.items():
+        cells = [
+            spread([one[n] for one in seeds.values()], places) for n, (_, places) in SHOWN.items()
+        ]
+        cells = cells if len(seeds) > 1 else [cell.split(" ± ")[0] for cell in cells]
+        lines.append(f"| {row} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", help="of the pipeline")
+    parser.add_argument("clips")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:2])
+    parser.add_argument("--seeds", type=int, default=3, help="so many at most")
+    parser.add_argument("--out", type=Path, default=STORED)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    results = json.loads(given.out.read_text()) if given.out.exists() else backbone(given.folder)
+    for row in given.rows:
+        for seed in SEEDS[: given.seeds]:
+            if str(seed) not in results.setdefault(row, {}):
+                results[row][str(seed)] = run(given.folder, given.clips, row, seed)
+                w2svd.write_json(given.out, results)
+                print(row, seed, results[row][str(seed)], flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
