@@ -20,7 +20,7 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -66,6 +66,8 @@ SIZE = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "fps": FPS}
 SETTINGS = {
     **SIZE,
     "checkpointing": False,
+    "steps": 4,
+    "shift": 5.0,
     "generator_input": "rollout",
     "fake_samples": "final",
     "reuse": 5,
@@ -130,8 +132,8 @@ def stored(weights, name, Model, config):
 
 def store(weights, name, tensors):
     """Store {name: tensor} in 16 bits."""
-    tensors = {name: x.detach().half().contiguous() for name, x in tensors.items()}
-    save_file(tensors, Path(weights, f"small_{name}.safetensors"))
+    tensors = {name: x.half() for name, x in tensors.items()}
+    w2svd.write_safetensors(Path(weights, f"small_{name}.safetensors"), tensors, {"part": name})
 
 
 def build(folder, weights=WEIGHTS):
