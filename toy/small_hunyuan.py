@@ -20,7 +20,7 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -55,17 +55,33 @@ TRANSFORMER = {
     "num_layers": 2,
     "num_single_layers": 4,
     "num_refiner_layers": 1,
-    "patch_size": 1,
+    "patch_size": 2,
     "text_embed_dim": 32,
     "pooled_projection_dim": 32,
     "rope_axes_dim": (8, 12, 12),
     "guidance_embeds": True,
 }
-# What `w2svd.py train` takes from the folder; the rest is hunyuan's preset
-SETTINGS = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "fps": FPS}
-
-
-EULER = [(28, 3.0), (10, 3.0), (4, 1.0), (4, 3.0), (4, 5.0), (4, 7.0), (1, 1.0)]
+SIZE = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "fps": FPS}
+# what `w2svd.py train` takes from the folder; the rest is hunyuan's preset
+SETTINGS = {
+    **SIZE,
+    "checkpointing": False,
+    "steps": 4,
+    "shift": 5.0,
+    "generator_input": "rollout",
+    "fake_samples": "final",
+    "reuse": 5,
+    "accumulate": 16,  # or 8 in each of two processes
+    "sigma_shift": 3.0,
+    "lora_rank": 32,
+    "generator_lr": 5e-4,
+    "fake_lr": 1e-3,
+    "ema": 0.95,
+    "iterations": 100,
+    "log_every": 10,
+    "save_every": 50,
+}
+EULER = [(28, 3.0), (10, 3.0), (4, 3.0), (4, 5.0), (4, 7.0), (1, 1.0)]  # steps, shift
 
 
 # ---- The pipeline --------------------------------------------------------------------------------
@@ -116,8 +132,8 @@ def stored(weights, name, Model, config):
 
 def store(weights, name, tensors):
     """Store {name: tensor} in 16 bits."""
-    tensors = {name: x.detach().half().contiguous() for name, x in tensors.items()}
-    save_file(tensors, Path(weights, f"small_{name}.safetensors"))
+    tensors = {name: x.half() for name, x in tensors.items()}
+    w2svd.write_safetensors(Path(weights, f"small_{name}.safetensors"), tensors, {"part": name})
 
 
 def build(folder, weights=WEIGHTS):
@@ -145,7 +161,7 @@ def draw_films(model, pipe, velocity, sampler, sigmas, captions, seed):
 
 def measure(folder, run="", seed=0):
     """Print the shares of the backbone's films by Euler, 28, 10, 4 and 1 steps, and of a run's."""
-    config = w2svd.Config(model="hunyuan", checkpoint=str(folder), **SETTINGS)
+    config = w2svd.Config(model="hunyuan", checkpoint=str(folder), **SIZE)
     model = w2svd.HunyuanVideo.outline(config).load()
     model.prompt_template = TEMPLATE
     pipe = w2svd.load_pipeline(folder, w2svd.ENCODERS)

@@ -16,7 +16,7 @@ import w2svd
 from toy.baselines import finetune
 from toy.shapes import draw_clips, draw_crowds
 from toy.small_hunyuan import (
-    SETTINGS,
+    SIZE,
     TEMPLATE,
     TRANSFORMER,
     VAE,
@@ -26,10 +26,10 @@ from toy.small_hunyuan import (
 )
 
 VAE_SEED, DATA_SEED = 1, 2
-# of the transformer, beside SETTINGS
+# of the transformer, beside SIZE
 TRAINING = {"generator": "full", "lora_rank": 1, "checkpointing": False, "batch": 32}
-TRAINING.update(generator_lr=1e-3, lr_schedule="linear", ema=0.995, iterations=5000)
-TRAINING.update(sigma_low=0.0, sigma_high=1.0, sigma_shift=2.0)
+TRAINING.update(generator_lr=1.5e-3, lr_schedule="linear", ema=0.995, iterations=3000)
+TRAINING.update(sigma_low=0.0, sigma_high=1.0, sigma_shift=3.0)
 
 
 def train_vae(stills=400, crowds=480, clips=320, lr=1e-3):
@@ -118,7 +118,7 @@ def batches(latents, cond, size):
         yield {"x0": latents[chosen], "cond": {name: x[chosen] for name, x in cond.items()}}
 
 
-def train_transformer(vae, clips=6144, **settings):
+def train_transformer(vae, clips=2048, **settings):
     """Train the transformer from the beginning by `finetune`, as a full generator; its average.
 
     The embedded guidance is the same number, w2svd's default, here and wherever it is sampled.
@@ -126,19 +126,20 @@ def train_transformer(vae, clips=6144, **settings):
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         save_pipeline(folder, vae, HunyuanVideoTransformer3DModel(**TRANSFORMER))
-        how = {"model": "hunyuan", "checkpoint": folder, **SETTINGS, **TRAINING, **settings}
+        how = {"model": "hunyuan", "checkpoint": folder, **SIZE, **TRAINING, **settings}
         config = w2svd.Config(**how)
         model = w2svd.HunyuanVideo.outline(config).load()
         model.prompt_template = TEMPLATE
         pipe = w2svd.load_pipeline(folder, w2svd.ENCODERS)
-    began, log = time.process_time(), []
+    began, log, losses = time.process_time(), [], []
     latents, captions = encode_all(model, pipe, clips)
     data = batches(latents, encode_captions(model, pipe, captions), config.batch)
     state = w2svd.State(config, w2svd.build_roles(config, model, w2svd.Machine()), "cpu")
     state.optimizers["generator"].param_groups[0]["betas"] = (0.9, 0.99)  # no moving target here
     for stats in finetune(config, state.roles, state, data):
+        losses.append(float(stats["generator_loss"]))
         if state.iteration % 100 == 0:
-            loss, seconds = float(stats["generator_loss"]), time.process_time() - began
+            loss, seconds = sum(losses[-100:]) / 100, time.process_time() - began
             log.append({"step": state.iteration, "loss": loss, "seconds": seconds})
             print("transformer", log[-1], flush=True)
     return state.average, log
@@ -151,5 +152,5 @@ def train(weights):
     store(weights, "vae", vae.state_dict())
     transformer, log = train_transformer(vae)
     store(weights, "transformer", transformer)
-    about = {"vae": vae_log, "transformer": log, "torch": torch.__version__}
+    about = {"torch": torch.__version__, "vae": vae_log, "transformer": log}
     w2svd.write_json(Path(weights, "small.json"), about)
