@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before the imports below, wherever it is started from
 
 import w2svd  # noqa: E402
-from toy import table, tasks  # noqa: E402
+from toy import small_table, table, tasks  # noqa: E402
 from toy.study import moved, report, side_by_side  # noqa: E402
 
 STUDY = ROOT / "toy/study/README.md"
@@ -79,6 +79,7 @@ def parts():
         "toy": code(tasks.table(json.loads(DEFAULT.read_text())["ring"])),
         "plan": code("\n".join(f"{name:38} {plan[name]:.4g}" for name in COSTS)),
         "sizes": f"{in_short(LONG)}; {in_short(HD)}; {in_short('--fp8-base')}.",
+        "small": small_table.table(json.loads(small_table.STORED.read_text())),
         "side": side_by_side.markdown(json.loads(side_by_side.STORED.read_text())),
         "expect": table.summary(results).rstrip(),
         "table": table.markdown(results).rstrip(),

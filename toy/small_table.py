@@ -1,6 +1,7 @@
 """The small HunyuanVideo distilled over seeds, in float32 and in bf16, with and without the cures.
 
     python -m toy.small_table SMALL/ CLIPS/ [--rows float32 bf16 ...] [--seeds 3]
+    python -m toy.small_table SMALL/ CLIPS/ --picture films.png --run RUN
 
 SMALL/ and CLIPS/ as `python -m toy.small_hunyuan SMALL/ --clips CLIPS/` writes them. A row is
 `w2svd.py train --model hunyuan` for each seed. Its student films the 64 captions twice, and
@@ -18,14 +19,17 @@ from unittest import mock
 import torch
 
 import w2svd
+from toy import plots
 from toy.metrics import distances
 from toy.shapes import CAPTIONS, draw_clips, shares
 from toy.small_hunyuan import encode_captions
 from toy.table import spread
+from w2svd import few_step_sigmas
 
 STORED = Path(__file__).parent / "results/small.json"
 SEEDS = range(60, 63)  # no trial used them
 SHIFTS = (1.0, 3.0, 5.0, 7.0)
+PICTURED = ("a yellow disc moves up slowly", "a blue square moves left fast")
 SHOWN = {  # a number's name in the table, and in how many digits
     "all": ("shows all that was asked", 2),
     "colour": ("colour", 2),
@@ -133,11 +137,31 @@ def backbone(folder):
     task.backbone = task.backbone.load()
     judge = Judge(folder, task)
     for steps in (28, 4):
-        grids = [w2svd.few_step_sigmas(steps, shift) for shift in SHIFTS]
+        grids = [few_step_sigmas(steps, shift) for shift in SHIFTS]
         look = (task.backbone.velocity, w2svd.euler_sample)
         best = min(grids, key=lambda grid: judge.measure(*look, grid, decode=False)["frechet"])
         found[f"backbone, Euler, {steps} steps"] = {"0": judge.measure(*look, best)}
     return found
+
+
+def picture(path, folder, run):
+    """PNG of two captions' films from the same noise: the backbone in 28 and 4 steps, the run's."""
+    generator, rows = w2svd.read_generator(run), []
+    task = w2svd.VideoTask(w2svd.read_run(run), w2svd.HunyuanVideo)
+    model = task.backbone = task.backbone.load()
+    pipe, student = w2svd.load_pipeline(folder, w2svd.ENCODERS), task.student(*generator)
+    sigmas = torch.tensor(generator[1]["sigmas"])
+    for caption in PICTURED:
+        cond = model.encode_text(pipe, caption)
+        for name, velocity, sampler, grid in [
+            ("backbone, 28 steps", model.velocity, w2svd.euler_sample, few_step_sigmas(28, 3.0)),
+            ("backbone, 4 steps", model.velocity, w2svd.euler_sample, sigmas),
+            ("student, 4 steps", student, w2svd.few_step_sample, sigmas),
+        ]:
+            frames = model.decode(pipe, model.draw(sampler, velocity, grid, cond, seed=1))
+            film = torch.as_tensor(frames).permute(3, 0, 1, 2)[None] * 2 - 1
+            rows.append((f"{caption}\n{name}", film))
+    plots.film_frames(path, rows, zoom=2)
 
 
 def table(results):
@@ -162,8 +186,12 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:2])
     parser.add_argument("--seeds", type=int, default=3, help="so many at most")
     parser.add_argument("--out", type=Path, default=STORED)
+    parser.add_argument("--picture", type=Path, help="a .png of the films of --run, and no table")
+    parser.add_argument("--run")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.picture:
+        return picture(given.picture, given.folder, given.run)
     results = json.loads(given.out.read_text()) if given.out.exists() else backbone(given.folder)
     for row in given.rows:
         for seed in SEEDS[: given.seeds]:
