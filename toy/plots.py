@@ -1,12 +1,16 @@
 """Pictures of the toy: samples over the exact density, clips as coloured frames, GIFs of training.
 
+    python -m toy.plots RUN...           the curves of any run, into RUN/curves.png
+
 Every function takes a path, plain tensors and titles, and writes one PNG or GIF: points are
 (n, 2), clips are (n, 4, T, H, W). The same input gives the same bytes, and a file appears only
 when it is whole; its path comes back. Colours and limits never depend on the samples shown, so
 pictures compare.
 """
 
+import json
 import os
+import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -428,3 +432,21 @@ def _replace(path, image, **options):
     image.save(part, **options)
     os.replace(part, path)
     return path
+
+
+def curves_of(run):
+    """PNG of what a run logged, into its folder: the loss, the gap, the ratios to the data."""
+    log = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    names = [n for n in ("fake_loss", "relative_gap", "std_ratio", "motion_ratio") if n in log[-1]]
+    panels = []
+    for name in names:
+        y = [line[name] for line in log if name in line]
+        steps = [line["step"] for line in log if name in line]
+        title = f"{y[0]:.3f} at first, {y[-1]:.3f} at last"
+        panels.append((title, [(name, steps, y, y, y)]))
+    return curves(Path(run, "curves.png"), panels, "iteration", names)
+
+
+if __name__ == "__main__":
+    for folder in sys.argv[1:]:
+        print(f"wrote {curves_of(folder)}")
