@@ -79,6 +79,7 @@ def parts():
         "toy": code(tasks.table(json.loads(DEFAULT.read_text())["ring"])),
         "plan": code("\n".join(f"{name:38} {plan[name]:.4g}" for name in COSTS)),
         "sizes": f"{in_short(LONG)}; {in_short(HD)}; {in_short('--fp8-base')}.",
+        "films": small_table.in_short(json.loads(small_table.STORED.read_text())),
         "small": small_table.table(json.loads(small_table.STORED.read_text())),
         "side": side_by_side.markdown(json.loads(side_by_side.STORED.read_text())),
         "expect": table.summary(results).rstrip(),
