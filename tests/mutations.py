@@ -246,10 +246,10 @@ damaged frames are used @ read_clip: -xerror -map ==> -map
 what is transparent shows @ read_clip: premultiply=inplace=1 ==> null
 # test_ranks.py -k each_clip
 every process reads the same clips @ VideoTask.batches: taken + rank, ranks ==> taken, 1
-always clip 0 is read @ VideoTask.batches: order[count % n] ==> 0
-every epoch has the same order @ VideoTask.batches: seed, epoch, 0 ==> seed, 0, 0
-an epoch begins anew after a resume @ VideoTask.batches:
-    count(taken + rank ==> count(taken - taken % n + rank
+always clip 0 is read @ VideoTask.in_order: order[count % n] ==> 0
+every epoch has the same order @ VideoTask.in_order: seed, epoch, 0 ==> seed, 0, 0
+an epoch begins anew after a resume @ VideoTask.in_order:
+    count(first, ==> count(first - first % n,
 # test_ranks.py -k processes_train_as
 of two processes each keeps its gradients @ average_gradients: torch.distributed.all_reduce ==> abs
 adapters are split with the backbone @ shard_backbone:

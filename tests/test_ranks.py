@@ -208,8 +208,8 @@ def test_processes_train_as_one_does_on_all_of_their_clips(folder, ranks, monkey
 def test_each_clip_is_read_once_an_epoch_by_one_of_the_processes(monkeypatch, ranks):
     def read(taken=0, seed=0, n=12):
         task = object.__new__(w2svd.VideoTask)
-        task.config, task.clips, task.read = Config(seed=seed), list(range(6)), lambda clip: clip
-        processes = [task.batches(taken, rank, ranks) for rank in range(ranks)]
+        task.config, task.clips = Config(seed=seed), list(range(6))
+        processes = [task.in_order(taken + rank, ranks) for rank in range(ranks)]
         return [next(one) for one in processes * (n // ranks)]
 
     order = read()

@@ -285,7 +285,7 @@ def run(name, kind, seed, small=1, only=None):
     configs = [config_of(case, seed, shared, lane) for lane in lanes or [{}]]
     batch = case.batch * max(1, len(lanes))
     task = task_of(case, dataclasses.replace(configs[0], batch=batch))
-    made_by = w2svd.plan(task.config, task.backbone)
+    made_by = w2svd.made_by()
     task.load()
     measure = Metrics(task.mixture, SAMPLES[case.data] // small)
     result = {"commit": made_by["commit"], "lanes": []}
