@@ -206,11 +206,15 @@ def test_processes_train_as_one_does_on_all_of_their_clips(folder, ranks, monkey
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_each_clip_is_read_once_an_epoch_by_one_of_the_processes(monkeypatch, ranks):
+    def batch(clip):
+        cond = {"prompt_embeds": torch.zeros(1, 1, 1)}
+        return {"x0": torch.tensor([[clip]]), "cond": cond, "name": str(clip)}
+
     def read(taken=0, seed=0, n=12):
         task = object.__new__(w2svd.VideoTask)
-        task.config, task.clips = Config(seed=seed), list(range(6))
-        processes = [task.in_order(taken + rank, ranks) for rank in range(ranks)]
-        return [next(one) for one in processes * (n // ranks)]
+        task.config, task.clips, task.read = Config(seed=seed), list(range(6)), batch
+        processes = [task.batches(taken, rank, ranks) for rank in range(ranks)]
+        return [int(next(one)["x0"]) for one in processes * (n // ranks)]
 
     order = read()
     assert sorted(order[:6]) == sorted(order[6:]) == list(range(6))
