@@ -175,7 +175,7 @@ class Config:
     generator_lr: float = setting(2e-5, "lower it if samples drift or collapse / ours")
     fake_lr: float = setting(2e-5, "raise it if the relative gap grows / ours")
     lr_schedule: Literal["constant", "linear"] = setting("constant", "linear: to 5 % / ours")
-    batch: int = setting(1, "samples in a forward / ours")
+    batch: int = setting(1, "samples in a forward; captions of one length / ours")
     accumulate: int = setting(1, "forwards in an update, one at a time / ours")
     iterations: int = setting(1000, "updates of the generator / peer: 600 to 1000")
     seed: int = setting(0, "the same seed, the same bits on the same machine / ours")
@@ -916,8 +916,8 @@ class HunyuanVideo:
         # image-to-video's encoder reads the picture too, as 576 tokens, thinned out
         picture = {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
         self.tokens = frames * height * width // m.patch_size**2 + self.text_limit + picture
-        if "prompt_template" in about_checkpoint(config.checkpoint):
-            self.prompt_template = about_checkpoint(config.checkpoint)["prompt_template"]
+        own = about_checkpoint(config.checkpoint)
+        self.prompt_template = own.get("prompt_template", self.prompt_template)
         for block in self.blocks:
             block.register_forward_pre_hook(self.without_mask)
         if self.dtype != torch.float32:
@@ -1106,7 +1106,8 @@ def delete_leftovers(folder):
     for part in folder.rglob(".part-[0-9]*"):
         pid, host = re.match(r".part-(\d+)-(?:([0-9a-f]{8})-)?", part.name).groups()
         here = host in (None, HOST) and Path("/proc/self").exists()
-        if here and not Path("/proc", pid).exists() or time.time() - part.stat().st_mtime > 86400:
+        ended = here and not Path("/proc", pid).exists()
+        if ended or time.time() - part.stat().st_mtime > 86400:
             part.unlink(missing_ok=True)
 
 
@@ -1497,7 +1498,7 @@ class VideoTask:
         files = self.in_order(taken + rank, ranks)
         while True:
             clips = [self.read(file) for file in itertools.islice(files, self.config.batch)]
-            if len({clip["cond"]["prompt_embeds"].shape for clip in clips}) > 1:
+            if len({tuple(x.shape for x in clip["cond"].values()) for clip in clips}) > 1:
                 raise Refused("Captions differ in length: --batch must be 1; see --accumulate.")
             x0 = torch.cat([clip["x0"] for clip in clips])
             cond = {n: torch.cat([clip["cond"][n] for clip in clips]) for n in clips[0]["cond"]}
@@ -1562,9 +1563,7 @@ class VideoTask:
         model, needs = self.backbone, "an --image" if self.backbone.form else "no --image"
         many = bool(prompt) and prompt.endswith(".txt")
         if not prompt or (image is None) != (model.form is None):
-            raise Refused(
-                f"This checkpoint needs a --prompt, in words or a .txt of them, and {needs}."
-            )
+            raise Refused(f"This checkpoint needs a --prompt, words or a .txt, and {needs}.")
         if out.suffix != ("" if many else ".mp4"):
             raise Refused("--out must be an .mp4; of a .txt of prompts, a folder.")
         prompts = [clip.caption for clip in find_clips(prompt)] if many else [prompt]
@@ -1695,10 +1694,8 @@ def gap_floor(roles, batch, lr):
     adapter = [p for name, p in roles.state("fake").items() if "lora_B" in name]
     for parameter in adapter:
         parameter.copy_(torch.randn(parameter.shape, generator=rng, device=x0.device).sign() * lr)
-    x0_fake, x0_real = (
-        x0_from_velocity(x_t, velocity(x_t, sigma, cond), sigma)
-        for velocity in (roles.fake, roles.real)
-    )
+    both = roles.fake, roles.real
+    x0_fake, x0_real = (x0_from_velocity(x_t, f(x_t, sigma, cond), sigma) for f in both)
     for parameter in adapter:
         parameter.zero_()
     return float((x0_fake - x0_real).norm() / x0_real.norm())
@@ -1724,7 +1721,7 @@ def films_at_once(model):
 
 def memory_plan(config, model, machine, generator, fake):
     """GiB on each GPU by line, simulated, for so many parameters of generator and fake."""
-    c, n, tensor = config, len(model.blocks), 2 * model.tokens * model.width / 2**30
+    c, n, tensor = config, len(model.blocks), 2 * config.batch * model.tokens * model.width / 2**30
     frozen = sum(p.numel() for p in model.module.parameters() if not p.requires_grad)
     base = (1.29 if c.fp8_base else 2) * frozen / 2**30  # some stay in bf16: 15.4 GiB at 13B
     reached = n * share_reached(c, model)
@@ -1771,9 +1768,10 @@ def time_plan(config, model, machine, forwards, backwards):
     one = (1 + adapters) * linear / 650e12 + attention / 550e12 + moved / 3e12
     # a backward is as much as a forward in frozen linear layers, twice in adapters, 2.5 times in
     # attention, whose kernel recomputes a product, 1.4 times in element-wise work
-    linear *= (again + back + adapters * (again + 2 * back)) * c.accumulate
-    attention *= (again + 2.5 * back) * c.accumulate
-    moved *= (again + 1.4 * back) * c.accumulate
+    clips = c.batch * c.accumulate
+    linear *= (again + back + adapters * (again + 2 * back)) * clips
+    attention *= (again + 2.5 * back) * clips
+    moved *= (again + 1.4 * back) * clips
     seconds = linear / 650e12 + attention / 550e12 + moved / 3e12
     # convolutions of the VAE at 150 TFLOP/s, an assumption
     encode, decode = (x * c.frames * c.height * c.width / 150e12 for x in model.vae_flop)
@@ -1804,7 +1802,7 @@ def plan(config, model, machine=Machine(), loop=distil):
     if c.model == "toy":  # too small to plan for
         return about
     memory, saves = memory_plan(c, model, machine, generator, fake), c.iterations / c.save_every
-    waiting = share_reached(c, model) * len(model.blocks) * 2 * model.tokens * model.width
+    waiting = share_reached(c, model) * len(model.blocks) * 2 * model.tokens * model.width * c.batch
     return {
         **{f"GiB, {name}": x for name, x in memory.items()},
         "GiB in all": sum(memory.values()),
@@ -1813,7 +1811,7 @@ def plan(config, model, machine=Machine(), loop=distil):
         "GiB of disk": 4 * (13 * generator + 9 * fake + math.ceil(saves) * generator) / GiB,
         "MB of cache a clip": 4 * math.prod(model.video) / 1e6 + 2,  # 2 of text
         **time_plan(c, model, machine, *work),
-        "clips an update": c.accumulate * ranks(),
+        "clips an update": c.batch * c.accumulate * ranks(),
         **about,
     }
 
@@ -2075,6 +2073,8 @@ def iterate(run, loop, pflop):
                 yield {**line, **run.floor}, max(gather(stop[0] if stop else 0))
                 tick = time.perf_counter()
         except Refused as error:  # a clip's file is gone
+            if state.iteration == 0:  # there is nothing to save
+                raise
             run.save()
             raise Refused(f"{error} But {run.saved()}", error.status) from error
         except FloatingPointError as error:
@@ -2144,7 +2144,7 @@ def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, m
         return
     place = Path(config.out or ".").absolute()
     free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free / 2**30
-    if free < numbers.get("GiB of disk", 0):
+    if not resume and free < numbers.get("GiB of disk", 0):  # a run has some of it already
         raise Refused(f"{numbers['GiB of disk']:.2f} GiB do not fit onto the disk of {place}.")
     with claimed(config, resume) if rank() == 0 else nullcontext() as own:
         task.config = gather(own)[0]
@@ -2253,10 +2253,8 @@ def export(run, out, at=None, checkpoint="", format="diffusers", models=MODELS):
     write_safetensors(path, tensors, info, lora_adapter_metadata=lora)
     scheduler = Scheduler(shift=info["shift"], stochastic_sampling=info["renoise"])
     scheduler.save_pretrained(out / "scheduler")
-    about, local = (
-        {**vars(config), **info, "image_form": model.form},
-        Path(config.checkpoint).exists(),
-    )
+    about, local = {**vars(config), **info}, Path(config.checkpoint).exists()
+    about["image_form"] = model.form
     about["checkpoint"] = Path(config.checkpoint).name if local else config.checkpoint
     for path in ("data", "cache", "out"):  # nobody else's business
         del about[path]
@@ -2392,12 +2390,13 @@ def run_command(argv, models, loop):
     command = given.pop("command")
     resume, dry_run = given.pop("resume", False), given.pop("dry_run", False)
     machine = Machine(**{name: given.pop(name) for name in vars(Machine()) if name in given})
+    if command in ("train", "encode"):
+        join_processes()  # before anything touches a GPU, which may be another process's
     with prefer_cudnn(machine):
         if command == "sample":
             return sample(**given, models=models)
         if command == "export":
             return export(**given, models=models)
-        join_processes()
         config = resolve(given, resume, models) if rank() == 0 else None
         config = gather(config)[0]
         check(config, machine)

@@ -190,7 +190,7 @@ the stream between the blocks is in bf16 @ HunyuanVideo.stream_in_float32: out.f
 the last layer is in bf16 @ HunyuanVideo.head_in_float32:
     if torch.is_grad_enabled() or out.is_meta: ==> if True:
 the floor's adapter stays @ gap_floor: parameter.zero_() ==> pass
-the floor is of one role @ gap_floor: (roles.fake, roles.real) ==> (roles.fake, roles.fake)
+the floor is of one role @ gap_floor: both = roles.fake, roles.real ==> both = roles.fake, roles.fake
 # test_hunyuan.py -k features
 the given frame is shown to the discriminator @ HunyuanVideo.features: [:, -tokens:] ==> [:]
 the given frame is read in place of the last @ HunyuanVideo.features: [:, -tokens:] ==> [:, :tokens]
@@ -208,7 +208,7 @@ adapters compute in float32 @ HunyuanVideo.velocity: self.dtype != torch.float32
 nothing is offloaded @ Roles.checkpoint: if self.offload ==> if False
 # test_hunyuan.py -k flops or forwards or disk
 the plan's hours are minutes @ time_plan: / 3600 ==> / 60
-the plan's clips are those of the fake @ plan: c.accumulate * ranks(), ==> c.fake_updates,
+the plan's clips are those of the fake @ plan: c.batch * c.accumulate * ranks(), ==> c.fake_updates,
 the plan's disk holds two checkpoints @ plan:
     4 * (13 * generator + 9 * fake ==> 4 * (9 * generator + 6 * fake
 the plan's rollouts all end at the last exit @ evaluations: (c.steps - 1) / 2 ==> (c.steps - 1)

@@ -269,6 +269,9 @@ def test_the_plan_s_time_is_within_1_percent_of_the_work_counted_in_an_iteration
     assert found["PFLOP an iteration"] == pytest.approx((linear + attention) / 1e15, rel=0.01)
     seconds = linear / 650e12 + attention / 550e12 + moved / 3e12
     assert found["seconds an iteration on an H100"] == pytest.approx(seconds, rel=0.01)
+    two = w2svd.plan(Config(**{**vars(config), "batch": 2}), HunyuanVideo.outline(config))
+    for name in ("seconds an iteration on an H100", "clips an update", "GiB, a block at work"):
+        assert two[name] == pytest.approx(2 * found[name])
     one = [row["forward"][n] for n in ("linear_flop", "attention_flop", "bytes")]
     film = 4 * (one[0] / 650e12 + one[1] / 550e12 + one[2] / 3e12)
     pixels = math.prod(size.values())
