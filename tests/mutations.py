@@ -190,7 +190,8 @@ the stream between the blocks is in bf16 @ HunyuanVideo.stream_in_float32: out.f
 the last layer is in bf16 @ HunyuanVideo.head_in_float32:
     if torch.is_grad_enabled() or out.is_meta: ==> if True:
 the floor's adapter stays @ gap_floor: parameter.zero_() ==> pass
-the floor is of one role @ gap_floor: both = roles.fake, roles.real ==> both = roles.fake, roles.fake
+the floor is of one role @ gap_floor:
+    both = roles.fake, roles.real ==> both = roles.fake, roles.fake
 # test_hunyuan.py -k features
 the given frame is shown to the discriminator @ HunyuanVideo.features: [:, -tokens:] ==> [:]
 the given frame is read in place of the last @ HunyuanVideo.features: [:, -tokens:] ==> [:, :tokens]
