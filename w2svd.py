@@ -87,7 +87,7 @@ import traceback
 import unicodedata
 import warnings
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -2085,45 +2085,32 @@ def iterate(run, loop, pflop):
             raise Refused(f"Stopped {where}; {cure}.") from error
 
 
-def locked(folder):
-    """A file that keeps other processes out of a folder while it is open; None if one is in it."""
-    lock = open(folder / ".lock", "w")
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        return lock
-    except BlockingIOError:
-        return lock.close()
-    return lock
-
-
 @contextmanager
 def claimed(config, resume):
     """The config with a run folder that is this process's alone; one not named gets a number."""
+    from filelock import FileLock, Timeout
+
+    named = "toy" if config.model == "toy" and config.data in ("", "ring") else ""
+    named = named or (f"toy-{config.data}" if config.model == "toy" else config.model)
     for k in itertools.count(1):
-        name = config.out or f"runs/{run_name(config)}" + (f"-{k}" if k > 1 else "")
-        folder, lock = Path(name), None
-        fresh = not folder.parent.exists()
-        if resume or not (folder.is_file() or any(folder.glob("[!.]*"))):
+        folder = Path(config.out or f"runs/{named}" + (f"-{k}" if k > 1 else ""))
+        lock, used = FileLock(folder / ".lock", timeout=0), "another process has it"
+        if not resume and (folder.is_file() or any(folder.glob("[!.]*"))):
+            used = "name another, or, if it is a run, --resume"
+        else:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = locked(folder)
-        if lock:
-            break
+            with suppress(Timeout):
+                lock.acquire()
+                break
         if config.out:
-            cure = (
-                "another process has it" if resume else "name another, or, if it is a run, --resume"
-            )
-            raise Refused(f"--out {name} is in use: {cure}.")
+            raise Refused(f"--out {folder} is in use: {used}.")
     try:
-        yield dataclasses.replace(config, out=name)
+        yield dataclasses.replace(config, out=str(folder))
     finally:
-        lock.close()
+        lock.release()
         (folder / ".lock").unlink(missing_ok=True)
-        for place in [folder, folder.parent] if fresh else [folder]:
-            if not any(place.iterdir()):
-                place.rmdir()
+        if not any(folder.iterdir()):  # nothing came of it
+            folder.rmdir()
 
 
 def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, models=MODELS):
@@ -2376,12 +2363,6 @@ def preset_of(given, models=MODELS):
     if given.get("generator_input") == "paired":  # 'final' means something for rollouts only
         preset.update(fake_samples="all")
     return preset
-
-
-def run_name(config):
-    """What a run's folder is called if it was not named: after the model and the toy's data."""
-    named = config.model == "toy" and config.data not in ("", "ring")
-    return f"toy-{config.data}" if named else config.model
 
 
 def run_command(argv, models, loop):

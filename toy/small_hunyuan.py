@@ -1,12 +1,15 @@
 """A small HunyuanVideo that has learnt: diffusers' own pipeline, trained on clips drawn by formula.
 
     python -m toy.small_hunyuan small/                      the pipeline, from its stored weights
+    python -m toy.small_hunyuan small-i2v/ --first-frame    the same, which continues a first frame
     python -m toy.small_hunyuan --clips clips/              clips (and captions) it has not seen
     python -m toy.small_hunyuan --measure small/ [--run runs/small]     how often films are right
     python -m toy.small_hunyuan --train weights/            how the weights were made
 
 The two text encoders are random: words only have to differ. VAE and transformer have learnt 64
 captions such as 'a red disc moves left slowly' (toy/shapes.py), in 9 frames of 48 x 64 pixels.
+With --first-frame it is HunyuanVideo-I2V in its later form, token_replace: a LoRA, trained by
+flow matching on top of the text-to-video weights, is merged into them.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
@@ -25,10 +29,14 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
 
@@ -40,6 +48,19 @@ TEMPLATE = {"template": "{}", "crop_start": 0}  # the text encoders follow no in
 # the end is not number 2, which CLIP takes for the mark of an old checkpoint
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 WORDS = [*SPECIAL.values(), *sorted({word for caption in CAPTIONS for word in caption.split()})]
+# an image-to-video pipeline finds the picture's 16 tokens and the end of the prompt by such marks
+MARKS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>"]
+I2V_TEMPLATE = {
+    "template": "<|start_header_id|>a<|end_header_id|><image>a<|eot_id|>"
+    "<|start_header_id|>a<|end_header_id|>{}<|eot_id|>"
+    "<|start_header_id|>a<|end_header_id|>",
+    "crop_start": 10,
+    "image_emb_start": 4,
+    "image_emb_end": 20,
+    "image_emb_len": 16,
+}
+FORM = "token_replace"
+I2V_RANK = 64  # of the LoRA that is merged for it
 VAE = {
     "latent_channels": 16,
     "block_out_channels": (16, 24, 32, 32),
@@ -87,13 +108,14 @@ EULER = [(28, 3.0), (10, 3.0), (4, 3.0), (4, 5.0), (4, 7.0), (1, 1.0)]  # steps,
 
 
 # ---- The pipeline --------------------------------------------------------------------------------
-def tokenizer():
-    """Words to numbers, with a beginning and an end, padded on the right."""
+def tokenizer(marks=()):
+    """Words to numbers, with a beginning and an end, padded on the right; `marks` are words too."""
     table = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     table.pre_tokenizer = pre_tokenizers.Whitespace()
-    marks = [(mark, WORDS.index(mark)) for mark in ("<s>", "</s>")]
-    table.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=marks)
-    return PreTrainedTokenizerFast(tokenizer_object=table, padding_side="right", **SPECIAL)
+    ends = [(mark, WORDS.index(mark)) for mark in ("<s>", "</s>")]
+    table.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    how = {"padding_side": "right", "additional_special_tokens": list(marks), **SPECIAL}
+    return PreTrainedTokenizerFast(tokenizer_object=table, **how)
 
 
 def text_encoders():
@@ -103,24 +125,54 @@ def text_encoders():
     # the pipeline reads the state two layers before the end, which is here the words' embeddings
     llama = LlamaModel(LlamaConfig(num_hidden_layers=2, max_position_embeddings=512, **shape))
     clip = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1, max_position_embeddings=77, **shape))
-    rng = torch.Generator().manual_seed(0)
-    for encoder in (llama, clip):
-        for name, parameter in sorted(encoder.named_parameters()):
-            if "norm" in name:
-                continue  # 1, and its bias 0
-            scale = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
-            with torch.no_grad():
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=rng))
+    draw_weights(torch.Generator().manual_seed(0), llama, clip)
     return llama.eval(), clip.eval()
+
+
+@torch.no_grad()
+def draw_weights(rng, *models):
+    """Random weights of the usual size; norms keep 1, and their biases 0."""
+    for model in models:
+        for name, parameter in sorted(model.named_parameters()):
+            if "norm" not in name:
+                scale = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=rng))
+
+
+def reader(llama):
+    """Image-to-video's text encoder: the words of `llama`, and a picture as 16 random tokens."""
+    words = tokenizer(MARKS)
+    vision = {"hidden_size": 32, "intermediate_size": 32, "projection_dim": 32}
+    vision.update(num_attention_heads=2, num_hidden_layers=2, image_size=32, patch_size=8)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(**{**llama.config.to_dict(), "vocab_size": len(words)}),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        pad_token_id=0,
+    )
+    llava = LlavaForConditionalGeneration(config)
+    draw_weights(torch.Generator().manual_seed(1), llava)
+    with torch.no_grad():
+        known = llama.get_input_embeddings().weight
+        llava.get_input_embeddings().weight[: len(known)] = known
+    return llava.eval()
 
 
 def save_pipeline(folder, vae, transformer):
     """Write the whole pipeline in diffusers' format, and w2svd's settings for it."""
+    first_frame = transformer.config.image_condition_type == FORM
     llama, clip = text_encoders()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     parts = transformer.eval(), vae.eval(), scheduler, clip, tokenizer()
-    HunyuanVideoPipeline(llama, tokenizer(), *parts).save_pretrained(folder)
-    about = {"prompt_template": TEMPLATE, "settings": SETTINGS}
+    if first_frame:
+        sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+        eyes = CLIPImageProcessor(**sides)
+        pipe = HunyuanVideoImageToVideoPipeline(reader(llama), tokenizer(MARKS), *parts, eyes)
+    else:
+        pipe = HunyuanVideoPipeline(llama, tokenizer(), *parts)
+    pipe.save_pretrained(folder)
+    template = I2V_TEMPLATE if first_frame else TEMPLATE
+    about = {"prompt_template": template, "settings": SETTINGS}
     w2svd.write_json(Path(folder, "w2svd.json"), about)
 
 
@@ -138,18 +190,45 @@ def store(weights, name, tensors):
     w2svd.write_safetensors(Path(weights, f"small_{name}.safetensors"), tensors, {"part": name})
 
 
-def build(folder, weights=WEIGHTS):
-    """Write the pipeline of the stored weights."""
-    vae = stored(weights, "vae", AutoencoderKLHunyuanVideo, VAE)
-    transformer = stored(weights, "transformer", HunyuanVideoTransformer3DModel, TRANSFORMER)
-    save_pipeline(folder, vae, transformer)
+def stored_vae(weights=WEIGHTS):
+    return stored(weights, "vae", AutoencoderKLHunyuanVideo, VAE)
 
 
-def encode_captions(model, pipe, captions):
-    """The text of captions of one length, as one batch of conditions."""
-    texts = {caption: model.encode_text(pipe, caption) for caption in dict.fromkeys(captions)}
-    names = ("prompt_embeds", "pooled")
-    return {name: torch.cat([texts[caption][name] for caption in captions]) for name in names}
+def stored_transformer(weights=WEIGHTS, form=None):
+    """The text-to-video transformer; of a form it reads a first frame too, yet without use."""
+    config = {**TRANSFORMER, "image_condition_type": form}
+    return stored(weights, "transformer", HunyuanVideoTransformer3DModel, config)
+
+
+def merge_lora(transformer, weights=WEIGHTS):
+    """Add the stored LoRA, which lets the transformer continue a first frame."""
+    layers = load_file(Path(weights, "small_first_frame.safetensors"))
+    for name in [name for name in layers if name.endswith("lora_A.weight")]:
+        layer = transformer.get_submodule(name.removesuffix(".lora_A.weight"))
+        down, up = layers[name].float(), layers[name.replace("lora_A", "lora_B")].float()
+        layer.weight.data += up @ down
+
+
+def build(folder, weights=WEIGHTS, first_frame=False):
+    """Write the pipeline of the stored weights; image-to-video's with first_frame."""
+    transformer = stored_transformer(weights, FORM if first_frame else None)
+    if first_frame:
+        merge_lora(transformer, weights)
+    save_pipeline(folder, stored_vae(weights), transformer)
+
+
+def encode_captions(model, pipe, captions, firsts=None):
+    """Captions of one length as one batch of conditions; image-to-video's with first frames.
+
+    firsts: (N, 3, 1, H, W) in [-1, 1].
+    """
+    if model.form:
+        pairs = zip(captions, firsts)
+        conds = [model.encode_text(pipe, caption, first[None]) for caption, first in pairs]
+    else:
+        texts = {caption: model.encode_text(pipe, caption) for caption in dict.fromkeys(captions)}
+        conds = [texts[caption] for caption in captions]
+    return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
 
 
 # ---- What films show -----------------------------------------------------------------------------
@@ -188,6 +267,7 @@ def measure(folder, run="", seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", nargs="?", help="write the pipeline into it")
+    parser.add_argument("--first-frame", action="store_true", help="the one that continues one")
     parser.add_argument("--clips", help="write clips into this folder")
     parser.add_argument("--number", type=int, default=256, help="of clips [256]")
     parser.add_argument("--measure", help="a pipeline's folder: how often its films are right")
@@ -202,7 +282,7 @@ def main():
 
         train(given.train)
     if given.folder:
-        build(given.folder)
+        build(given.folder, first_frame=given.first_frame)
     if given.clips:
         write_clips(given.clips, given.number)
     if given.measure:

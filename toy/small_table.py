@@ -6,7 +6,9 @@
 SMALL/ and CLIPS/ as `python -m toy.small_hunyuan SMALL/ --clips CLIPS/` writes them. A row is
 `w2svd.py train --model hunyuan` for each seed. Its student films the 64 captions twice, and
 toy/shapes.py says which films show what was asked; so does the backbone by Euler, in 28 steps and,
-on several grids, in 4. Results go to toy/results/small.json, run by run, and are kept there.
+on several grids, in 4. Results go to toy/results/small.json, run by run, and are kept there;
+those of an image-to-video pipeline (`--first-frame`), whose films continue the first frames of
+unseen clips, to small_first_frame.json.
 """
 
 import argparse
@@ -21,12 +23,13 @@ import torch
 import w2svd
 from toy import plots
 from toy.metrics import distances
-from toy.shapes import CAPTIONS, draw_clips, shares
+from toy.shapes import CAPTIONS, draw_clip, draw_clips, shares
 from toy.small_hunyuan import encode_captions
 from toy.table import spread
 from w2svd import few_step_sigmas
 
 STORED = Path(__file__).parent / "results/small.json"
+FIRST_FRAME = STORED.with_name("small_first_frame.json")
 SEEDS = range(60, 63)  # no trial used them
 EULER = [(28, 3.0), (28, 5.0), (4, 1.0), (4, 3.0), (4, 5.0), (4, 7.0)]  # steps, shift
 PICTURED = ("a yellow disc moves up slowly", "a blue square moves left fast")
@@ -39,6 +42,7 @@ SHOWN = {  # a number's name in the table, and in how many digits
     "frechet": ("Frechet", 2),
     "sharpness": ("sharpness", 2),
     "motion": ("pixels a frame", 2),
+    "first": ("first frame's distance", 3),
 }
 
 
@@ -94,8 +98,10 @@ class Judge:
     def __init__(self, folder, task):
         self.model = task.backbone
         self.pipe = w2svd.load_pipeline(folder, w2svd.ENCODERS)
-        self.captions = 2 * CAPTIONS
-        self.cond = encode_captions(self.model, self.pipe, self.captions)
+        self.captions, rng = 2 * CAPTIONS, torch.Generator().manual_seed(6)
+        clips = [draw_clip(caption, rng) for caption in self.captions]
+        self.firsts = torch.stack(clips)[:, :, :1]  # given to image-to-video alone
+        self.cond = encode_captions(self.model, self.pipe, self.captions, self.firsts)
         videos, _ = draw_clips(256, torch.Generator().manual_seed(4))
         parts = [self.model.encode_video(self.pipe, part) for part in videos.split(32)]
         self.data = torch.cat(parts).flatten(1)
@@ -103,11 +109,20 @@ class Judge:
     def measure(self, velocity, sampler, sigmas, decode=True):
         """Shares, means and the Frechet distance of latents from unseen clips', a dictionary."""
         rng = torch.Generator().manual_seed(5)
-        noise = torch.randn(len(self.captions), *self.model.video, generator=rng)
+        noise = torch.randn(len(self.captions), *self.model.shape, generator=rng)
         x0 = sampler(velocity, noise, sigmas, self.cond, rng)
+        if self.model.form:
+            x0 = torch.cat([self.cond["image"], x0], dim=2)
         (apart,), _ = distances(self.data, [x0.flatten(1)], 16)
-        films = [self.model.decode(self.pipe, one[None]) for one in x0] if decode else []
-        return {"frechet": apart, **(shares(films, self.captions) if decode else {})}
+        if not decode:
+            return {"frechet": apart}
+        films = [self.model.decode(self.pipe, one[None]) for one in x0]
+        numbers = {"frechet": apart, **shares(films, self.captions)}
+        if self.model.form:  # in [0, 1], the mean over pixels
+            given = (self.firsts[:, :, 0].permute(0, 2, 3, 1) + 1) / 2
+            first = torch.stack([torch.as_tensor(film[0]) for film in films])
+            numbers["first"] = float((first - given).abs().mean())
+        return numbers
 
 
 def run(folder, clips, row, seed):
@@ -152,7 +167,10 @@ def picture(path, folder, run):
     pipe, student = w2svd.load_pipeline(folder, w2svd.ENCODERS), task.student(*generator)
     sigmas = torch.tensor(generator[1]["sigmas"])
     for caption in PICTURED:
-        cond = model.encode_text(pipe, caption)
+        clip = draw_clip(caption, torch.Generator().manual_seed(7))
+        if model.form:
+            rows.append((f"{caption}\na clip, its first frame given", clip[None]))
+        cond = model.encode_text(pipe, caption, clip[None, :, :1])
         for name, velocity, sampler, grid in [
             ("backbone, 28 steps", model.velocity, w2svd.euler_sample, few_step_sigmas(28, 3.0)),
             ("backbone, 4 steps", model.velocity, w2svd.euler_sample, sigmas),
@@ -179,12 +197,14 @@ def in_short(results):
 
 def table(results):
     """The mean over seeds of every number, with half a 95 % interval where there are several."""
-    titles = " | ".join(title for title, _ in SHOWN.values())
+    known = next(iter(results.values()))["0"]
+    shown = {name: how for name, how in SHOWN.items() if name in known}
+    titles = " | ".join(title for title, _ in shown.values())
     lines = [f"| the student, and its backbone | seeds | {titles} |"]
-    lines.append("|---" * (len(SHOWN) + 2) + "|")
+    lines.append("|---" * (len(shown) + 2) + "|")
     for row, seeds in results.items():
         cells = [
-            spread([one[n] for one in seeds.values()], places) for n, (_, places) in SHOWN.items()
+            spread([one[n] for one in seeds.values()], places) for n, (_, places) in shown.items()
         ]
         cells = cells if len(seeds) > 1 else [cell.split(" ± ")[0] for cell in cells]
         lines.append(f"| {row} | {len(seeds)} | {' | '.join(cells)} |")
@@ -197,13 +217,16 @@ def main():
     parser.add_argument("clips")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:2])
     parser.add_argument("--seeds", type=int, default=3, help="so many at most")
-    parser.add_argument("--out", type=Path, default=STORED)
+    parser.add_argument("--out", type=Path, help="where results are kept")
     parser.add_argument("--picture", type=Path, help="a .png of the films of --run, and no table")
     parser.add_argument("--run")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.picture:
         return picture(given.picture, given.folder, given.run)
+    config = w2svd.resolve({"model": "hunyuan", "checkpoint": str(given.folder)})
+    form = w2svd.HunyuanVideo.outline(config).form
+    given.out = given.out or (FIRST_FRAME if form else STORED)
     results = json.loads(given.out.read_text()) if given.out.exists() else backbone(given.folder)
     for row in given.rows:
         for seed in SEEDS[: given.seeds]:

@@ -1,4 +1,4 @@
-"""How the weights of toy/small_hunyuan.py were made: the VAE first, then the transformer.
+"""How the weights of toy/small_hunyuan.py were made: VAE, transformer, the LoRA for first frames.
 
     python -m toy.small_hunyuan --train weights/
 
@@ -16,13 +16,16 @@ import w2svd
 from toy.baselines import finetune
 from toy.shapes import draw_clips, draw_crowds
 from toy.small_hunyuan import (
+    FORM,
+    I2V_RANK,
     SIZE,
-    TEMPLATE,
     TRANSFORMER,
     VAE,
     encode_captions,
     save_pipeline,
     store,
+    stored_transformer,
+    stored_vae,
 )
 
 VAE_SEED, DATA_SEED = 1, 2
@@ -30,6 +33,8 @@ VAE_SEED, DATA_SEED = 1, 2
 TRAINING = {"generator": "full", "lora_rank": 1, "checkpointing": False, "batch": 32}
 TRAINING.update(generator_lr=1.5e-3, lr_schedule="linear", ema=0.995, iterations=3000)
 TRAINING.update(sigma_low=0.0, sigma_high=1.0, sigma_shift=3.0)
+FIRST_FRAME = {"generator": "lora", "lora_rank": I2V_RANK, "generator_lr": 1e-3}  # beside these
+FIRST_FRAME.update(iterations=1500)
 
 
 def train_vae(stills=400, crowds=480, clips=320, lr=1e-3):
@@ -101,13 +106,14 @@ def whiten(vae, x):
 
 
 def encode_all(model, pipe, number):
-    """Scaled latents (N, C, T', H', W') of `number` clips, in memory, and their captions."""
-    rng, latents, captions = torch.Generator().manual_seed(DATA_SEED), [], []
+    """Scaled latents (N, C, T', H', W') of `number` clips, in memory, and their conditions."""
+    rng, latents, conds = torch.Generator().manual_seed(DATA_SEED), [], []
     for _ in range(number // 16):
-        videos, words = draw_clips(16, rng)
-        latents.append(model.encode_video(pipe, videos))
-        captions += words
-    return torch.cat(latents), captions
+        videos, captions = draw_clips(16, rng)
+        latents.append(model.encode_video(pipe, videos)[:, :, -model.shape[1] :])
+        conds.append(encode_captions(model, pipe, captions, videos[:, :, :1]))
+    cond = {name: torch.cat([one[name] for one in conds]) for name in conds[0]}
+    return torch.cat(latents), cond
 
 
 def batches(latents, cond, size):
@@ -118,22 +124,21 @@ def batches(latents, cond, size):
         yield {"x0": latents[chosen], "cond": {name: x[chosen] for name, x in cond.items()}}
 
 
-def train_transformer(vae, clips=2048, **settings):
-    """Train the transformer from the beginning by `finetune`, as a full generator; its average.
+def train_transformer(vae, transformer, clips=2048, **settings):
+    """Train a transformer by `finetune`, from the beginning or on; the generator's average.
 
     The embedded guidance is the same number, w2svd's default, here and wherever it is sampled.
     """
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        save_pipeline(folder, vae, HunyuanVideoTransformer3DModel(**TRANSFORMER))
+        save_pipeline(folder, vae, transformer)
         how = {"model": "hunyuan", "checkpoint": folder, **SIZE, **TRAINING, **settings}
         config = w2svd.Config(**how)
         model = w2svd.HunyuanVideo.outline(config).load()
-        model.prompt_template = TEMPLATE
         pipe = w2svd.load_pipeline(folder, w2svd.ENCODERS)
     began, log, losses = time.process_time(), [], []
-    latents, captions = encode_all(model, pipe, clips)
-    data = batches(latents, encode_captions(model, pipe, captions), config.batch)
+    latents, cond = encode_all(model, pipe, clips)
+    data = batches(latents, cond, config.batch)
     state = w2svd.State(config, w2svd.build_roles(config, model, w2svd.Machine()), "cpu")
     state.optimizers["generator"].param_groups[0]["betas"] = (0.9, 0.99)  # no moving target here
     for stats in finetune(config, state.roles, state, data):
@@ -145,12 +150,22 @@ def train_transformer(vae, clips=2048, **settings):
     return state.average, log
 
 
+def train_first_frame(weights):
+    """Train the LoRA with which the stored transformer continues a first frame; store it."""
+    transformer = stored_transformer(weights, FORM)
+    lora, log = train_transformer(stored_vae(weights), transformer, **FIRST_FRAME)
+    store(weights, "first_frame", lora)
+    return log
+
+
 def train(weights):
-    """Train both models, one after the other, and store their weights, losses and times."""
+    """Train all three, one after the other, and store their weights, losses and times."""
     Path(weights).mkdir(parents=True, exist_ok=True)
     vae, vae_log = train_vae()
     store(weights, "vae", vae.state_dict())
-    transformer, log = train_transformer(vae)
+    torch.manual_seed(0)
+    transformer, log = train_transformer(vae, HunyuanVideoTransformer3DModel(**TRANSFORMER))
     store(weights, "transformer", transformer)
     about = {"torch": torch.__version__, "vae": vae_log, "transformer": log}
+    about["first_frame"] = train_first_frame(weights)
     w2svd.write_json(Path(weights, "small.json"), about)
