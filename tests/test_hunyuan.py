@@ -492,6 +492,12 @@ def test_a_picture_of_another_shape_is_cropped_and_not_stretched(tiny):
     assert frame.shape == (1, 3, 1, 480, 832)
     white = frame[0, 0, 0] > 0
     assert white.any(0).sum() == white.any(1).sum() == 240
+    photo, turned = Image.new("RGB", (480, 832)), Image.Exif()
+    photo.paste("white", (0, 0, 240, 832))  # its left half, which is the upper one if it is turned
+    turned[0x0112] = 6
+    photo.save("photo.png", exif=turned)
+    white = task.first_frame("photo.png")[0, 0, 0] > 0
+    assert white[:240].all() and not white[240:].any()
 
 
 MODES = {"RGBA": (0, 255, 0, 0), "LA": (255, 0), "I;16": 40 * 257, "P": 7, "CMYK": (0, 255, 0, 0)}
