@@ -92,7 +92,7 @@ def _panels_2d(mixture, panels, columns, loc="center", alpha=0.45, **words):
     rows = -(-len(panels) // columns)
     lines = max(title.count("\n") + 1 for title, _ in panels)
     pitch = 2.5 + 0.27 * lines + 0.35  # inches: panel, title and ticks
-    key = 1 if columns > 2 else 2  # lines
+    key = 1 if columns > 2 else 4 // columns  # lines
     width, height = 0.7 + 2.65 * columns, rows * pitch + 0.3 + key * KEY_HEIGHT
     figure = Figure((width, height), dpi=130)
     _draw_key(figure, 4 // key, dot)
@@ -238,7 +238,7 @@ def videos(path, measure, rows):
         panels.append((title, travel(clips)))
     axes = "pixels to the right", "pixels up"
     top = _pixels(
-        _panels_2d(exact, panels, len(panels), axes=axes, dot="how far a clip's blob moves")
+        _panels_2d(exact, panels, len(panels), axes=axes, dot="a clip: how far its blob moves")
     )
     return _write_png(path, _stacked([top, _wall(rows, framed)]))
 
