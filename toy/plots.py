@@ -321,6 +321,25 @@ def film_frames(path, rows, zoom=3):
     return _write_png(path, _with_titles(titles, pictures, size, top=top, marks=marks)[0])
 
 
+def films_table(path, columns, rows, every=2):
+    """PNG of films: a row for each prompt, a column for each method; framed where one is wrong.
+
+    rows: [(prompt, [(frames (T, H, W, 3) in [0, 1], wrong)])]; every so many frames are shown.
+    """
+    gap, between, size, top = 2, 16, 22, 52
+    pictures = []
+    for _, films in rows:
+        strips = [
+            _framed(_beside((255 * frames[::every]).round().astype(np.uint8), gap), wrong)
+            for frames, wrong in films
+        ]
+        pictures.append(_beside(strips, between))
+    titles = [prompt for prompt, _ in rows]
+    left, pitch = _label_width(titles, size), (pictures[0].shape[1] + between) / len(columns)
+    marks = [(left + k * pitch, top / 2, name, "left") for k, name in enumerate(columns)]
+    return _write_png(path, _with_titles(titles, pictures, size, top=top, marks=marks)[0])
+
+
 def _film(film):
     """Frames (T, H, W, 3) in 0..255."""
     if not torch.is_tensor(film):

@@ -23,7 +23,7 @@ import torch
 import w2svd
 from toy import plots
 from toy.metrics import distances
-from toy.shapes import CAPTIONS, draw_clip, draw_clips, shares
+from toy.shapes import CAPTIONS, draw_clip, draw_clips, right, shares
 from toy.small_hunyuan import encode_captions
 from toy.table import spread
 from w2svd import few_step_sigmas
@@ -32,7 +32,7 @@ STORED = Path(__file__).parent / "results/small.json"
 FIRST_FRAME = STORED.with_name("small_first_frame.json")
 SEEDS = range(60, 63)  # no trial used them
 EULER = [(28, 3.0), (28, 5.0), (4, 1.0), (4, 3.0), (4, 5.0), (4, 7.0)]  # steps, shift
-PICTURED = ("a yellow disc moves up slowly", "a blue square moves left fast")
+PICTURED = 10  # prompts
 SHOWN = {  # a number's name in the table, and in how many digits
     "all": ("shows all that was asked", 2),
     "colour": ("colour", 2),
@@ -160,26 +160,38 @@ def backbone(folder):
 
 
 def picture(path, folder, run):
-    """PNG of two captions' films from the same noise: the backbone in 28 and 4 steps, the run's."""
-    generator, rows = w2svd.read_generator(run), []
+    """PNG of films of some prompts, from one noise each: the backbone in 28 and 4 steps, the run's.
+
+    The prompts are drawn, not chosen; a frame marks a film that is not right, and the columns'
+    names have the stored shares. Image-to-video shows the clip whose first frame is given.
+    """
+    generator = w2svd.read_generator(run)
     task = w2svd.VideoTask(w2svd.read_run(run), w2svd.HunyuanVideo)
     model = task.backbone = task.backbone.load()
     pipe, student = w2svd.load_pipeline(folder, w2svd.ENCODERS), task.student(*generator)
     sigmas = torch.tensor(generator[1]["sigmas"])
-    for caption in PICTURED:
-        clip = draw_clip(caption, torch.Generator().manual_seed(7))
+    stored = json.loads((FIRST_FRAME if model.form else STORED).read_text())
+    methods = {
+        "backbone, 28 steps, shift 3": (model.velocity, w2svd.euler_sample, few_step_sigmas(28, 3)),
+        "backbone, 4 steps, shift 5": (model.velocity, w2svd.euler_sample, few_step_sigmas(4, 5)),
+        "float32": (student, w2svd.few_step_sample, sigmas),
+    }
+    columns = ["a clip, its first frame given"] if model.form else []
+    for row in methods:
+        share = sum(one["all"] for one in stored[row].values()) / len(stored[row])
+        name = "student, 4 steps" if row == "float32" else row.rpartition(",")[0]
+        columns.append(f"{name}: {share:.0%} right")
+    clips, captions = draw_clips(PICTURED, torch.Generator().manual_seed(7))
+    rows = []
+    for seed, (clip, caption) in enumerate(zip(clips, captions)):
+        cond, films = model.encode_text(pipe, caption, clip[None, :, :1]), []
         if model.form:
-            rows.append((f"{caption}\na clip, its first frame given", clip[None]))
-        cond = model.encode_text(pipe, caption, clip[None, :, :1])
-        for name, velocity, sampler, grid in [
-            ("backbone, 28 steps", model.velocity, w2svd.euler_sample, few_step_sigmas(28, 3.0)),
-            ("backbone, 4 steps", model.velocity, w2svd.euler_sample, sigmas),
-            ("student, 4 steps", student, w2svd.few_step_sample, sigmas),
-        ]:
-            frames = model.decode(pipe, model.draw(sampler, velocity, grid, cond, seed=1))
-            film = torch.as_tensor(frames).permute(3, 0, 1, 2)[None] * 2 - 1
-            rows.append((f"{caption}\n{name}", film))
-    plots.film_frames(path, rows, zoom=2)
+            films.append(((clip.permute(1, 2, 3, 0).numpy() + 1) / 2, False))
+        for velocity, sampler, grid in methods.values():
+            frames = model.decode(pipe, model.draw(sampler, velocity, grid, cond, seed))
+            films.append((frames, not right(frames, caption)["all"]))
+        rows.append((caption, films))
+    plots.films_table(path, columns, rows)
 
 
 def backbones(results):
