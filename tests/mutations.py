@@ -71,7 +71,6 @@ the prefix of files is taken off ours alone @ Roles.load:
     theirs = {name.removeprefix("transformer.") ==> theirs = {name
 the prefix of files is taken off theirs alone @ Roles.load:
     ours = {name.removeprefix("transformer.") ==> ours = {name
-the real branch is left in the graph @ generator_step: torch.no_grad() ==> nullcontext()
 # test_updates.py
 the generator's gradient is a sum, not a mean @ generator_step: / g.numel() ==>
 the real DiT keeps a little of the adapter at alpha_weak 0 @ Roles._velocity:
@@ -79,11 +78,11 @@ the real DiT keeps a little of the adapter at alpha_weak 0 @ Roles._velocity:
 fake and real see different noise @ generator_step:
     real(x_t, sigma, cond) ==> real(x_t + eps, sigma, cond)
 the guided real DiT keeps the condition @ generator_step: sigma, None ==> sigma, cond
-a rollout takes one evaluation too many @ rollout_input: level + 1 ==> level + 2
-a batch of paired inputs has one noise level @ paired_input: (len(x0),) ==> (1,)
 non-finite values pass @ require_finite: if bad.any() ==> if False
 the average is not exchanged back @ State.averaged: finally: exchange() ==> finally: pass
 # test_distil.py
+a rollout takes one evaluation too many @ rollout_input: level + 1 ==> level + 2
+a batch of paired inputs has one noise level @ paired_input: (len(x0),) ==> (1,)
 motion is measured along the height @ moments: diff(dim=2) ==> diff(dim=3)
 the average keeps 1 - decay @ State.update_average: 1 - ema ==> ema
 streams are the same in every iteration @ State.seed_streams: self.iteration, own ==> 0, own
@@ -147,6 +146,7 @@ a checkpoint lacks the average @ held_tensors: state.average.items() ==> {}.item
 a checkpoint lacks the fake @ held_tensors:
     held[f"{role}/{name}"] = ==> held[f"generator/{name}"] =
 # test_discriminator.py -k not density_ratio
+the real branch is left in the graph @ generator_step: torch.no_grad() ==> nullcontext()
 the discriminator reads an adapter @ Discriminator.logit: use(None) ==> use("generator")
 the generator's term has the wrong sign @ Discriminator.gradient: (-logit) ==> (logit)
 the discriminator judges clean samples @ Discriminator.gradient: add_noise(x, eps, sigma) ==> x
