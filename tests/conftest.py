@@ -37,7 +37,7 @@ def randn(*size, seed=0, dtype=torch.float64):
 
 
 def relative(value, reference):
-    return float((value - reference).norm() / reference.norm())
+    return ((value - reference).norm() / reference.norm()).item()
 
 
 def gaussian(mean, covariance):

@@ -8,7 +8,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import POINT, SHAPES, VIDEO
+from conftest import POINT, SHAPES, VIDEO, seeded
 from torch.nn.functional import softplus
 
 import w2svd
@@ -76,13 +76,11 @@ def test_the_gradient_at_the_samples_is_that_of_finite_differences(
             return softplus(-d.logit(add_noise(x, eps, sigma), sigma, cond)).mean()
 
     torch.testing.assert_close(loss, loss_at(x))
-    rng, found = torch.Generator().manual_seed(0), gradient.flatten()
-    for i in torch.randperm(x.numel(), generator=rng)[:8]:
-        nudge = torch.zeros_like(x).flatten()
-        nudge[i] = 1e-4
-        nudge = nudge.reshape(x.shape)
+    for i in torch.randperm(x.numel(), generator=seeded())[:8]:
+        nudge = torch.zeros_like(x)
+        nudge.view(-1)[i] = 1e-4
         slope = (loss_at(x + nudge) - loss_at(x - nudge)) / 2e-4
-        assert float(found[i]) == pytest.approx(float(slope), rel=1e-3, abs=1e-7)
+        assert float(gradient.flatten()[i]) == pytest.approx(float(slope), rel=1e-3, abs=1e-7)
 
 
 # ---- the two steps -------------------------------------------------------------------------------
@@ -125,7 +123,7 @@ def test_the_generator_s_backward_starts_from_the_sum_of_both_gradients(judge, d
 
 
 def test_in_the_loop_both_read_the_fake_update_s_samples_and_noise(new_roles, monkeypatch):
-    seen = {"fake_step": [], "discriminator_step": []}
+    seen, rates, update = {"fake_step": [], "discriminator_step": []}, [], State.update
 
     def spied(name, step):
         def spy(roles, *args):
@@ -134,24 +132,20 @@ def test_in_the_loop_both_read_the_fake_update_s_samples_and_noise(new_roles, mo
 
         monkeypatch.setattr(w2svd, name, spy)
 
+    def watched(state, role, lr):
+        rates.append((role, lr))
+        return update(state, role, lr)
+
     for name in seen:
         spied(name, getattr(w2svd, name))
+    monkeypatch.setattr(State, "update", watched)
     config = Config(gan_weight=0.1, fake_updates=3, accumulate=2, iterations=2, lora_rank=3)
     roles = new_roles()
     Discriminator(roles)
-    state, rates = State(config, roles, "cpu"), []
-    update = state.update
-
-    def watched(role, lr):
-        rates.append((role, lr))
-        return update(role, lr)
-
-    state.update = watched
     data = ({"x0": torch.full((4, 2), float(i)), "cond": None} for i in range(99))
-    rows = list(distil(config, roles, state, data))
+    rows = list(distil(config, roles, State(config, roles, "cpu"), data))
     assert len(seen["discriminator_step"]) == len(seen["fake_step"]) == 2 * 3 * 2
-    for fake, judged in zip(seen["fake_step"], seen["discriminator_step"]):
-        x_gen, cond, sigma, eps = fake
+    for (x_gen, _, sigma, eps), judged in zip(seen["fake_step"], seen["discriminator_step"]):
         assert judged[0] is x_gen and judged[3] is sigma and judged[4] is eps
     reals = [float(judged[1][0, 0]) for judged in seen["discriminator_step"]]
     assert reals == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]  # the batches behind the samples
@@ -169,35 +163,27 @@ def test_the_trained_logit_is_the_log_density_ratio_of_two_mixtures():
     The optimum of softplus losses is log p(x_t) - log q(x_t), which both mixtures know. The head
     sits on the toy's backbone as it is distilled, at one noise level.
     """
-    exact = ring()
-    weights = torch.linspace(0.2, 3.0, 8)
-    other = GaussianMixture(weights, exact.means, torch.full((8,), 0.2**2))
+    exact, rng, level = ring(), seeded(1), 0.3
+    other = GaussianMixture(torch.linspace(0.2, 3.0, 8), exact.means, torch.full((8,), 0.2**2))
     recipe = dataclasses.replace(POINTS, iterations=600)
     backbone = Backbone(train_backbone(exact, recipe, seed=3).requires_grad_(False))
     torch.manual_seed(0)
     d = Discriminator(Roles(backbone, 4, 0.25, 1.0))
     optimizer = torch.optim.Adam(d.head.parameters(), 3e-3)
-    rng, level = torch.Generator().manual_seed(1), 0.3
-    for step in range(600):
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 600)
+    for _ in range(600):
         x0, x_gen = exact.sample(1024, rng), other.sample(1024, rng)
         sigma, eps = torch.full((1024,), level), torch.randn(1024, 2, generator=rng)
         discriminator_step(d.roles, x_gen, x0, None, sigma, eps)
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - step / 600)
         optimizer.step()
+        decay.step()
         optimizer.zero_grad()
     x0, eps = exact.sample(2048, rng), torch.randn(2048, 2, generator=rng)
     sigma = torch.full((2048,), level)
-    x_t = add_noise(x0, eps, sigma)
-    logit = d.logit(x_t, sigma, None).detach()
-
-    def ratio(x_t):
-        return exact.log_prob(x_t, level) - other.log_prob(x_t, level)
-
-    assert (logit - ratio(x_t)).abs().mean() < 0.06 < 0.5 < ratio(x_t).abs().mean()
+    x_t = add_noise(x0, eps, sigma).requires_grad_()
+    ratio = exact.log_prob(x_t, level) - other.log_prob(x_t, level)
+    assert (d.logit(x_t, sigma, None) - ratio).abs().mean() < 0.06 < 0.5 < ratio.abs().mean()
     gradient, _ = d.gradient(x0, None, sigma, eps)
-    x = x_t.clone().requires_grad_()
-    (steepest,) = torch.autograd.grad(ratio(x).sum(), x)
+    (steepest,) = torch.autograd.grad(ratio.sum(), x_t)
     steep = steepest.norm(dim=1) > steepest.norm(dim=1).median()
-    cosine = torch.cosine_similarity(-gradient, steepest)[steep]
-    assert cosine.mean() > 0.8, cosine.mean()
+    assert torch.cosine_similarity(-gradient, steepest)[steep].mean() > 0.8
