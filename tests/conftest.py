@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test asks a hub
 
+import helpers
 import pytest
 import torch
 
@@ -26,6 +27,11 @@ COVARIANCE = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
 def elsewhere(tmp_path, monkeypatch):
     """./ is a test's own empty folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def small_toy(monkeypatch):
+    helpers.make_small(monkeypatch.setattr)
 
 
 def seeded(seed=0):
@@ -132,19 +138,6 @@ def draw():
         return {"fake": {"x_gen": x0} | both, "generator": generator | both}
 
     return make
-
-
-@pytest.fixture
-def entered(monkeypatch):
-    """[(x, gradient)] of every backward that starts at a tensor."""
-    seen, backward = [], torch.Tensor.backward
-
-    def watched(x, gradient=None, *args, **how):
-        seen.append((x.detach(), gradient))
-        return backward(x, gradient, *args, **how)
-
-    monkeypatch.setattr(torch.Tensor, "backward", watched)
-    return seen
 
 
 @pytest.fixture

@@ -57,8 +57,6 @@ def moving(frames=24):
     return picture
 
 
-# ---- colours -------------------------------------------------------------------------------------
-
 TAGS = "setparams=colorspace={0}:color_primaries={0}:color_trc={0}"
 SDR = {
     "small without tags: bt601": (64, 96, "scale=out_color_matrix=bt601,setparams=colorspace=2"),
@@ -110,9 +108,6 @@ def test_what_is_transparent_is_black():
     assert frame[32, 24].min() >= 251 and frame[32, 72].max() <= 4
 
 
-# ---- shape ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sar", ["32/27", "8/9", "1/1"])
 def test_a_disc_of_oblong_pixels_is_round(sar):
     wide, high = map(int, sar.split("/"))
@@ -157,9 +152,6 @@ def test_fields_become_whole_frames():
         between = (clip[:, :-2] + clip[:, 2:]) / 2
         combs.append((clip[:, 1:-1] - between).abs().mean())
     assert combs[0] < 2 and combs[1] > 3 * combs[0]
-
-
-# ---- time and damage -----------------------------------------------------------------------------
 
 
 def test_motion_keeps_its_speed_and_stills_are_no_clip():

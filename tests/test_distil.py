@@ -222,25 +222,6 @@ def test_the_loop_is_algorithm_1_written_again(start, new_backbone, merged, name
     assert state.iteration == ITERATIONS
 
 
-def test_the_reads_of_the_update_at_work_are_named(start):
-    """For an error to name: a clip and its noise level for each batch of the update."""
-    config, seen = Config(**RATES | dict(accumulate=2)), []
-    roles, state = start(POINT, config)
-    data = ({"name": f"clip {i}", **batch} for i, batch in enumerate(batches(POINT)))
-    update = state.update
-
-    def watched(role, lr):
-        seen.append((role, state.reads))
-        return update(role, lr)
-
-    state.update = watched
-    next(distil(config, roles, state, data))
-    assert [role for role, _ in seen] == ["fake", "fake", "generator"]
-    for i, (_, reads) in enumerate(seen):
-        assert [name for name, _ in reads] == [f"clip {2 * i}", f"clip {2 * i + 1}"]
-        assert all(sigma.shape == (N,) for _, sigma in reads)
-
-
 @pytest.mark.parametrize("kind, shared", [("paired", []), ("rollout", ["exit"])])
 def test_processes_share_no_stream_but_that_of_a_rollout_s_exit(start, monkeypatch, kind, shared):
     """What else a stream depends on, and on nothing else: see the loop above."""
@@ -251,9 +232,6 @@ def test_processes_share_no_stream_but_that_of_a_rollout_s_exit(start, monkeypat
         state.seed_streams()
         drawn.append({name: torch.rand(1, generator=rng) for name, rng in state.rngs.items()})
     assert [name for name in drawn[0] if drawn[0][name] == drawn[1][name]] == shared
-
-
-# -------------------------------------------------------------------- the state
 
 
 def test_gradients_become_means_over_forwards_and_processes(new_roles, monkeypatch):
@@ -269,9 +247,6 @@ def test_gradients_become_means_over_forwards_and_processes(new_roles, monkeypat
     for parameter in parameters:
         expected = torch.full_like(parameter, (6 + 10 + 100) / (3 * 4))
         torch.testing.assert_close(parameter.grad, expected)
-
-
-# -------------------------------------------------------------------- what a run shows and keeps
 
 
 def test_a_line_of_the_log_holds_the_samples_against_the_data(start):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randn, relative, seeded
-from helpers import PICTURES, names, run, small_toy, tensors, train  # noqa: F401
+from helpers import PICTURES, names, run, tensors, train
 from torch.distributions import MultivariateNormal
 
 import toy.tasks
@@ -75,11 +75,10 @@ def test_samples_of_one_frame_have_the_dense_moments(joint):
     assert relative(torch.cov(x.T), torch.einsum("k,kij->ij", weights, covariances + spread)) < 0.02
 
 
-@pytest.fixture(params=FORMS)
-def form(request):
-    return request.param
+EACH = pytest.mark.parametrize("form", FORMS)
 
 
+@EACH
 def test_the_network_reads_the_frame_clean_and_in_its_place(form):
     """And a frame 0 of the sample's own is replaced by the given one."""
     task = toy.tasks.task(w2svd.Config(**toy.preset(f"videos-{form}")))
@@ -97,9 +96,10 @@ def test_the_network_reads_the_frame_clean_and_in_its_place(form):
     assert torch.equal(whole, torch.cat([given, x[:, :, -7:] + 1], dim=2))
 
 
+@EACH
 def test_the_exact_velocity_in_the_network_s_place_follows_its_frame(form):
     """In 28 Euler steps it gives clips of the mixture; behind other frames they are none."""
-    task, n = toy.tasks.task(w2svd.Config(**toy.preset(f"videos-{form}"))), 1024
+    task, n = toy.tasks.task(w2svd.Config(**toy.preset(f"videos-{form}"))), 512
     given, noise = task.start(n, seed=2)
     sigmas = w2svd.few_step_sigmas(28, 5.0)
     whole = task.whole(w2svd.euler_sample(task.data.velocity, noise, sigmas, given), given)
@@ -108,7 +108,8 @@ def test_the_exact_velocity_in_the_network_s_place_follows_its_frame(form):
     assert measure.kl(task.whole(whole, given.roll(1, 0))) > 2
 
 
-def test_a_run_keeps_the_frames_that_are_given(small_toy, form, monkeypatch):  # noqa: F811
+@EACH
+def test_a_run_keeps_the_frames_that_are_given(small_toy, form, monkeypatch):
     monkeypatch.setattr(toy.tasks.Task, "pictures", PICTURES)
     train("whole", "--data", f"videos-{form}", "--iterations", 4)
     assert {"clips.gif", "samples.png", "training.gif"} < set(names("whole"))

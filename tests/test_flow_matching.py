@@ -22,8 +22,6 @@ from w2svd import (
     x0_from_velocity,
 )
 
-# -------------------------------------------------------------------- the path of one sample
-
 
 def test_noise_level_0_is_the_sample_1_is_the_noise_and_between_is_the_straight_line():
     x0, eps = randn(3, 2), randn(3, 2, seed=1)
@@ -41,16 +39,6 @@ def test_each_sample_has_its_own_noise_level_and_a_float_is_the_level_of_all(sha
         assert together.shape == x.shape
         for i, level in enumerate(sigma.tolist()):  # 1/8, 1/2, 1: exact as float32 too
             assert torch.equal(together[i : i + 1], function(x[i : i + 1], y[i : i + 1], level))
-
-
-def test_the_velocity_of_one_sample_leads_back_to_it_and_scores_its_noise():
-    x0, eps = randn(3, 2), randn(3, 2, seed=1)
-    sigma = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    x_t, v = add_noise(x0, eps, sigma), eps - x0
-    torch.testing.assert_close(x0_from_velocity(x_t, v, sigma), x0, rtol=0, atol=1e-14)
-    # grad_x_t log N(x_t; (1 - sigma) x0, sigma^2) = -eps / sigma
-    score = score_from_velocity(x_t, v, sigma)
-    torch.testing.assert_close(score, -eps / sigma[:, None], rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 0.95, 1.0])
@@ -74,9 +62,6 @@ def test_guidance_is_off_at_1_ignores_the_condition_at_0_and_extrapolates_beyond
     assert torch.equal(guided(v_cond, v_uncond, 1.0), v_cond)
     assert torch.equal(guided(v_cond, v_uncond, 0.0), v_uncond)
     assert torch.equal(guided(v_cond, v_uncond, 3.0), torch.tensor([[7.0, -7.0]]))
-
-
-# -------------------------------------------------------------------- noise levels
 
 
 def test_the_shift_multiplies_the_odds_of_the_noise_level():
@@ -110,9 +95,6 @@ def test_noise_levels_are_uniform_between_low_and_high_and_then_shifted_once(shi
     uniform = ((u - low) / (high - low)).sort().values
     steps = torch.arange(1, n + 1, dtype=torch.float64) / n
     assert (uniform - steps).abs().max() < 1.95 / n**0.5
-
-
-# -------------------------------------------------------------------- samplers
 
 
 def network(x, sigma, cond):

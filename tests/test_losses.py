@@ -22,9 +22,6 @@ def gaussian_points():
     return points[:, :2], points[:, 2:]
 
 
-# -------------------------------------------------------------------- DMD
-
-
 def kl_gradient(m, s, sigma):
     """d KL(N(m, s^2) noised || real noised) / d (m, s), by autograd of the closed form."""
     m, s = m.clone().requires_grad_(), s.clone().requires_grad_()
@@ -92,9 +89,6 @@ def test_a_perfect_match_divides_by_the_floor_and_not_by_zero():
     torch.testing.assert_close(dmd_gradient(x, x, y), (y - x) * 1e6, rtol=1e-6, atol=0)
 
 
-# -------------------------------------------------------------------- ground truth
-
-
 @SHAPES
 def test_the_gt_gradient_points_from_the_ground_truth_with_unit_mean_absolute_value(shape):
     """Whatever the distance; so descending moves samples towards it."""
@@ -102,9 +96,6 @@ def test_the_gt_gradient_points_from_the_ground_truth_with_unit_mean_absolute_va
     scale = column(torch.tensor([1e-3, 1.0, 1e3]), x)
     for g, difference in zip(gt_gradient(scale * x, scale * y), x - y):
         torch.testing.assert_close(g, difference / difference.abs().mean(), rtol=1e-6, atol=0)
-
-
-# -------------------------------------------------------------------- the fake's loss
 
 
 def test_the_fake_loss_is_the_mean_square_over_all_elements():

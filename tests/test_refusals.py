@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONSTANT, raising, refused, resume, run, said, small_toy, train, watch  # noqa
+from helpers import CONSTANT, raising, refused, resume, run, said, train, watch
 from safetensors.torch import save_file
 
 import w2svd
@@ -18,10 +18,8 @@ pytestmark = pytest.mark.usefixtures("small_toy")
 # what is given, and what the sentence must name
 REFUSED = {
     "": "--help",
-    "distill": "distill",
     "train --sed 3": "--seed",
     "train --iter 3": "--iter",  # not taken for --iterations
-    "train --seed": "--seed",
     "train --steps 0": "--steps",
     "train --alpha-weak nan": "--alpha-weak",
     "train --generator half": "--generator",
@@ -66,9 +64,6 @@ def test_every_help_has_all_flags_in_80_columns(capsys, monkeypatch, command):
     assert end.value.code == 0 and max(map(len, text.splitlines())) <= 80
     for name in {**vars(w2svd.Config()), **vars(w2svd.Machine())} if command == "train" else ():
         assert f"  {w2svd.flag(name)}" in text
-
-
-# ---- run folders ---------------------------------------------------------------------------------
 
 
 def test_a_run_folder_is_only_gone_on_with_by_what_fits_it(capsys, tmp_path):

@@ -1,11 +1,9 @@
 """Section 3: one frozen backbone plays generator, real and fake through two adapters.
 
 References: the plain backbone, the same with merged weights W + alpha B A computed here, gradients
-without checkpointing, hashes of the frozen weights. Run: python -m pytest tests/test_roles.py,
-10 seconds on one core.
+without checkpointing. Run: python -m pytest tests/test_roles.py, 10 seconds on one core.
 """
 
-import hashlib
 from types import SimpleNamespace
 
 import pytest
@@ -25,13 +23,11 @@ def inputs(draw, shape=POINT):
     return given["x_in"], given["sigma"], given["cond"]
 
 
-def frozen_hash(module):
-    """Of every tensor that is no adapter's; peft puts '.base_layer' into the names."""
-    digest = hashlib.sha256()
-    tensors = {n.replace(".base_layer", ""): x for n, x in module.state_dict().items()}
-    for name in sorted(n for n in tensors if "lora_" not in n):
-        digest.update(name.encode() + tensors[name].numpy().tobytes())
-    return digest.hexdigest()
+def assert_frozen(roles, plain):
+    """Every tensor that is no adapter's is the plain module's; peft renames those of layers."""
+    expected = plain.state_dict()
+    for name, x in roles.backbone.module.state_dict().items():
+        assert "lora_" in name or torch.equal(x, expected[name.replace(".base_layer", "")]), name
 
 
 def step_both(roles, draws, optimizers):
@@ -43,9 +39,6 @@ def step_both(roles, draws, optimizers):
 
 def adam(roles):
     return {r: torch.optim.Adam(roles.parameters(r), 1e-2) for r in ("generator", "fake")}
-
-
-# -------------------------------------------------------------------- what each role computes
 
 
 @SHAPES
@@ -82,9 +75,6 @@ def test_without_a_role_the_adapters_are_off_bit_for_bit_as_new_ones_are_in_any(
         assert torch.equal(getattr(untrained, role)(x_t, sigma, cond), expected)
 
 
-# -------------------------------------------------------------------- switching
-
-
 def test_roles_nest_and_the_one_before_comes_back_also_after_an_exception(new_roles, draw):
     roles, at = new_roles(), inputs(draw)
     velocity = {role: getattr(roles, role)(*at) for role in ROLES}
@@ -111,9 +101,6 @@ def test_roles_nest_and_the_one_before_comes_back_also_after_an_exception(new_ro
             roles.generator(*at)
         assert roles.role == "fake" and active() == ["fake"]
     assert roles.role is None and active() == []
-
-
-# -------------------------------------------------------------------- what trains
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -146,14 +133,13 @@ def test_each_step_gives_gradients_to_its_own_role_alone(new_roles, draw, kinds)
 def test_the_backbone_does_not_move_in_training(
     new_roles, new_backbone, draw, kinds, checkpointing
 ):
-    roles, expected = new_roles(VIDEO, **kinds), frozen_hash(new_backbone(VIDEO).module)
+    roles, plain = new_roles(VIDEO, **kinds), new_backbone(VIDEO).module
     if checkpointing:
         roles.use_checkpointing()
     optimizers, sum_before = adam(roles), w2svd.base_sum(roles)
-    assert frozen_hash(roles.backbone.module) == expected
     for _ in range(3):
         step_both(roles, draw(VIDEO), optimizers)
-    assert frozen_hash(roles.backbone.module) == expected
+    assert_frozen(roles, plain)
     assert w2svd.base_sum(roles) == sum_before
 
 
@@ -173,9 +159,6 @@ def test_full_roles_own_their_copies_and_the_real_dit_is_the_plain_backbone(
     assert sum(map(len, memory)) == len(set.union(*memory))  # they share nothing
     names = [n for n, _ in new_backbone().module.named_parameters()]
     assert list(roles.state("generator")) == list(roles.state("fake")) == names
-
-
-# -------------------------------------------------------------------- switching and checkpointing
 
 
 def gradients(roles, role, at, situation):
@@ -208,23 +191,16 @@ def test_no_gradient_depends_on_where_the_backward_is_nor_on_checkpointing(
 
 
 def test_checkpointing_does_recompute_the_blocks(new_roles, draw):
-    """Otherwise the equalities above would say nothing: blocks run twice for a gradient."""
+    """Otherwise the equalities above would say nothing."""
     roles, runs = new_roles(), []
     block = roles.backbone.module.single_blocks[0]
     block.register_forward_pre_hook(lambda *args: runs.append(roles.role))
     roles.use_checkpointing()
-    with torch.no_grad():
-        roles.generator(*inputs(draw))
-    assert runs == ["generator"]
     loss = roles.generator(*inputs(draw)).sum()
-    assert runs == ["generator"] * 2
     with roles.use("fake"):
         loss.backward()
         assert roles.role == "fake"
-    assert runs == ["generator"] * 3
-
-
-# -------------------------------------------------------------------- names and files
+    assert runs == ["generator"] * 2
 
 
 def test_adapters_have_diffusers_names_of_the_backbones_layers(new_roles, new_backbone):

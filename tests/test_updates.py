@@ -9,13 +9,12 @@ Run: python -m pytest tests/test_updates.py, 5 seconds on one core.
 import pytest
 import torch
 from conftest import SHAPES, STEPS, column, generator_loss, gradients
+from helpers import watch
 from torch import nn
 from torch.func import functional_call
 
 import w2svd
-from w2svd import Config, Roles, State, dmd_gradient, generator_step
-
-# -------------------------------------------------------------------- the updates
+from w2svd import Config, Roles, State, generator_step
 
 
 @SHAPES
@@ -41,9 +40,6 @@ def test_the_generators_update_is_autograd_of_its_loss_with_the_gradient_held_fi
         torch.testing.assert_close(got, exact, rtol=1e-3, atol=2e-5 * exact.abs().max())
     for name, exact in {**numbers, "gen_std": x_gen.std()}.items():
         torch.testing.assert_close(stats[name], exact, rtol=1e-4, atol=0)
-
-
-# -------------------------------------------------------------------- W2SVD and DMD
 
 
 @SHAPES
@@ -90,13 +86,7 @@ class OneLayer:
 def test_in_a_linear_network_w2svd_scales_dmds_difference_exactly(
     alpha_weak, alpha_strong, monkeypatch
 ):
-    differences = []
-
-    def watched(x_gen, x0_real, x0_fake):
-        differences.append(x0_fake - x0_real)
-        return dmd_gradient(x_gen, x0_real, x0_fake)
-
-    monkeypatch.setattr(w2svd, "dmd_gradient", watched)
+    calls = watch(monkeypatch, w2svd, "dmd_gradient")
     x_in, eps = torch.tensor([[1.0, -2.0], [3.0, 1.0]]), torch.tensor([[2.0, 1.0], [-1.0, 4.0]])
     sigma_in, sigma = torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.25])
     for alpha in (0.0, alpha_weak):
@@ -104,12 +94,9 @@ def test_in_a_linear_network_w2svd_scales_dmds_difference_exactly(
         for A, B in (roles.parameters("generator"), roles.parameters("fake")):
             A.data, B.data = torch.tensor([[1.0, 2.0]]), torch.tensor([[-1.0], [4.0]])
         generator_step(roles, x_in, sigma_in, None, sigma, eps)
-    dmd, ours = differences
+    dmd, ours = (x0_fake - x0_real for _, x0_real, x0_fake in (call.args for call in calls))
     assert dmd.abs().min() > 0
     assert torch.equal(ours, (alpha_strong - alpha_weak) / alpha_strong * dmd)
-
-
-# -------------------------------------------------------------------- what stops a run
 
 
 @pytest.mark.parametrize(
@@ -142,9 +129,6 @@ def test_a_non_finite_value_stops_the_step_with_stage_and_noise_level_and_no_gra
         STEPS[step](roles, **given)
     assert roles.role is None
     assert all(g is None for r in STEPS for g in gradients(roles, r))
-
-
-# -------------------------------------------------------------------- numbers for the log
 
 
 def test_under_the_average_the_generator_has_its_weights_and_after_an_exception_its_own(
