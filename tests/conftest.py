@@ -140,23 +140,17 @@ def draw():
     return make
 
 
-@pytest.fixture
-def merged():
-    """merged(module, adapter, alpha): weights W + alpha B A of a plain module, {name: tensor}.
+def merged(module, trained, alpha):
+    """Weights W + alpha B A of a plain module, {name: tensor}.
 
     With a whole copy's weights in place of an adapter's these are it, whatever alpha is.
     """
-
-    def make(module, trained, alpha):
-        weights = dict(module.named_parameters())
-        for name, x in trained.items():
-            layer = name.replace("lora_A.", "")
-            if layer != name:
-                weights[layer] = (
-                    weights[layer] + alpha * trained[name.replace("lora_A", "lora_B")] @ x
-                )
-            elif name in weights:
-                weights[name] = x
-        return weights
-
-    return make
+    weights = dict(module.named_parameters())
+    for name, x in trained.items():
+        layer = name.replace("lora_A.", "")
+        if layer != name:
+            B = trained[name.replace("lora_A", "lora_B")]
+            weights[layer] = weights[layer] + alpha * B @ x
+        elif name in weights:
+            weights[name] = x
+    return weights

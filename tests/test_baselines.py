@@ -6,7 +6,7 @@ run. Run with `python -m pytest tests/test_baselines.py`; 20 seconds.
 
 import pytest
 import torch
-from conftest import SHAPES, column
+from conftest import SHAPES, column, merged
 from helpers import CONSTANT, flags_of, names, said, same_run
 
 import w2svd
@@ -18,7 +18,7 @@ METHODS = pytest.mark.parametrize("method", baselines.LOOPS)
 
 
 @pytest.fixture
-def again(new_backbone, merged):
+def again(new_backbone):
     """again(shape, cond): velocity(trained, x, sigma) of a plain module with merged weights."""
 
     def make(shape, cond):

@@ -178,10 +178,9 @@ def test_a_film_damaged_in_the_frames_that_are_taken_is_left_out(name):
         read(film)
 
 
-ENDINGS = "mp4 m4v mov mkv avi gif wmv flv ts mpg 3gp ogv m2ts webm".split()
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    "ending", "mp4 m4v mov mkv avi gif wmv flv ts mpg 3gp ogv m2ts webm".split()
+)
 def test_films_of_every_ending_are_read(ending):
     flags = {"3gp": ["-s", "176x144"], "mpg": ["-r", "25"]}.get(ending, [])
     assert len(read(make(f"a.{ending}", moving(30), *flags))) == 5

@@ -105,15 +105,15 @@ def test_tables_of_spreadsheets_and_names_of_other_systems_are_understood():
     assert sorted(texts) == ["a dog, runs", "a woman"] and len(found) == 2
 
 
-LOOSE = [
-    ("metadata.jsonl", '{"file_name": "a.mp4", "text": ["a", "b"]}'),
-    ("metadata.jsonl", "{'file_name': 'a.mp4', 'text': 'x'}"),
-    ("metadata.csv", "name,description\na.mp4,a dog"),
-    ("metadata.csv", "file_name,text\na.mp4,a red ball, which moves"),
-]
-
-
-@pytest.mark.parametrize("name, content", LOOSE)
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("metadata.jsonl", '{"file_name": "a.mp4", "text": ["a", "b"]}'),
+        ("metadata.jsonl", "{'file_name': 'a.mp4', 'text': 'x'}"),
+        ("metadata.csv", "name,description\na.mp4,a dog"),
+        ("metadata.csv", "file_name,text\na.mp4,a red ball, which moves"),
+    ],
+)
 def test_a_loose_row_is_listed_and_the_good_ones_are_used(put, name, content):
     put("b", "a woman")
     Path("clips", name).write_text(content)

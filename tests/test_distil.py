@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import POINT, VIDEO, column, generator_loss, randomise
+from conftest import POINT, VIDEO, column, generator_loss, merged, randomise
 from torch.func import functional_call
 
 import toy.tasks
@@ -49,8 +49,8 @@ def batches(shape, seed=11):
 class Reference:
     """Algorithm 1 again: nothing of w2svd.py is called here."""
 
-    def __init__(self, config, plain, merged, roles):
-        self.c, self.plain, self.merged = config, plain, merged
+    def __init__(self, config, plain, roles):
+        self.c, self.plain = config, plain
         self.weights = {  # {role: {name: tensor}}
             role: {n: p.detach().clone().requires_grad_() for n, p in roles.state(role).items()}
             for role in ("generator", "fake")
@@ -70,15 +70,12 @@ class Reference:
             for role, named in self.weights.items()
         }
 
-    def x0(self, role, x_t, sigma, cond, alpha=1.0):
-        weights = self.merged(self.plain, self.weights[role], alpha)
+    def x0(self, role, x_t, sigma, cond):
+        """What a role predicts; with a whole copy as fake, the real DiT is the backbone."""
+        weights, trained = {}, self.weights["generator" if role == "generator" else "fake"]
+        if role != "real" or self.c.fake == "lora":
+            weights = merged(self.plain, trained, self.alphas[role])
         return x_t - column(sigma, x_t) * functional_call(self.plain, weights, (x_t, sigma, cond))
-
-    def x0_real(self, x_t, sigma, cond, alpha):
-        """Of the real DiT: the backbone, with alpha_weak of the fake's adapter."""
-        if self.c.fake == "full":
-            return x_t - column(sigma, x_t) * self.plain(x_t, sigma, cond)
-        return self.x0("fake", x_t, sigma, cond, alpha)
 
     def normal(self, x, stream):
         return torch.randn(x.shape, generator=self.streams[stream])
@@ -112,19 +109,14 @@ class Reference:
         sigma, eps = self.losses_noise(x_gen)
         s = column(sigma, eps)
         x_t = (1 - s) * x_gen + s * eps
-        v_fake = (x_t - self.x0("fake", x_t, sigma, cond, self.c.alpha_strong)) / s
+        v_fake = (x_t - self.x0("fake", x_t, sigma, cond)) / s
         loss = (v_fake - (eps - x_gen)).square().mean()
         return loss, {"fake_loss": loss.detach()}
 
-    def generator_loss(self, x0, cond, alpha_weak):
-        def x0_of(role, x_t, sigma, cond):
-            if role == "real":
-                return self.x0_real(x_t, sigma, cond, alpha_weak)
-            return self.x0(role, x_t, sigma, cond, self.c.alpha_strong if role == "fake" else 1.0)
-
+    def generator_loss(self, x0, cond):
         (sigma, eps), inputs = self.losses_noise(x0), self.input(x0, cond, final=False)
         weights = x0, self.c.gt_weight, self.c.guidance
-        loss, x_gen, numbers = generator_loss(x0_of, *inputs, cond, sigma, eps, *weights)
+        loss, x_gen, numbers = generator_loss(self.x0, *inputs, cond, sigma, eps, *weights)
         for name, z in (("gen", x_gen), ("data", x0)):
             numbers |= {f"{name}_mean": z.mean(), f"{name}_std": z.std()}
             if z.ndim == 5:
@@ -163,17 +155,15 @@ class Reference:
             alpha_weak, done = c.alpha_weak, min(1, i / (c.iterations / 2))
             if c.alpha_weak_schedule == "cosine":
                 alpha_weak *= (1 + math.cos(math.pi * done)) / 2
+            self.alphas = {"generator": 1.0, "fake": c.alpha_strong, "real": alpha_weak}
             for k in range(c.fake_updates + (c.fake_warmup if i == 0 else 0)):
                 if k % c.reuse == 0:
                     drawn = [self.sampled(b) for b in itertools.islice(data, c.accumulate)]
                 loss_of, rate = self.fake_loss, scale * c.fake_lr
                 numbers, norm = self.update("fake", loss_of, iter(drawn), rate, c.fake_weight_decay)
             numbers["fake_grad_norm"] = norm
-
-            def loss_of(x0, cond, alpha_weak=alpha_weak):
-                return self.generator_loss(x0, cond, alpha_weak)
-
-            more, norm = self.update("generator", loss_of, data, scale * c.generator_lr)
+            rate = scale * c.generator_lr
+            more, norm = self.update("generator", self.generator_loss, data, rate)
             for name, p in self.weights["generator"].items():
                 ema = min(c.ema, (i + 1) / (i + 10))  # the average's own warm-up
                 self.average[name] = ema * self.average[name] + (1 - ema) * p.detach()
@@ -204,11 +194,11 @@ def expect_close(named, exact, least):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_loop_is_algorithm_1_written_again(start, new_backbone, merged, name):
+def test_the_loop_is_algorithm_1_written_again(start, new_backbone, name):
     shape, settings = CASES[name]
     config = Config(**RATES | settings)
     roles, state = start(shape, config)
-    reference = Reference(config, new_backbone(shape).module, merged, roles)
+    reference = Reference(config, new_backbone(shape).module, roles)
     pairs = zip(distil(config, roles, state, batches(shape)), reference.iterate(batches(shape)))
     for stats, expected in itertools.islice(pairs, ITERATIONS):
         assert stats.keys() == expected.keys()

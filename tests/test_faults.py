@@ -42,9 +42,9 @@ def whole(undisturbed, elsewhere, monkeypatch):
     return undisturbed / "whole"
 
 
-def go_on(out):
+def go_on(out, *flags):
     """The same run once more: with --resume, if it had come so far that it can."""
-    resume(out) if Path(out, "config.json").exists() else train(out, *SIX)
+    resume(out) if Path(out, "config.json").exists() else train(out, *flags)
 
 
 # ---- numbers that are not finite -----------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_once_there_is_room(
         train("r", *SIX, code=2)
     assert "No space left" in said(capsys) and not names("r", ".part*")
     assert all(tensors(f"r/{file}") for file in names("r", "*.safetensors"))  # whole
-    go_on("r")
+    go_on("r", *SIX)
     same_run(whole, "r")
     assert names("r") == names(whole)
 
@@ -153,13 +153,14 @@ def dies_at(monkeypatch, nth):
 
 
 def test_a_run_that_ends_before_any_of_its_writes_goes_on_to_the_same_bits(whole, monkeypatch):
+    three = "--iterations 3 --save-every 1 --log-every 1".split()
     with monkeypatch.context() as patch:
         operations = dies_at(patch, 10**6)
-        train("count", *SIX)
+        train("count", *three)
     for nth in range(1, len(operations) + 1):
         with monkeypatch.context() as patch:
             dies_at(patch, nth)
-            train(f"r{nth}", *SIX, code=130)
-        go_on(f"r{nth}")
-        same_run(whole, f"r{nth}")
-        assert {*names(whole)} <= {*names(f"r{nth}")}, nth  # an old checkpoint may stay
+            train(f"r{nth}", *three, code=130)
+        go_on(f"r{nth}", *three)
+        same_run("count", f"r{nth}")
+        assert {*names("count")} <= {*names(f"r{nth}")}, nth  # an old checkpoint may stay

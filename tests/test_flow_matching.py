@@ -75,7 +75,6 @@ def test_the_shift_multiplies_the_odds_of_the_noise_level():
 
 def test_every_grid_falls_from_exactly_1_to_exactly_0():
     """Evenly spaced and shifted once: with shift 5, the author's code's, 1, 15/16, 5/6, 5/8, 0."""
-    assert few_step_sigmas(4, 5.0).dtype == torch.float32
     assert torch.equal(few_step_sigmas(4, 5.0), torch.tensor([1, 15 / 16, 5 / 6, 5 / 8, 0]))
     assert few_step_sigmas(1, 7.0).tolist() == [1.0, 0.0]
     for steps in (2, 3, 28, 50):

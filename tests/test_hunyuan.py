@@ -457,17 +457,16 @@ def test_a_checkpoint_that_is_not_hunyuanvideo_is_refused(fixed, tiny, capsys, c
     assert "no HunyuanVideo" in refused(capsys, ".", "train", *fixed, "--checkpoint", "other")
 
 
-MODES = {  # an ink, and what shows
-    "RGBA": ((0, 255, 0, 0), (0, 0, 0)),
-    "I;16": (40 * 257, (40, 40, 40)),
-    "CMYK": ((0, 255, 0, 0), (255, 0, 255)),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_picture_is_read_as_a_viewer_shows_it(mode):
+@pytest.mark.parametrize(
+    "mode, ink, expected",
+    [
+        ("RGBA", (0, 255, 0, 0), (0, 0, 0)),
+        ("I;16", 40 * 257, (40, 40, 40)),
+        ("CMYK", (0, 255, 0, 0), (255, 0, 255)),
+    ],
+)
+def test_a_picture_is_read_as_a_viewer_shows_it(mode, ink, expected):
     """Black where it is transparent; 16 bits as 8; four inks as light."""
-    ink, expected = MODES[mode]
     assert w2svd.shown_picture(Image.new(mode, (4, 4), ink)).getpixel((0, 0)) == expected
 
 

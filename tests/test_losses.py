@@ -31,25 +31,16 @@ def kl_gradient(m, s, sigma):
     return torch.autograd.grad(kl_divergence(fake, real), (m, s))
 
 
-def dmd_samples(m, s, sigma):
-    """The generator x = m + s z at exact points, and what exact fake and real DiTs make of it."""
-    z, eps = gaussian_points()
-    level = torch.full((len(z),), sigma, dtype=F64)
-    x_gen = m + s * z
-    x_t = (1 - sigma) * x_gen + sigma * eps
-    x0_fake, x0_real = (
-        x0_from_velocity(x_t, model.velocity(x_t, level), level)
-        for model in (gaussian(m, torch.diag(s**2)), gaussian(MEAN, COVARIANCE))
-    )
-    return z, x_gen, x0_real, x0_fake
-
-
 @pytest.mark.parametrize("sigma", [0.02, 0.3, 0.7, 0.98])
 def test_the_dmd_gradient_of_gaussians_is_autograd_of_the_exact_kl(sigma):
     """x0_fake - x0_real = sigma^2 / (1 - sigma) (score_fake - score_real), and x_t moves with
     (1 - sigma) x_gen, so the KL's gradient is the numerator times ((1 - sigma) / sigma)^2."""
     m, s = torch.tensor([-0.4, 0.5], dtype=F64), torch.tensor([0.8, 0.3], dtype=F64)
-    z, x_gen, x0_real, x0_fake = dmd_samples(m, s, sigma)
+    (z, eps), level = gaussian_points(), torch.full((8,), sigma, dtype=F64)
+    x_gen = m + s * z  # the generator at exact points, and what exact fake and real DiTs make of it
+    x_t = (1 - sigma) * x_gen + sigma * eps
+    models = gaussian(m, torch.diag(s**2)), gaussian(MEAN, COVARIANCE)
+    x0_fake, x0_real = (x0_from_velocity(x_t, f.velocity(x_t, level), level) for f in models)
     g = dmd_gradient(x_gen, x0_real, x0_fake)
     g = g * (x_gen - x0_real).abs().mean(dim=1, keepdim=True)  # the stated denominator, undone
     g = g * ((1 - sigma) / sigma) ** 2

@@ -92,13 +92,10 @@ def test_a_generator_or_backbone_that_does_not_fit_is_refused(capsys, tmp_path):
     for flags in ("--n 0", "--seed -1", "--prompt dog", "--image a.png", "--height 32"):
         assert flags.split()[0] in refused(capsys, tmp_path, *sample, *flags.split())
     path = Path("r/generator-000004.safetensors")
-    weights, info = w2svd.read_safetensors(path)
     path.write_bytes(path.read_bytes()[:-1])
     assert path.name in refused(capsys, tmp_path, *sample)
     save_file({"x": torch.zeros(2)}, path)  # whole, but not ours
     assert path.name in refused(capsys, tmp_path, *sample)
-    w2svd.write_safetensors(path, {n: x[:1] for n, x in weights.items()}, info)
-    assert "fit" in refused(capsys, tmp_path, *sample)
     path.unlink()
     run(*sample)  # generator.safetensors is still there
     (backbone,) = Path("cache").iterdir()

@@ -2,13 +2,12 @@
 
 References: the update's loss written again with merged weights W + alpha B A and autograd (the
 fake's and the inputs: test_distil.py), a separate copy of the backbone without adapters, and a
-one-layer network whose arithmetic is exact.
-Run: python -m pytest tests/test_updates.py, 5 seconds on one core.
+one-layer network whose arithmetic is exact. Run: python -m pytest tests/test_updates.py, 5 seconds.
 """
 
 import pytest
 import torch
-from conftest import SHAPES, STEPS, column, generator_loss, gradients
+from conftest import SHAPES, STEPS, column, generator_loss, gradients, merged
 from helpers import watch
 from torch import nn
 from torch.func import functional_call
@@ -22,7 +21,7 @@ from w2svd import Config, Roles, State, generator_step
     "gt_weight, guidance", [(0.0, 1.0), (0.5, 3.0), ((0.5, 0.0, 2.0, 1.0), 0.5)], ids=str
 )
 def test_the_generators_update_is_autograd_of_its_loss_with_the_gradient_held_fixed(
-    new_roles, new_backbone, merged, draw, shape, gt_weight, guidance
+    new_roles, new_backbone, draw, shape, gt_weight, guidance
 ):
     roles, plain = new_roles(shape, 0.25, 1.5), new_backbone(shape).module
 
@@ -56,8 +55,7 @@ def test_alpha_weak_0_is_dmd_with_a_separate_real_dit_bit_for_bit(
     for mine, exact in zip(gradients(ours, "generator"), gradients(reference, "generator")):
         assert exact.abs().sum() > 0
         assert torch.equal(mine, exact)
-    assert stats[0].keys() == stats[1].keys()
-    assert all(torch.equal(stats[0][name], stats[1][name]) for name in stats[0])
+    assert stats[0] == stats[1]
 
 
 @SHAPES
@@ -109,19 +107,18 @@ def test_in_a_linear_network_w2svd_scales_dmds_difference_exactly(
         ("generator", "real", r"the real DiT's velocity.*sigma 0\.6250"),
     ],
 )
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_value_stops_the_step_with_stage_and_noise_level_and_no_gradient(
-    new_roles, draw, step, poisoned, message, value
+    new_roles, draw, step, poisoned, message
 ):
     roles, given = new_roles(), draw()[step]
     given["sigma"][2], velocity = 0.625, roles.backbone.velocity  # sigma_in[2] is 5/6
     if poisoned == "the samples":
-        given["x_gen"][2, 0] = value
+        given["x_gen"][2, 0] = torch.inf
 
     def third_sample_fails(x_t, sigma, cond):
         v = velocity(x_t, sigma, cond)
         bad = torch.zeros_like(v)
-        bad[2, 0] = value
+        bad[2, 0] = torch.nan
         return v + bad if roles.role == poisoned else v
 
     roles.backbone.velocity = third_sample_fails
