@@ -74,10 +74,10 @@ def test_the_copy_goes_from_clips_to_a_lora(folder):
     assert names == {"w2svd.py", "r", "red.mp4", "lora"}
 
 
-@pytest.mark.parametrize(
-    "flags, word",
-    [("toy", "toy/"), ("hunyuan --data nowhere", "folder"), ("hunyuan --data .", "GPU")],
-)
+MISSING = [("toy", "toy/"), ("hunyuan --data nowhere", "folder"), ("hunyuan --data .", "GPU")]
+
+
+@pytest.mark.parametrize("flags, word", MISSING)
 def test_what_is_missing_is_said_in_one_sentence_before_any_download(folder, flags, word):
     done = start(folder[0], AS_SCRIPT, "train", "--model", *flags.split())
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
