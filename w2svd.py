@@ -1067,7 +1067,7 @@ class HunyuanVideo:
         x0 = x0.to(pipe.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
         frames = pipe.vae.decode(x0, return_dict=False)[0]
         if not frames.isfinite().all():
-            raise Refused("The sampled video is not finite; nothing is written.")
+            raise Refused("The sampled video is not finite; take an earlier generator by --at.")
         if self.form == "latent_concat":  # the first 4 repeat the picture; diffusers drops them too
             frames = frames[:, :, 4:]
         return pipe.video_processor.postprocess_video(frames, output_type="np")[0]
@@ -1499,7 +1499,7 @@ class VideoTask:
         while True:
             clips = [self.read(file) for file in itertools.islice(files, self.config.batch)]
             if len({tuple(x.shape for x in clip["cond"].values()) for clip in clips}) > 1:
-                raise Refused("Captions differ in length: --batch must be 1; see --accumulate.")
+                raise Refused("Captions differ in length: use --batch 1, and --accumulate.")
             x0 = torch.cat([clip["x0"] for clip in clips])
             cond = {n: torch.cat([clip["cond"][n] for clip in clips]) for n in clips[0]["cond"]}
             yield {"x0": x0, "cond": cond, "name": ", ".join(clip["name"] for clip in clips)}
@@ -1984,7 +1984,9 @@ class Run:
             if not math.isclose(info["base_sum"], self.base, rel_tol=1e-9):
                 raise Refused(f"{path} was made from another backbone; see --checkpoint, --cache.")
             if info["loop"] != self.loop:
-                raise Refused(f"{path} was trained by {info['loop']}, not by {self.loop}.")
+                raise Refused(
+                    f"{path} was trained by {info['loop']}: go on with that, not {self.loop}."
+                )
             if info["iteration"] > self.config.iterations:
                 raise Refused(f"{path} was saved later: --iterations cannot be less.")
             for name, x in held_tensors(self.state).items():
@@ -2090,8 +2092,9 @@ def claimed(config, resume):
     """The config with a run folder that is this process's alone; one not named gets a number."""
     from filelock import FileLock, Timeout
 
-    named = "toy" if config.model == "toy" and config.data in ("", "ring") else ""
-    named = named or (f"toy-{config.data}" if config.model == "toy" else config.model)
+    named = config.model
+    if named == "toy" and config.data not in ("", "ring"):
+        named = f"toy-{config.data}"
     for k in itertools.count(1):
         folder = Path(config.out or f"runs/{named}" + (f"-{k}" if k > 1 else ""))
         lock, used = FileLock(folder / ".lock", timeout=0), "another process has it"
@@ -2132,7 +2135,8 @@ def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, m
     place = Path(config.out or ".").absolute()
     free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free / 2**30
     if not resume and free < numbers.get("GiB of disk", 0):  # a run has some of it already
-        raise Refused(f"{numbers['GiB of disk']:.2f} GiB do not fit onto the disk of {place}.")
+        needs = f"The run needs {numbers['GiB of disk']:.2f} GiB of disk"
+        raise Refused(f"{needs}, and {place} has {free:.2f} left: name another --out.")
     with claimed(config, resume) if rank() == 0 else nullcontext() as own:
         task.config = gather(own)[0]
         run_training(task, machine, numbers, resume, loop)

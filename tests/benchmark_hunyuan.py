@@ -2,14 +2,13 @@
 
     python tests/benchmark_hunyuan.py [--size 544x960x129] [--option compile] [--out FILE]
 
-No download. A case is a process of its own, whose numbers are added to --out, a line of JSON. On a
-small checkpoint it also runs on a CPU, to show that it works:
+No download. Each case adds a line of JSON to --out. On a small checkpoint it also runs on a CPU:
 
     python tests/benchmark_hunyuan.py --checkpoint tiny/ --size 32x32x5
 
 Measured is an iteration of `distil` on clips of random numbers, with captions of two lengths in
-turns, after a first one; and what only a GPU can tell of bf16: the gap of real and fake beside the
-one that is rounding alone, the norms, and the share of gradients below 1e-8.
+turns; and what only a GPU can tell of bf16: the gap of real and fake beside that of rounding alone,
+the norms, and the share of gradients below 1e-8.
 """
 
 import argparse

@@ -36,10 +36,8 @@ STORED = ROOT / "toy/results/table.json"
 METHODS = ROOT / "toy/results/methods.json"
 MOVED = ROOT / "toy/results/moved.json"
 DEFAULT = ROOT / "toy/results/default.json"  # the two runs without a --seed
-RUNS = ("ring", "videos")  # of the toy, for the first page and the pictures
-LONG = "--height 544 --width 960 --frames 129"
-HD = "--height 720 --width 1280 --frames 129 --offload"
-COSTS = ("GiB in all", "seconds an iteration on an H100", "hours")
+RUNS = {"ring": ("--log-every", "5"), "videos": ()}  # of the toy: for the first page, the pictures
+COSTS = ("GiB in all", "GiB of disk", "seconds an iteration on an H100", "hours")
 
 
 def write(path, text):
@@ -52,20 +50,16 @@ def write(path, text):
 # ---- what stands in the READMEs ------------------------------------------------------------------
 
 
-def plan_of(flags):
+def hunyuan_plan():
     """The numbers that `train --model hunyuan --dry-run` shows."""
-    given = w2svd.parse(["train", "--model", "hunyuan", *flags.split()])
-    machine = w2svd.Machine(offload=given.pop("offload", False))
-    del given["command"]
-    config = w2svd.resolve(given)
-    return w2svd.plan(config, w2svd.load_task(config).backbone, machine)
+    config = w2svd.resolve({"model": "hunyuan"})
+    return w2svd.plan(config, w2svd.load_task(config).backbone, w2svd.Machine())
 
 
-def in_short(flags):
-    """What a size takes, in one sentence."""
-    numbers = plan_of(flags)
-    gib, seconds = numbers["GiB in all"], numbers["seconds an iteration on an H100"]
-    return f"`{flags}` {gib:.1f} GiB, {seconds:.0f} s an iteration, {numbers['hours']:.0f} h"
+def in_short(rows):
+    """The KLs of a table's methods, the first three columns but for the last row, in a sentence."""
+    cells = [row.strip("| ").split(" | ") for row in rows.splitlines()[2:-1]]
+    return "; ".join(f"{name} in {steps} steps {kl}" for name, steps, kl, *_ in cells) + "."
 
 
 def code(text):
@@ -74,18 +68,17 @@ def code(text):
 
 def parts():
     """{name: text} of every marked place of a README."""
-    results, plan = json.loads(STORED.read_text()), plan_of("")
+    results, plan = json.loads(STORED.read_text()), hunyuan_plan()
     return {
         "toy": code(tasks.table(json.loads(DEFAULT.read_text())["ring"])),
         "plan": code("\n".join(f"{name:38} {plan[name]:.4g}" for name in COSTS)),
-        "sizes": f"{in_short(LONG)}; {in_short(HD)}; {in_short('--fp8-base')}.",
         "films": small_table.in_short(json.loads(small_table.STORED.read_text())),
         "small": small_table.table(json.loads(small_table.STORED.read_text())),
         "side": side_by_side.markdown(json.loads(side_by_side.STORED.read_text())),
         "expect": table.summary(results).rstrip(),
         "table": table.markdown(results).rstrip(),
         "methods": table.methods(json.loads(METHODS.read_text())),
-        "moved": moved.markdown(json.loads(MOVED.read_text())),
+        "moved": in_short(moved.markdown(json.loads(MOVED.read_text()))),
     }
 
 
@@ -141,7 +134,8 @@ def python(*arguments):
 
 def toy_run(folder, name):
     """Train one of RUNS in `folder`; its result."""
-    python("w2svd.py", "train", "--model", "toy", "--data", name, "--out", str(folder / name))
+    flags = "--model", "toy", "--data", name, "--out", str(folder / name), *RUNS[name]
+    python("w2svd.py", "train", *flags)
     print(f"ran {name}")
     return name, json.loads((folder / name / "result.json").read_text())
 
@@ -173,12 +167,12 @@ def notebook(path):
 def everything():
     """The runs and notebooks, two at a time; then pictures, figures, and what hangs on them."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(toy_run, Path(folder), name) for name in reversed(RUNS)]
+        runs = [pool.submit(toy_run, Path(folder), name) for name in ("videos", "ring")]
         paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
         for done in [pool.submit(notebook, path) for path in paths]:
             done.result()
         results = dict(run.result() for run in runs)
-        python("-m", "toy.picture", *(f"{folder}/{name}" for name in ("ring", "videos")))
+        python("-m", "toy.picture", *(f"{folder}/{name}" for name in RUNS))
     report.write(report.STORED)
     keep(results)
 

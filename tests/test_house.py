@@ -23,7 +23,7 @@ from scipy.stats import ttest_1samp
 import w2svd
 from toy import table
 
-LINES, README_LINES = 2442, 130  # of w2svd.py and of the README; to be lowered
+LINES, README_LINES = 2442, 100  # of w2svd.py, to be lowered; of the README and the toy's
 NODES, LONG = 8.4, 0.12  # of its syntax to a line of code; share of lines of 90 characters or more
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +62,8 @@ def test_the_file_is_short_and_not_packed_and_the_readme_is_short():
             code -= set(range(node.lineno, node.end_lineno + 1))
     counted = sum(not isinstance(node, ast.Load | ast.Store) for node in nodes(FILE))
     long = sum(len(lines[number - 1]) >= 90 for number in code)
-    assert len(lines) <= LINES and len(read(PAGES[0]).splitlines()) <= README_LINES
+    assert len(lines) <= LINES and len(read(PAGES[0]).split()) <= 1600
+    assert all(len(read(page).splitlines()) <= README_LINES for page in PAGES[:2])
     assert counted / len(code) <= NODES
     assert long / len(code) <= LONG
 

@@ -457,6 +457,19 @@ def test_a_checkpoint_that_is_not_hunyuanvideo_is_refused(fixed, tiny, capsys, c
     assert "no HunyuanVideo" in refused(capsys, ".", "train", *fixed, "--checkpoint", "other")
 
 
+@IMAGE
+def test_a_picture_is_turned_as_it_says_and_cropped_and_not_stretched(tiny):
+    task = VideoTask(w2svd.resolve({"model": "hunyuan", "checkpoint": str(tiny)}), HunyuanVideo)
+    photo, turned = Image.new("RGB", (480, 1664)), Image.Exif()
+    photo.paste("white", (0, 712, 240, 952))  # at the middle of the left edge, the upper if turned
+    turned[0x0112] = 6
+    photo.save("photo.png", exif=turned)
+    frame = task.first_frame("photo.png")
+    white = frame[0, 0, 0] > 0
+    assert frame.shape == (1, 3, 1, 480, 832) and white.any(0).sum() == 240
+    assert white[:240, 296:536].all() and not white[240:].any()
+
+
 @pytest.mark.parametrize(
     "mode, ink, expected",
     [

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from toy import plots
+from toy.metrics import Metrics
 from toy.mixtures import ring, videos
 
 ROWS = [("alpha .25, rate 1e-3", 0.1, -0.1, 0.3), ("alpha .5, rate 1e-3", 0.2, 0.1, 0.3)]
@@ -23,7 +24,8 @@ PICTURES = [
     (plots.arrows_2d, "a.png", ring(), [("an arrow", POINTS[1][:2], POINTS[1][2:3])]),
     (plots.samples_gif_2d, "a.gif", ring(), [[POINTS, POINTS]]),
     (plots.training_gif_2d, "a.gif", ring(), [POINTS, POINTS]),
-    (plots.samples_videos, "a.png", [CLIPS, CLIPS]),
+    (plots.race_gif_2d, "a.gif", ring(), [("a", [POINTS] * 2, [0, 1], [1, 0.1], 9)], [("b", 0.1)]),
+    (plots.videos, "a.png", Metrics(videos(), 64), [CLIPS, CLIPS]),
     (plots.training_gif_videos, "a.gif", [CLIPS, CLIPS]),
     (plots.heatmaps, "a.png", [("ring", "rate", ["1", "2"], ["0", ".5"], *CELLS)], "alpha", "note"),
     (plots.forest, "a.png", [("ring", ROWS), ("weak", ROWS)], "difference"),

@@ -12,7 +12,6 @@ from conftest import POINT, SHAPES, STEPS, VIDEO, merged
 from torch.func import functional_call
 
 import w2svd
-from w2svd import Refused
 
 ROLES = ("generator", "real", "fake")
 KINDS = [{}, {"generator": "full"}, {"fake": "full"}, {"generator": "full", "fake": "full"}]
@@ -235,7 +234,7 @@ def test_weights_with_other_names_or_shapes_are_refused_and_change_nothing(new_r
     missing = {name: x for name, x in good.items() if name != first}
     extra, turned = {**good, "extra.weight": good[first]}, {**good, first: good[first].T}
     for wrong, name in ((missing, first), (extra, "extra.weight"), (turned, first)):
-        with pytest.raises(Refused, match=name):
+        with pytest.raises(w2svd.Refused, match=name):
             roles.load("generator", wrong)
     for parameter, old in zip(roles.parameters("generator"), before):
         assert torch.equal(parameter, old)

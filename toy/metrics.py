@@ -27,6 +27,7 @@ from scipy.spatial import cKDTree
 from scipy.special import digamma, gammaln
 from scipy.stats import chi2
 
+from toy.mixtures import GaussianMixture
 from w2svd import add_noise
 
 DIRECTIONS = 256
@@ -35,6 +36,8 @@ CLIP_DIM, FRAME_DIM = 64, 32
 # network's small errors beside the data's own narrow noise would be most of it; in more dimensions
 # neighbours are too far apart. DMD lowers the same KL, at every level.
 KL_DIM, KL_NOISE = 8, 0.5
+# The same for a clip by itself: without noise any network's errors put most clips outside
+ASTRAY_NOISE = 0.3
 NEIGHBOUR = 5  # the distance to this one tells the density
 REGION = 0.999
 # Runs use small seeds; a run whose generator met the reference's would seem closer than perfect.
@@ -136,6 +139,32 @@ def motion(clips):
     return tuple(clips.diff(n=order, dim=2).abs().mean().item() for order in (1, 2))
 
 
+def travel(clips):
+    """How far a clip's blob moves from the first frame to the last: (n, 2), pixels right and up.
+
+    clips (n, C, T, H, W) wrap around, so a frame's blob is where the slowest wave of its energy has
+    its phase, across and down, and the steps from frame to frame add up.
+    """
+    energy = clips.detach().square().sum(1)  # (n, T, H, W)
+
+    def moved(line):
+        """Pixels by which the line (n, T, W) of a frame's energy moves, (n,)."""
+        wave = torch.fft.fft(line, dim=2)[..., 1]  # (n, T)
+        turns = torch.angle(wave[:, :-1] * wave[:, 1:].conj())
+        return turns.sum(1) * line.shape[2] / (2 * math.pi)
+
+    return torch.stack([moved(energy.sum(2)), -moved(energy.sum(3))], dim=1)  # rows count down
+
+
+def travel_of(mixture, n=8192):
+    """Exact clips' travel as a mixture in the plane: each component's moments, of n clips."""
+    clips = mixture.sample(n, torch.Generator().manual_seed(REFERENCE_SEED))
+    points, component = travel(clips), mixture.responsibilities(clips).argmax(1)
+    own = [moments(points[component == k].double()) for k in range(len(mixture.weights))]
+    means, covariances = (torch.stack(part) for part in zip(*own))
+    return GaussianMixture(mixture.weights, means, covariances)
+
+
 class Metrics:
     """samples (n, *mixture.shape) -> {name: float}, in principal subspaces of the exact mixture.
 
@@ -188,6 +217,20 @@ class Metrics:
         if self.is_video:
             return kl_to_mixture(x[:, -KL_DIM:], self.leading, KL_NOISE, rng)
         return kl_to_mixture(x, self.projected, 0.0, rng)
+
+    def astray(self, clips):
+        """Which clips are like none of the data: (n,) bool. See ASTRAY_NOISE.
+
+        They lie outside the 99.9 % regions of all components, in the KL's coordinates.
+        """
+        x = clips.detach().flatten(1).double() @ self.basis[:, -KL_DIM:]
+        rng, a = torch.Generator().manual_seed(REFERENCE_SEED), 1 - ASTRAY_NOISE
+        x = add_noise(x, torch.randn(x.shape, generator=rng, dtype=x.dtype), ASTRAY_NOISE)
+        distances = []
+        for mean, U, lam in zip(self.leading.means, self.leading.basis, self.leading.lam):
+            variance = a**2 * lam + ASTRAY_NOISE**2
+            distances.append((((x - a * mean) @ U) ** 2 / variance).sum(1))
+        return torch.stack(distances).amin(0) > chi2.ppf(REGION, KL_DIM)
 
     def _sliced_w2(self, x):
         """(mean over theta of W2(theta^T x, theta^T reference)^2)^(1/2): in 1-D, W2 pairs ranks."""

@@ -18,14 +18,19 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+
+from toy.metrics import travel, travel_of
 
 INK = "#222222"
 DOT = "#a83200"  # dark on light shades, orange on blue: told apart in grey and by colour-blind eyes
 SHADES = ["#dfe9f2", "#bdd3e6", "#8fb4d3"]
 MASS = [0.999, 0.9, 0.5]  # each shade is the smallest region with this much of the exact mass
 MAX_DOTS = 1000  # more of them hide the density
+KEY_HEIGHT = 0.32  # inches of a line of the key below a picture
 
 # Latents to colours: one colour for each of four orthogonal directions of the channels. The first
 # two are the looks of mixtures.videos(), yellow and blue, about 7 at a blob's centre; the data has
@@ -77,14 +82,20 @@ def arrows_2d(path, mixture, panels, columns=4):
     return _write_png(path, _pixels(figure))
 
 
-def _panels_2d(mixture, panels, columns, loc="center", alpha=0.45):
-    """Figure of square panels in as few rows as `columns` allows, and the exact density below."""
+def _panels_2d(mixture, panels, columns, loc="center", alpha=0.45, **words):
+    """Figure of square panels in as few rows as `columns` allows, over the exact density.
+
+    words: `axes`, the two labels, and `dot`, what a dot is.
+    """
+    axes, dot = words.get("axes", ("$x_1$", "$x_2$")), words.get("dot", "a sample")
     columns = len(panels) if len(panels) <= columns else (len(panels) + 1) // 2
     rows = -(-len(panels) // columns)
     lines = max(title.count("\n") + 1 for title, _ in panels)
     pitch = 2.5 + 0.27 * lines + 0.35  # inches: panel, title and ticks
-    width, height = 0.7 + 2.65 * columns, rows * pitch + 0.3
+    key = 1 if columns > 2 else 4 // columns  # lines
+    width, height = 0.7 + 2.65 * columns, rows * pitch + 0.3 + key * KEY_HEIGHT
     figure = Figure((width, height), dpi=130)
+    _draw_key(figure, 4 // key, dot)
     exact = _density(mixture)
     for k, (title, points) in enumerate(panels):
         row, column = divmod(k, columns)
@@ -95,17 +106,19 @@ def _panels_2d(mixture, panels, columns, loc="center", alpha=0.45):
         _draw_dots(ax, alpha).set_offsets(_inside(points, exact))
         ax.set_title(title, fontsize=14, color=INK, loc=loc)
         ax.tick_params(labelleft=column == 0, labelbottom=lowest)
-        ax.set_xlabel("$x_1$" if lowest else "", fontsize=14)
-        ax.set_ylabel("$x_2$" if column == 0 else "", fontsize=14)
+        ax.set_xlabel(axes[0] if lowest else "", fontsize=14)
+        ax.set_ylabel(axes[1] if column == 0 else "", fontsize=14)
     return figure
 
 
 def training_gif_2d(path, mixture, frames):
     """GIF of samples moving over the exact density, one frame for each (title, points)."""
     lines = max(title.count("\n") + 1 for title, _ in frames)
-    width, height = 4.2, 4.1 + 0.27 * lines
+    key = 2 * KEY_HEIGHT
+    width, height = 4.2, 4.1 + 0.27 * lines + key
     figure = Figure((width, height), dpi=100)
-    ax = figure.add_axes((0.65 / width, 0.55 / height, 3.4 / width, 3.4 / height))
+    ax = figure.add_axes((0.65 / width, (0.55 + key) / height, 3.4 / width, 3.4 / height))
+    _draw_key(figure, 2)
     exact = _density(mixture)
     _draw_density(ax, exact)
     ax.set_xlabel("$x_1$", fontsize=14)
@@ -119,6 +132,49 @@ def training_gif_2d(path, mixture, frames):
         dots.set_offsets(_inside(points, exact))
         pictures.append(_pixels(figure))
     return _write_gif(path, pictures, _durations(len(pictures)))
+
+
+def race_gif_2d(path, mixture, frames, levels):
+    """GIF of two panels of points and, at their right, the KL over training as far as it has come.
+
+    A frame is (heading, [(title, points), (title, points)], iterations, KLs, milliseconds);
+    levels are the lines (name, KL) across the chart.
+    """
+    wide, high, side, base = 9.0, 3.95, 2.5, 0.8  # inches
+    figure, exact = Figure((wide, high), dpi=130), _density(mixture)
+    heading = figure.text(0.015, 0.985, "", fontsize=14, color=INK, va="top", weight="bold")
+    titles, dots = [], []
+    for left in (0.45, 3.1):
+        ax = figure.add_axes((left / wide, base / high, side / wide, side / high))
+        _draw_density(ax, exact)
+        ax.tick_params(labelleft=left < 1)
+        titles.append(ax.set_title("", fontsize=13, color=INK, loc="left"))
+        dots.append(_draw_dots(ax))
+    chart = figure.add_axes((6.35 / wide, base / high, 2.5 / wide, side / high))
+    last_iterations, last_kls = frames[-1][2:4]
+    for name, kl in levels:
+        chart.axhline(kl, color="#7a7a7a", linestyle="--", linewidth=1.2)
+        chart.text(last_iterations[-1], 1.1 * kl, name, fontsize=10, color=INK, ha="right")
+    (line,) = chart.plot([], [], color=DOT, linewidth=2)
+    (now,) = chart.plot([], [], "o", color=DOT, markersize=7, clip_on=False)
+    lowest = min(kl for _, kl in levels)
+    chart.set(xlim=(0, last_iterations[-1]), yscale="log")
+    chart.set_ylim(lowest / 2, 2 * max(last_kls))
+    chart.set_yticks([0.01, 0.03, 0.1, 0.3, 1], ["0.01", "0.03", "0.1", "0.3", "1"])
+    chart.minorticks_off()
+    _label(chart, "", "iteration of training", "")
+    chart.set_title("KL of the student (0: exact)", fontsize=13, color=INK, loc="left")
+    _draw_key(figure, 4)
+    pictures = []
+    for text, panels, iterations, kls, _ in frames:
+        heading.set_text(text)
+        for title, dot, (name, points) in zip(titles, dots, panels):
+            title.set_text(name)
+            dot.set_offsets(_inside(points, exact))
+        line.set_data(iterations, kls)
+        now.set_data(iterations[-1:], kls[-1:])
+        pictures.append(_pixels(figure))
+    return _write_gif(path, pictures, [milliseconds for *_, milliseconds in frames])
 
 
 @torch.no_grad()
@@ -149,6 +205,16 @@ def _draw_dots(ax, alpha=0.45):
     return ax.scatter([], [], s=4, c=DOT, alpha=alpha, linewidths=0, zorder=3, clip_on=False)
 
 
+def _draw_key(figure, columns, dot="a sample"):
+    """What dots and bands are, below the panels."""
+    look = {"marker": "o", "linestyle": "", "color": DOT, "markersize": 5}
+    names = ["half of the exact data", "90 %", "99.9 %"]
+    handles = [Line2D([], [], label=dot, **look)]
+    handles += [Patch(color=c, label=name) for c, name in zip(reversed(SHADES), names)]
+    how = {"loc": "lower left", "bbox_to_anchor": (0, 0), "frameon": False, "fontsize": 11}
+    figure.legend(handles=handles, ncols=columns, columnspacing=1.2, handlelength=1.2, **how)
+
+
 def _inside(points, exact):
     """The first points; strays are put on the frame, as hiding them would flatter a method."""
     points = points[:MAX_DOTS].detach().float().cpu().numpy()
@@ -159,19 +225,54 @@ def _inside(points, exact):
 # --------------------------------------------------------------------------------------- clips
 
 
+def videos(path, measure, rows):
+    """PNG of what (title, clips) show, measured by a Metrics.
+
+    Above, how far each clip's blob moves, over the exact clips' regions; below, the first clips of
+    each row, those framed that are like none of the data. Titles get the share of these.
+    """
+    exact, panels = travel_of(measure.mixture), []
+    framed = [measure.astray(clips) for _, clips in rows]
+    for (title, clips), marks in zip(rows, framed):
+        title = f"{title}\n{100 * marks.double().mean():.0f} % like no data"
+        panels.append((title, travel(clips)))
+    axes = "pixels to the right", "pixels up"
+    top = _pixels(
+        _panels_2d(exact, panels, len(panels), axes=axes, dot="a clip: how far its blob moves")
+    )
+    return _write_png(path, _stacked([top, _wall(rows, framed)]))
+
+
 def samples_videos(path, rows):
-    """PNG with a row for each (title, clips): the frames of its first two clips, left to right."""
-    zoom, gap, between, size, top = 10, 4, 28, 26, 44
+    """PNG with the first clips of each (title, clips): their frames, left to right."""
+    return _write_png(path, _wall(rows, [torch.zeros(len(clips)).bool() for _, clips in rows]))
+
+
+def _wall(rows, framed, across=5, down=4):
+    """Pixels with a few clips of each (title, clips), as strips of frames; some have a frame."""
+    zoom, gap, between, size, top = 5, 2, 14, 28, 52
+    pictures = []
+    for (_, clips), marks in zip(rows, framed, strict=True):
+        strips = [_beside(_enlarge(clip, zoom), gap) for clip in _rgb(clips[: across * down])]
+        strips = [_framed(strip, mark) for strip, mark in zip(strips, marks.tolist())]
+        lines = [strips[k : k + across] for k in range(0, len(strips), across)]
+        pictures.append(_stacked([_beside(line, between) for line in lines]))
     titles = [title for title, _ in rows]
-    strips = [[_beside(_enlarge(clip, zoom), gap) for clip in _rgb(clips[:2])] for _, clips in rows]
-    pictures = [_beside(pair, between) for pair in strips]
     left = _label_width(titles, size)
-    steps, pitch = rows[0][1].shape[2], rows[0][1].shape[4] * zoom + gap
-    marks = [(left - 16, top / 2, "time \u2192", "right")]
-    for clip in range(len(strips[0])):
-        start = left + clip * (steps * pitch - gap + between) + (pitch - gap) / 2
-        marks += [(start + k * pitch, top / 2, str(k + 1), "center") for k in range(steps)]
-    return _write_png(path, _with_titles(titles, pictures, size, top=top, marks=marks)[0])
+    words = "each strip is a clip, its 8 frames from left to right"
+    if any(marks[: across * down].any() for marks in framed):
+        words += "; framed: it is like none of the exact clips"
+    marks = [(left, top / 2, words, "left")]
+    return _with_titles(titles, pictures, size, top=top, marks=marks)[0]
+
+
+def _framed(strip, mark, edge=4):
+    """The strip (H, W, 3) within an edge of white, or of the dots' colour."""
+    colour = [int(DOT[k : k + 2], 16) if mark else 255 for k in (1, 3, 5)]
+    page = np.empty((strip.shape[0] + 2 * edge, strip.shape[1] + 2 * edge, 3), np.uint8)
+    page[:] = colour
+    page[edge:-edge, edge:-edge] = strip
+    return page
 
 
 def clips_gif(path, rows, per_row=8):
@@ -370,15 +471,12 @@ def _save(path, figure, bottom=0.0):
 # --------------------------------------------------------------------------------------- files
 
 
-def stacked(path, pictures):
-    """PNG of PNG files, one under the other, each in the middle."""
-    pages = [np.asarray(Image.open(picture).convert("RGB")) for picture in pictures]
-    width, rows = max(page.shape[1] for page in pages), []
-    for page in pages:
-        left = (width - page.shape[1]) // 2
-        right = width - page.shape[1] - left
-        rows.append(np.pad(page, ((0, 0), (left, right), (0, 0)), constant_values=255))
-    return _write_png(path, np.concatenate(rows))
+def _stacked(pages):
+    """Pixels of pages, one under the other, white at their right."""
+    width = max(page.shape[1] for page in pages)
+    right = [((0, 0), (0, width - page.shape[1]), (0, 0)) for page in pages]
+    padded = [np.pad(page, by, constant_values=255) for page, by in zip(pages, right)]
+    return np.concatenate(padded)
 
 
 def _pixels(figure):

@@ -115,14 +115,18 @@ def markdown(results):
 
 
 def summary(results):
-    """The first page's table: the KL of the 4-step student and of Euler on its own best grids."""
-    names = ("student, 4 steps", "Euler, 4 steps", "Euler, 28 steps", "impostor", "exact samples")
-    lines = [f"| KL, nats | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    """The KL of the students and of Euler on its own best grids: toy/README's first table."""
+    fitted = "fitted to Euler's 28, 1 step"
+    names = ("student, 4 steps", "Euler, 4 steps", "Euler, 28 steps", "student, 1 step", fitted)
+    lines = [f"| KL, nats | {' | '.join(names)} | impostor | exact samples |"]
+    lines.append("|---" * (len(names) + 3) + "|")
     for data in ("ring", "grid", "videos"):
         runs = list(results[f"{data}-4"].values())
         rows = [[r["student"] for r in runs], *([r["euler"][k] for r in runs] for k in ("4", "28"))]
+        for case in (f"{data}-1", f"{data}-1-regress"):
+            rows.append([r["student"] for r in results.get(case, {}).values()])
         rows += [[r[name] for r in runs] for name in ("impostor", "floor")]
-        cells = [spread([m["kl"] for m in row], 2) for row in rows]
+        cells = [spread([m["kl"] for m in row], 2) if row else "" for row in rows]
         lines.append(f"| {data} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

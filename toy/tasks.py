@@ -5,6 +5,7 @@ named after a hash of everything that its bits depend on.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -345,27 +346,32 @@ class Task:
         rng = torch.Generator().manual_seed(seed + 1)
         return self.whole(few_step_sample(generator, noise, sigmas, cond, rng), cond)
 
+    @functools.cached_property
+    def measure(self):
+        """What holds SAMPLES samples against the mixture: seconds for videos."""
+        return Metrics(self.mixture, SAMPLES[self.config.data])
+
     def on_log(self, step, generator):
-        """Keep a few samples in the run folder: frames of the animation, also after a resume."""
+        """Keep a few samples, and the KL of a quarter of SAMPLES: frames of the animation."""
         if step % self.config.log_every and step != self.config.iterations:
             return
         folder = Path(self.config.out) / "frames"
         folder.mkdir(exist_ok=True)
-        n = 6 if len(self.shape) > 1 else 1000
-        samples = self.few_step(generator, self.sigmas, n, seed=1)
-        write_safetensors(folder / f"{step:06}.safetensors", {"samples": samples}, {"step": step})
+        samples = self.few_step(generator, self.sigmas, self.measure.n // 4, seed=1)
+        info = {"step": step, "kl": self.measure.kl(samples)}
+        shown = {"samples": samples[: 6 if len(self.shape) > 1 else plots.MAX_DOTS]}
+        write_safetensors(folder / f"{step:06}.safetensors", shown, info)
 
     def finish(self, folder, generator):
         """Measure student and backbone against the exact mixture; pictures, result.json, table.
 
         First frames are exact, so the KL of whole clips is the mean KL of what follows them.
         """
-        data, steps = self.config.data, self.config.steps
-        n = SAMPLES[data]
-        measure, rng = Metrics(self.mixture, n), torch.Generator().manual_seed(5)
+        steps, measure, n = self.config.steps, self.measure, self.measure.n
+        rng = torch.Generator().manual_seed(5)
         cond, _ = self.start(n, seed=2)
         samples = {"exact": self.whole(self.data.sample(n, rng, cond), cond)}
-        make = IMPOSTORS[data]
+        make = IMPOSTORS[self.config.data]
         impostor = make.__name__
         samples[impostor] = make(self.mixture, n, rng)
         euler, same_grid = {}, {}
@@ -410,15 +416,15 @@ class Task:
 
     def pictures(self, folder, samples, kl, student):
         """samples.png, training.gif and, for videos, clips.gif; the KL in each title."""
-        video = len(self.shape) > 1
         panels = [(f"{k}\nKL {kl[k]:z.2f}", x) for k, x in samples.items()]
-        frames = []
+        frames, exact = [], self.measure.kl(samples["exact"][: self.measure.n // 4])
         for path in sorted((folder / "frames").glob("[0-9]*.safetensors")):
-            drawn = read_safetensors(path)[0]["samples"]
-            frames.append((f"{student}, iteration {int(path.stem)}", drawn))
-        if video:
-            plots.samples_videos(folder / "samples.png", panels)
-            plots.clips_gif(folder / "clips.gif", [panels[0], panels[-1]])
+            tensors, info = read_safetensors(path)
+            title = f"{student}, iteration {info['step']}\nKL {info['kl']:z.2f}"
+            frames.append((f"{title} (exact: {exact:z.2f})", tensors["samples"]))
+        if len(self.shape) > 1:
+            plots.videos(folder / "samples.png", self.measure, panels)
+            plots.clips_gif(folder / "clips.gif", panels)
             plots.training_gif_videos(folder / "training.gif", frames)
         else:
             plots.samples_2d(folder / "samples.png", self.mixture, panels)
@@ -437,23 +443,32 @@ class Task:
         generator = self.trained_generator(tensors, info)
         sigmas = torch.tensor(info["sigmas"])
         samples = self.few_step(generator, sigmas, n, seed)
-        rows = [(f"student, {len(sigmas) - 1} steps", samples)]
+        rows = [(f"student, {len(sigmas) - 1} steps{self.in_title(samples)}", samples)]
         if out.suffix == ".safetensors":
             write_safetensors(out, {"samples": samples}, {"seed": seed, "n": n})
         elif len(self.shape) == 1 and out.suffix == ".gif":
             cut = {k: torch.cat([sigmas[:k], sigmas[-1:]]) for k in range(1, len(sigmas))}
-            frames = [
-                (f"student, evaluation {k} of {len(cut)}", self.few_step(generator, grid, n, seed))
-                for k, grid in cut.items()
-            ]
+            frames = []
+            for k, grid in cut.items():
+                drawn = self.few_step(generator, grid, n, seed)
+                title = f"student, evaluation {k} of {len(cut)}{self.in_title(drawn)}"
+                frames.append((title, drawn))
             plots.training_gif_2d(out, self.mixture, frames)
         elif len(self.shape) == 1:
             plots.samples_2d(out, self.mixture, rows)
         elif out.suffix == ".gif":
             plots.clips_gif(out, rows)
         else:
-            plots.samples_videos(out, rows)
+            plots.videos(out, self.measure, rows)
         return f"wrote {out}"
+
+    def in_title(self, samples):
+        """The KL as the second line of a title; of too few samples it would say nothing."""
+        if len(samples) < 500:
+            return ""
+        rng = torch.Generator().manual_seed(5)
+        kls = self.measure.kl(samples), self.measure.kl(self.mixture.sample(len(samples), rng))
+        return "\nKL {:z.2f} (exact: {:z.2f})".format(*kls)
 
     def trained_generator(self, tensors, info):
         """The velocity of a stored generator."""
