@@ -4,10 +4,12 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test asks a hub
 
+import helpers
 import pytest
 import torch
 
 from toy.dit import DiT
+from toy.mixtures import GaussianMixture
 from toy.tasks import Backbone
 from w2svd import Roles, fake_step, few_step_sigmas, generator_step
 
@@ -17,6 +19,8 @@ POINT, VIDEO = (2,), (2, 4, 4, 4)
 SHAPES = pytest.mark.parametrize("shape", [POINT, VIDEO], ids=["points", "videos"])
 TWO_CAPTIONS = 2
 STEPS = {"fake": fake_step, "generator": generator_step}
+MEAN = torch.tensor([0.7, -1.2], dtype=torch.float64)
+COVARIANCE = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +29,54 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def small_toy(monkeypatch):
+    helpers.make_small(monkeypatch.setattr)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*size, seed=0, dtype=torch.float64):
+    return torch.randn(*size, generator=seeded(seed), dtype=dtype)
+
+
+def relative(value, reference):
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+def gaussian(mean, covariance):
+    """One Gaussian as a mixture; a variance will do as covariance."""
+    return GaussianMixture(torch.ones(1), mean[None], torch.as_tensor(covariance)[None])
+
+
 def column(sigma, x):
     """sigma (B,), shaped to multiply x (B, ...)."""
     return sigma.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def generator_loss(x0_of, x_in, sigma_in, cond, sigma, eps, x0_gt, gt_weight, guidance):
+    """mean(x_gen * stopgrad(g)), g of DMD with guidance and of the ground truth, written again.
+
+    x0_of(role, x_t, sigma, cond) predicts. Returns the loss, x_gen, and numbers of the log.
+    """
+    x_gen, s = x0_of("generator", x_in, sigma_in, cond), column(sigma, eps)
+    x = x_gen.detach()
+    x_t = (1 - s) * x + s * eps
+    with torch.no_grad():
+        x0_fake, x0_real = (x0_of(role, x_t, sigma, cond) for role in ("fake", "real"))
+        blind = x0_of("real", x_t, sigma, None)
+    x0_real = guidance * x0_real + (1 - guidance) * blind  # as velocities are mixed
+    g = torch.empty_like(x)
+    for i, weight in enumerate(torch.as_tensor(gt_weight).expand(len(x))):
+        g[i] = (x0_fake[i] - x0_real[i]) / (x[i] - x0_real[i]).abs().mean()
+        away = x0_fake[i] - x0_gt[i]
+        g[i] += weight * away / away.abs().mean()
+    gap = (x0_fake - x0_real).norm() / x0_real.norm()
+    v = [((x_t - x0) / s).flatten(1) for x0 in (x0_fake, x0_real)]
+    numbers = {"relative_gap": gap, "cos_fake_real": torch.cosine_similarity(*v).mean()}
+    return (x_gen * g).mean(), x, numbers
 
 
 def gradients(roles, role):
@@ -91,36 +140,17 @@ def draw():
     return make
 
 
-@pytest.fixture
-def entered(monkeypatch):
-    """[(x, gradient)] of every backward that starts at a tensor."""
-    seen, backward = [], torch.Tensor.backward
-
-    def watched(x, gradient=None, *args, **how):
-        seen.append((x.detach(), gradient))
-        return backward(x, gradient, *args, **how)
-
-    monkeypatch.setattr(torch.Tensor, "backward", watched)
-    return seen
-
-
-@pytest.fixture
-def merged():
-    """merged(module, adapter, alpha): weights W + alpha B A of a plain module, {name: tensor}.
+def merged(module, trained, alpha):
+    """Weights W + alpha B A of a plain module, {name: tensor}.
 
     With a whole copy's weights in place of an adapter's these are it, whatever alpha is.
     """
-
-    def make(module, trained, alpha):
-        weights = dict(module.named_parameters())
-        for name, x in trained.items():
-            layer = name.replace("lora_A.", "")
-            if layer != name:
-                weights[layer] = (
-                    weights[layer] + alpha * trained[name.replace("lora_A", "lora_B")] @ x
-                )
-            elif name in weights:
-                weights[name] = x
-        return weights
-
-    return make
+    weights = dict(module.named_parameters())
+    for name, x in trained.items():
+        layer = name.replace("lora_A.", "")
+        if layer != name:
+            B = trained[name.replace("lora_A", "lora_B")]
+            weights[layer] = weights[layer] + alpha * B @ x
+        elif name in weights:
+            weights[name] = x
+    return weights

@@ -1,10 +1,11 @@
 """What test files share: commands as a function, a toy of seconds, files held together."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
+from typing import NamedTuple
 
-import pytest
 import torch
 
 import toy.tasks
@@ -31,12 +32,6 @@ def make_small(put=setattr, measured=True):
         put(toy.tasks.Task, "finish", lambda *_: ({}, ""))  # half of the rest
 
 
-@pytest.fixture
-def small_toy(monkeypatch):
-    """The small toy."""
-    make_small(monkeypatch.setattr)
-
-
 def run(*flags, code=0):
     """A command of w2svd.py, which must end with this status."""
     assert w2svd.main([str(flag) for flag in flags]) == code
@@ -57,19 +52,24 @@ def resume(out, *flags, code=0):
     run("train", "--resume", "--out", out, *flags, code=code)
 
 
+class Call(NamedTuple):
+    args: tuple
+    how: dict
+    result: object
+
+
 def watch(monkeypatch, owner, name, nth=1, action=None):
-    """What owner.name returns from now on, a list; before the nth call the action comes."""
-    original, results, calls = getattr(owner, name), [], []
+    """The calls of owner.name from now on, a list; before the nth one the action comes."""
+    original, calls, count = getattr(owner, name), [], itertools.count(1)
 
     def watched(*args, **how):
-        calls.append(1)
-        if action and len(calls) >= nth:
+        if next(count) >= nth and action:
             action()
-        results.append(original(*args, **how))
-        return results[-1]
+        calls.append(Call(args, how, original(*args, **how)))
+        return calls[-1].result
 
     monkeypatch.setattr(owner, name, watched)
-    return results
+    return calls
 
 
 def raising(error):

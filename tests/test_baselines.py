@@ -6,8 +6,8 @@ run. Run with `python -m pytest tests/test_baselines.py`; 20 seconds.
 
 import pytest
 import torch
-from conftest import SHAPES, column
-from helpers import CONSTANT, flags_of, names, said, same_run, small_toy  # noqa: F401
+from conftest import SHAPES, column, merged
+from helpers import CONSTANT, flags_of, names, said, same_run
 
 import w2svd
 from toy import baselines
@@ -18,7 +18,7 @@ METHODS = pytest.mark.parametrize("method", baselines.LOOPS)
 
 
 @pytest.fixture
-def again(new_backbone, merged):
+def again(new_backbone):
     """again(shape, cond): velocity(trained, x, sigma) of a plain module with merged weights."""
 
     def make(shape, cond):
@@ -123,7 +123,7 @@ def command(*flags, code=0):
 
 
 @METHODS
-def test_a_run_goes_on_to_the_same_bits_with_the_method_s_settings(small_toy, method):  # noqa: F811
+def test_a_run_goes_on_to_the_same_bits_with_the_method_s_settings(small_toy, method):
     command(method, *flags_of("whole", *CONSTANT, "--iterations", 4))
     command(method, *flags_of("cut", *CONSTANT, "--iterations", 2))
     command(method, "--resume", "--out", "cut", "--iterations", 4)
@@ -134,7 +134,7 @@ def test_a_run_goes_on_to_the_same_bits_with_the_method_s_settings(small_toy, me
 @pytest.mark.parametrize(
     "flags", ["lcm --guidance 2 --data videos", "regress --steps 2", "finetune --fake full"]
 )
-def test_what_means_nothing_without_a_fake_is_refused(small_toy, capsys, flags):  # noqa: F811
+def test_what_means_nothing_without_a_fake_is_refused(small_toy, capsys, flags):
     command(*flags.split(), "--out", "r", code=2)
     sentence = said(capsys)
     assert sentence.startswith("w2svd: ") and flags.split()[1] in sentence and not names(".")

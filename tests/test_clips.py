@@ -57,8 +57,6 @@ def moving(frames=24):
     return picture
 
 
-# ---- colours -------------------------------------------------------------------------------------
-
 TAGS = "setparams=colorspace={0}:color_primaries={0}:color_trc={0}"
 SDR = {
     "small without tags: bt601": (64, 96, "scale=out_color_matrix=bt601,setparams=colorspace=2"),
@@ -110,9 +108,6 @@ def test_what_is_transparent_is_black():
     assert frame[32, 24].min() >= 251 and frame[32, 72].max() <= 4
 
 
-# ---- shape ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sar", ["32/27", "8/9", "1/1"])
 def test_a_disc_of_oblong_pixels_is_round(sar):
     wide, high = map(int, sar.split("/"))
@@ -159,9 +154,6 @@ def test_fields_become_whole_frames():
     assert combs[0] < 2 and combs[1] > 3 * combs[0]
 
 
-# ---- time and damage -----------------------------------------------------------------------------
-
-
 def test_motion_keeps_its_speed_and_stills_are_no_clip():
     clip = read(make("film.mp4", moving(), *X264), fps=12.0)
     edges = [(frame[32, :, 0] > 127).nonzero().min().item() for frame in clip]
@@ -186,10 +178,9 @@ def test_a_film_damaged_in_the_frames_that_are_taken_is_left_out(name):
         read(film)
 
 
-ENDINGS = "mp4 m4v mov mkv avi gif wmv flv ts mpg 3gp ogv m2ts webm".split()
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    "ending", "mp4 m4v mov mkv avi gif wmv flv ts mpg 3gp ogv m2ts webm".split()
+)
 def test_films_of_every_ending_are_read(ending):
     flags = {"3gp": ["-s", "176x144"], "mpg": ["-r", "25"]}.get(ending, [])
     assert len(read(make(f"a.{ending}", moving(30), *flags))) == 5

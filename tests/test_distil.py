@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import POINT, VIDEO, column, randomise
+from conftest import POINT, VIDEO, column, generator_loss, merged, randomise
 from torch.func import functional_call
 
 import toy.tasks
 import w2svd
-from w2svd import Config, State, distil, stream_seed
+from w2svd import Config, State, distil
 
 N, ITERATIONS = 3, 3
 RATES = dict(generator_lr=3e-3, fake_lr=2e-3, lora_rank=3, fake_updates=2, iterations=6, seed=7)
@@ -49,35 +49,33 @@ def batches(shape, seed=11):
 class Reference:
     """Algorithm 1 again: nothing of w2svd.py is called here."""
 
-    def __init__(self, config, plain, merged, roles):
-        self.c, self.plain, self.merged = config, plain, merged
+    def __init__(self, config, plain, roles):
+        self.c, self.plain = config, plain
         self.weights = {  # {role: {name: tensor}}
             role: {n: p.detach().clone().requires_grad_() for n, p in roles.state(role).items()}
             for role in ("generator", "fake")
         }
         self.average = {n: p.detach().clone() for n, p in self.weights["generator"].items()}
-        self.squares = {
-            role: {name: torch.zeros_like(p) for name, p in named.items()}
-            for role, named in self.weights.items()
-        }
-        self.least = {  # of |gradient| in any update
-            role: {name: torch.full_like(p, math.inf) for name, p in named.items()}
-            for role, named in self.weights.items()
-        }
+        self.squares = self.filled(0.0)
+        self.least = self.filled(math.inf)  # of |gradient| in any update
         self.updates = {"generator": 0, "fake": 0}
         self.streams = {n: torch.Generator() for n in ("input", "exit", "level", "noise")}
         even = [1 - i / config.steps for i in range(config.steps + 1)]
         self.grid = [config.shift * u / (1 + (config.shift - 1) * u) for u in even]
 
-    def x0(self, role, x_t, sigma, cond, alpha=1.0):
-        weights = self.merged(self.plain, self.weights[role], alpha)
-        return x_t - column(sigma, x_t) * functional_call(self.plain, weights, (x_t, sigma, cond))
+    def filled(self, value):
+        """A number in the place of each weight."""
+        return {
+            role: {name: torch.full_like(p, value) for name, p in named.items()}
+            for role, named in self.weights.items()
+        }
 
-    def x0_real(self, x_t, sigma, cond, alpha):
-        """Of the real DiT: the backbone, with alpha_weak of the fake's adapter."""
-        if self.c.fake == "full":
-            return x_t - column(sigma, x_t) * self.plain(x_t, sigma, cond)
-        return self.x0("fake", x_t, sigma, cond, alpha)
+    def x0(self, role, x_t, sigma, cond):
+        """What a role predicts; with a whole copy as fake, the real DiT is the backbone."""
+        weights, trained = {}, self.weights["generator" if role == "generator" else "fake"]
+        if role != "real" or self.c.fake == "lora":
+            weights = merged(self.plain, trained, self.alphas[role])
+        return x_t - column(sigma, x_t) * functional_call(self.plain, weights, (x_t, sigma, cond))
 
     def normal(self, x, stream):
         return torch.randn(x.shape, generator=self.streams[stream])
@@ -111,36 +109,19 @@ class Reference:
         sigma, eps = self.losses_noise(x_gen)
         s = column(sigma, eps)
         x_t = (1 - s) * x_gen + s * eps
-        v_fake = (x_t - self.x0("fake", x_t, sigma, cond, self.c.alpha_strong)) / s
+        v_fake = (x_t - self.x0("fake", x_t, sigma, cond)) / s
         loss = (v_fake - (eps - x_gen)).square().mean()
         return loss, {"fake_loss": loss.detach()}
 
-    def generator_loss(self, x0, cond, alpha_weak):
-        c, (sigma, eps) = self.c, self.losses_noise(x0)
-        x_in, sigma_in = self.input(x0, cond, final=False)
-        x_gen, s = self.x0("generator", x_in, sigma_in, cond), column(sigma, eps)
-        x = x_gen.detach()
-        x_t = (1 - s) * x + s * eps
-        with torch.no_grad():
-            x0_fake = self.x0("fake", x_t, sigma, cond, c.alpha_strong)
-            x0_real = self.x0_real(x_t, sigma, cond, alpha_weak)
-            blind = self.x0_real(x_t, sigma, None, alpha_weak)
-            x0_real = c.guidance * x0_real + (1 - c.guidance) * blind
-        g = torch.zeros_like(x)
-        for i in range(len(x)):
-            g[i] = (x0_fake[i] - x0_real[i]) / (x[i] - x0_real[i]).abs().mean()
-            away = x0_fake[i] - x0[i]
-            g[i] += c.gt_weight * away / away.abs().mean()
-        v = [((x_t - x0) / s).flatten(1) for x0 in (x0_fake, x0_real)]
-        numbers = {
-            "relative_gap": (x0_fake - x0_real).norm() / x0_real.norm(),
-            "cos_fake_real": torch.cosine_similarity(*v).mean(),
-        }
-        for name, z in (("gen", x), ("data", x0)):
+    def generator_loss(self, x0, cond):
+        (sigma, eps), inputs = self.losses_noise(x0), self.input(x0, cond, final=False)
+        weights = x0, self.c.gt_weight, self.c.guidance
+        loss, x_gen, numbers = generator_loss(self.x0, *inputs, cond, sigma, eps, *weights)
+        for name, z in (("gen", x_gen), ("data", x0)):
             numbers |= {f"{name}_mean": z.mean(), f"{name}_std": z.std()}
             if z.ndim == 5:
                 numbers[f"{name}_motion"] = (z[:, :, 1:] - z[:, :, :-1]).abs().mean()
-        return (x_gen * g).mean(), numbers
+        return loss, numbers
 
     def update(self, role, loss_of, data, rate, decay=0.0):
         """AdamW with beta 0 and .999 on the mean over `accumulate` batches, spikes cut off."""
@@ -174,17 +155,15 @@ class Reference:
             alpha_weak, done = c.alpha_weak, min(1, i / (c.iterations / 2))
             if c.alpha_weak_schedule == "cosine":
                 alpha_weak *= (1 + math.cos(math.pi * done)) / 2
+            self.alphas = {"generator": 1.0, "fake": c.alpha_strong, "real": alpha_weak}
             for k in range(c.fake_updates + (c.fake_warmup if i == 0 else 0)):
                 if k % c.reuse == 0:
                     drawn = [self.sampled(b) for b in itertools.islice(data, c.accumulate)]
                 loss_of, rate = self.fake_loss, scale * c.fake_lr
                 numbers, norm = self.update("fake", loss_of, iter(drawn), rate, c.fake_weight_decay)
             numbers["fake_grad_norm"] = norm
-
-            def loss_of(x0, cond, alpha_weak=alpha_weak):
-                return self.generator_loss(x0, cond, alpha_weak)
-
-            more, norm = self.update("generator", loss_of, data, scale * c.generator_lr)
+            rate = scale * c.generator_lr
+            more, norm = self.update("generator", self.generator_loss, data, rate)
             for name, p in self.weights["generator"].items():
                 ema = min(c.ema, (i + 1) / (i + 10))  # the average's own warm-up
                 self.average[name] = ema * self.average[name] + (1 - ema) * p.detach()
@@ -215,11 +194,11 @@ def expect_close(named, exact, least):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_loop_is_algorithm_1_written_again(start, new_backbone, merged, name):
+def test_the_loop_is_algorithm_1_written_again(start, new_backbone, name):
     shape, settings = CASES[name]
     config = Config(**RATES | settings)
     roles, state = start(shape, config)
-    reference = Reference(config, new_backbone(shape).module, merged, roles)
+    reference = Reference(config, new_backbone(shape).module, roles)
     pairs = zip(distil(config, roles, state, batches(shape)), reference.iterate(batches(shape)))
     for stats, expected in itertools.islice(pairs, ITERATIONS):
         assert stats.keys() == expected.keys()
@@ -233,80 +212,31 @@ def test_the_loop_is_algorithm_1_written_again(start, new_backbone, merged, name
     assert state.iteration == ITERATIONS
 
 
-def test_the_reads_of_the_update_at_work_are_named(start):
-    """For an error to name: a clip and its noise level for each batch of the update."""
-    config, seen = Config(**RATES | dict(accumulate=2)), []
-    roles, state = start(POINT, config)
-    data = ({"name": f"clip {i}", **batch} for i, batch in enumerate(batches(POINT)))
-    update = state.update
-
-    def watched(role, lr):
-        seen.append((role, state.reads))
-        return update(role, lr)
-
-    state.update = watched
-    next(distil(config, roles, state, data))
-    assert [role for role, _ in seen] == ["fake", "fake", "generator"]
-    for i, (_, reads) in enumerate(seen):
-        assert [name for name, _ in reads] == [f"clip {2 * i}", f"clip {2 * i + 1}"]
-        assert all(sigma.shape == (N,) for _, sigma in reads)
-
-
-# -------------------------------------------------------------------- random streams
-
-
-def test_a_seed_of_63_bits_follows_from_all_that_it_is_for():
-    every = itertools.product((0, 1, 12), (0, 1, 2, 12), (0, 1, 2), ("input", "noise"))
-    seeds = [stream_seed(*parts) for parts in every]
-    assert len(set(seeds)) == len(seeds) == 72 and stream_seed(1, 12) != stream_seed(11, 2)
-    assert 2**62 < max(seeds) < 2**63 and seeds[5] == stream_seed(0, 0, 2, "noise")
-
-
-@pytest.fixture
-def streams(start, monkeypatch):
-    """streams(iteration, rank, **settings): what each stream draws first, {purpose: number}."""
-
-    def make(iteration=0, rank=0, **settings):
-        monkeypatch.setattr(w2svd, "rank", lambda: rank)
-        _, state = start(POINT, Config(**RATES | settings))
-        state.iteration = iteration
+@pytest.mark.parametrize("kind, shared", [("paired", []), ("rollout", ["exit"])])
+def test_processes_share_no_stream_but_that_of_a_rollout_s_exit(start, monkeypatch, kind, shared):
+    """What else a stream depends on, and on nothing else: see the loop above."""
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setattr(w2svd, "rank", lambda rank=rank: rank)
+        _, state = start(POINT, Config(generator_input=kind))
         state.seed_streams()
-        return {name: float(torch.rand(1, generator=rng)) for name, rng in state.rngs.items()}
-
-    return make
-
-
-def test_streams_depend_on_seed_iteration_rank_and_purpose_and_on_nothing_else(streams):
-    first, others = streams(), (streams(1), streams(rank=1), streams(seed=8))
-    assert first == streams(batch=4, fake_updates=9, iterations=99)
-    assert len({number for one in (first, *others) for number in one.values()}) == 16
-
-
-def test_all_processes_leave_a_rollout_at_one_exit_and_share_no_other_stream(streams):
-    one, two = (streams(rank=rank, generator_input="rollout") for rank in (0, 1))
-    assert [name for name in one if one[name] == two[name]] == ["exit"]
-    assert one["exit"] != streams(1, generator_input="rollout")["exit"]
-
-
-# -------------------------------------------------------------------- the state
+        drawn.append({name: torch.rand(1, generator=rng) for name, rng in state.rngs.items()})
+    assert [name for name in drawn[0] if drawn[0][name] == drawn[1][name]] == shared
 
 
 def test_gradients_become_means_over_forwards_and_processes(new_roles, monkeypatch):
     def all_reduce(flat):  # there are three; the others have the gradients 10 and 100
         flat += (10 + 100) / (3 * 4)
 
-    for ranks, expected in ((1, 6 / 4), (3, (6 + 10 + 100) / (3 * 4))):
-        monkeypatch.setattr(w2svd, "ranks", lambda ranks=ranks: ranks)
-        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-        parameters = new_roles().parameters("fake")
-        for parameter in parameters:
-            parameter.grad = torch.full_like(parameter, 6.0)
-        w2svd.average_gradients(parameters, 4)
-        for parameter in parameters:
-            torch.testing.assert_close(parameter.grad, torch.full_like(parameter, expected))
-
-
-# -------------------------------------------------------------------- what a run shows and keeps
+    monkeypatch.setattr(w2svd, "ranks", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    parameters = new_roles().parameters("fake")
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 6.0)
+    w2svd.average_gradients(parameters, 4)
+    for parameter in parameters:
+        expected = torch.full_like(parameter, (6 + 10 + 100) / (3 * 4))
+        torch.testing.assert_close(parameter.grad, expected)
 
 
 def test_a_line_of_the_log_holds_the_samples_against_the_data(start):

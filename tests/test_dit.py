@@ -6,6 +6,7 @@ tests/test_dit.py`; two seconds.
 
 import pytest
 import torch
+from conftest import gaussian, randn, seeded
 
 from toy.dit import DiT
 from toy.mixtures import GaussianMixture
@@ -20,15 +21,15 @@ def test_blocks_that_predict_the_mean_give_the_exact_velocity_of_a_gaussian(sigm
     module = DiT((2,), 8, 2, double=1, single=1, rest=0.05)
     with torch.no_grad():
         module.final.bias.copy_(mean)  # its weight is 0 at the start
-        x_t = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+        x_t = randn(6, 2, dtype=torch.float32)
         v = module(x_t, torch.full((6,), sigma))
-    exact = GaussianMixture(torch.ones(1), mean[None], torch.tensor([0.05**2]))
-    torch.testing.assert_close(v, exact.velocity(x_t, sigma), rtol=1e-4, atol=1e-5)
+    exact = gaussian(mean, 0.05**2).velocity(x_t, sigma)
+    torch.testing.assert_close(v, exact, rtol=1e-4, atol=1e-5)
 
 
 def test_patches_of_whole_frames_and_back_are_the_identity():
     module = DiT(VIDEO, 8, 2, double=1, single=1, patch=(2, 4, 4))
-    x = torch.randn(3, *VIDEO, generator=torch.Generator().manual_seed(0))
+    x = randn(3, *VIDEO)
     tokens = module.patches(x)
     assert tokens.shape == (3, 2, 64)
     assert torch.equal(module.unpatch(tokens), x)
@@ -36,11 +37,9 @@ def test_patches_of_whole_frames_and_back_are_the_identity():
 
 
 def test_data_of_few_dimensions_pass_from_embed_to_final_unchanged_at_the_start():
-    rng = torch.Generator().manual_seed(0)
-    few = torch.randn(5, *VIDEO, generator=rng)
+    rng, few = seeded(1), randn(5, *VIDEO)
     mixture = GaussianMixture(torch.ones(5), few, torch.full((5,), 1e-12))
-    recipe = Recipe(width=16, patch=(2, 4, 4), precondition=True)
-    module = build(mixture, recipe)
+    module = build(mixture, Recipe(width=16, patch=(2, 4, 4), precondition=True))
     start_at_principal_components(module, mixture, rng)
     tokens = module.patches(mixture.sample(8, rng))
     through = tokens @ module.embed.weight.T @ module.final.weight.T

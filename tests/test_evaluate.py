@@ -1,8 +1,7 @@
 """notebooks/evaluate.py: its numbers against numpy's, and the whole command.
 
-Against: numpy, scipy's square root of a matrix, diffusers' pipeline, `w2svd.py sample`, a second
-run of the same command.
-Run with `python -m pytest tests/test_evaluate.py`; about half a minute.
+Against: numpy, scipy's square root of a matrix, diffusers' pipeline, `w2svd.py sample`. Run with
+`python -m pytest tests/test_evaluate.py`; about half a minute.
 """
 
 import json
@@ -59,10 +58,6 @@ def evaluated(place):
     return place / "run/evaluation"
 
 
-def result_of(folder):
-    return json.loads((folder / "evaluation.json").read_text())
-
-
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_distance_is_numpy_s_and_scipy_s(k):
     rng = np.random.default_rng(0)
@@ -97,7 +92,7 @@ def test_the_pixel_numbers_are_numpy_s():
 
 
 def test_the_command_leaves_films_of_each_method_and_all_numbers(evaluated):
-    rows = result_of(evaluated)["methods"]
+    rows = json.loads((evaluated / "evaluation.json").read_text())["methods"]
     assert list(rows) == ["data", *METHODS]
     assert [row["nfe"] for row in rows.values()] == [0, 4, 4, 28, 4]
     assert all(np.isfinite(row[column]) for row in rows.values() for column in evaluate.SHOWN)
@@ -110,7 +105,8 @@ def test_the_command_leaves_films_of_each_method_and_all_numbers(evaluated):
 
 
 def test_the_student_s_film_is_what_sample_draws(place, evaluated, tmp_path):
-    prompt, out = result_of(evaluated)["prompts"][2], tmp_path / "sample.mp4"
+    out = tmp_path / "sample.mp4"
+    prompt = json.loads((evaluated / "evaluation.json").read_text())["prompts"][2]
     run("sample", "--run", place / "run", "--prompt", prompt, "--seed", 2, "--out", out)
     assert next((evaluated / "student-4").glob("*-2.mp4")).read_bytes() == out.read_bytes()
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PICTURES, names, run, small_toy, tensors, train  # noqa: F401
+from conftest import randn, relative, seeded
+from helpers import PICTURES, names, run, tensors, train
 from torch.distributions import MultivariateNormal
 
 import toy.tasks
@@ -22,14 +23,6 @@ from toy.tasks import FORMS
 SHAPE, K, R = (2, 3, 1, 2), 3, 2  # C, T, H, W
 FIRST = torch.arange(12).reshape(SHAPE)[:, :1].flatten()  # where frame 0 is in a flat clip
 OTHERS = torch.arange(12).reshape(SHAPE)[:, 1:].flatten()
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*size, seed=0):
-    return torch.randn(*size, generator=generator(seed), dtype=torch.float64)
 
 
 @pytest.fixture
@@ -54,14 +47,10 @@ def dense(joint, y):
     return log_w.softmax(0), means, covariances
 
 
-def relative(value, reference):
-    return ((value - reference).norm() / reference.norm()).item()
-
-
 def test_density_and_velocity_agree_with_dense_conditioning(joint):
     """In a batch of frames and levels; and the velocity's score is autograd's of log_prob."""
     sigma = torch.tensor([0.0, 0.02, 0.3, 0.7, 0.99]).double()
-    given, x = joint.sample(5, generator())[:, :, :1].double(), randn(5, 2, 2, 1, 2)
+    given, x = joint.sample(5, seeded())[:, :, :1].double(), randn(5, 2, 2, 1, 2)
     mixture = GivenFirstFrame(joint)
     for name in ("log_prob", "velocity", "posterior_mean"):
         found = getattr(mixture, name)(x, sigma, given)
@@ -79,18 +68,17 @@ def test_density_and_velocity_agree_with_dense_conditioning(joint):
 def test_samples_of_one_frame_have_the_dense_moments(joint):
     n, given = 100_000, randn(1, 2, 1, 1, 2)
     weights, means, covariances = dense(joint, given.flatten())
-    x = GivenFirstFrame(joint).sample(n, generator(), given.expand(n, -1, -1, -1, -1))
+    x = GivenFirstFrame(joint).sample(n, seeded(), given.expand(n, -1, -1, -1, -1))
     x, mean = x.flatten(1).double(), weights @ means
     spread = (means - mean)[:, :, None] * (means - mean)[:, None]
     assert (x.mean(0) - mean).abs().max() < 0.02
     assert relative(torch.cov(x.T), torch.einsum("k,kij->ij", weights, covariances + spread)) < 0.02
 
 
-@pytest.fixture(params=FORMS)
-def form(request):
-    return request.param
+EACH = pytest.mark.parametrize("form", FORMS)
 
 
+@EACH
 def test_the_network_reads_the_frame_clean_and_in_its_place(form):
     """And a frame 0 of the sample's own is replaced by the given one."""
     task = toy.tasks.task(w2svd.Config(**toy.preset(f"videos-{form}")))
@@ -108,18 +96,20 @@ def test_the_network_reads_the_frame_clean_and_in_its_place(form):
     assert torch.equal(whole, torch.cat([given, x[:, :, -7:] + 1], dim=2))
 
 
+@EACH
 def test_the_exact_velocity_in_the_network_s_place_follows_its_frame(form):
     """In 28 Euler steps it gives clips of the mixture; behind other frames they are none."""
-    task, n = toy.tasks.task(w2svd.Config(**toy.preset(f"videos-{form}"))), 1024
+    task, n = toy.tasks.task(w2svd.Config(**toy.preset(f"videos-{form}"))), 512
     given, noise = task.start(n, seed=2)
     sigmas = w2svd.few_step_sigmas(28, 5.0)
     whole = task.whole(w2svd.euler_sample(task.data.velocity, noise, sigmas, given), given)
     measure = Metrics(task.mixture, n)
-    assert measure.kl(whole) < measure.kl(task.mixture.sample(n, generator())) + 0.2
+    assert measure.kl(whole) < measure.kl(task.mixture.sample(n, seeded())) + 0.2
     assert measure.kl(task.whole(whole, given.roll(1, 0))) > 2
 
 
-def test_a_run_keeps_the_frames_that_are_given(small_toy, form, monkeypatch):  # noqa: F811
+@EACH
+def test_a_run_keeps_the_frames_that_are_given(small_toy, form, monkeypatch):
     monkeypatch.setattr(toy.tasks.Task, "pictures", PICTURES)
     train("whole", "--data", f"videos-{form}", "--iterations", 4)
     assert {"clips.gif", "samples.png", "training.gif"} < set(names("whole"))

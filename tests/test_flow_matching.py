@@ -7,10 +7,9 @@ tests/test_flow_matching.py, 8 seconds on one core, most of it the import of dif
 
 import pytest
 import torch
-from conftest import SHAPES
+from conftest import COVARIANCE, MEAN, SHAPES, column, gaussian, randn, seeded
 from torch.distributions import MultivariateNormal
 
-from toy.mixtures import GaussianMixture
 from w2svd import (
     add_noise,
     euler_sample,
@@ -22,20 +21,6 @@ from w2svd import (
     shift_sigma,
     x0_from_velocity,
 )
-
-MEAN = torch.tensor([0.7, -1.2], dtype=torch.float64)
-COVARIANCE = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
-
-
-def randn(*size, seed=0, dtype=torch.float64):
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def one_gaussian():
-    return GaussianMixture(torch.ones(1), MEAN[None], COVARIANCE[None])
-
-
-# -------------------------------------------------------------------- the path of one sample
 
 
 def test_noise_level_0_is_the_sample_1_is_the_noise_and_between_is_the_straight_line():
@@ -56,16 +41,6 @@ def test_each_sample_has_its_own_noise_level_and_a_float_is_the_level_of_all(sha
             assert torch.equal(together[i : i + 1], function(x[i : i + 1], y[i : i + 1], level))
 
 
-def test_the_velocity_of_one_sample_leads_back_to_it_and_scores_its_noise():
-    x0, eps = randn(3, 2), randn(3, 2, seed=1)
-    sigma = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    x_t, v = add_noise(x0, eps, sigma), eps - x0
-    torch.testing.assert_close(x0_from_velocity(x_t, v, sigma), x0, rtol=0, atol=1e-14)
-    # grad_x_t log N(x_t; (1 - sigma) x0, sigma^2) = -eps / sigma
-    score = score_from_velocity(x_t, v, sigma)
-    torch.testing.assert_close(score, -eps / sigma[:, None], rtol=0, atol=1e-13)
-
-
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 0.95, 1.0])
 def test_score_and_clean_sample_of_a_gaussian_are_autograds_and_tweedies(sigma):
     """score = grad log p(x_t), and (1 - sigma) E[x0 | x_t] = x_t + sigma^2 score."""
@@ -75,7 +50,7 @@ def test_score_and_clean_sample_of_a_gaussian_are_autograds_and_tweedies(sigma):
     log_prob = MultivariateNormal((1 - sigma) * MEAN, S).log_prob(x_t).sum()
     (exact,) = torch.autograd.grad(log_prob, x_t)
     x_t = x_t.detach()
-    v = one_gaussian().velocity(x_t, level)
+    v = gaussian(MEAN, COVARIANCE).velocity(x_t, level)
     torch.testing.assert_close(score_from_velocity(x_t, v, level), exact, rtol=1e-10, atol=1e-12)
     x0 = x0_from_velocity(x_t, v, level)
     tweedie = x_t + sigma**2 * exact
@@ -89,9 +64,6 @@ def test_guidance_is_off_at_1_ignores_the_condition_at_0_and_extrapolates_beyond
     assert torch.equal(guided(v_cond, v_uncond, 3.0), torch.tensor([[7.0, -7.0]]))
 
 
-# -------------------------------------------------------------------- noise levels
-
-
 def test_the_shift_multiplies_the_odds_of_the_noise_level():
     sigma = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     shifted = shift_sigma(sigma, 5.0)
@@ -101,16 +73,10 @@ def test_the_shift_multiplies_the_odds_of_the_noise_level():
     assert torch.equal(shift_sigma(ends, 5.0), ends)
 
 
-def test_the_four_step_grid_of_shift_5_is_that_of_the_author_s_code():
-    """Evenly spaced 1, 3/4, 1/2, 1/4, 0, shifted once: 1, 15/16, 5/6, 5/8, 0."""
-    grid = few_step_sigmas(4, 5.0)
-    assert grid.dtype == torch.float32
-    assert torch.equal(grid, torch.tensor([1, 15 / 16, 5 / 6, 5 / 8, 0]))
-
-
 def test_every_grid_falls_from_exactly_1_to_exactly_0():
+    """Evenly spaced and shifted once: with shift 5, the author's code's, 1, 15/16, 5/6, 5/8, 0."""
+    assert torch.equal(few_step_sigmas(4, 5.0), torch.tensor([1, 15 / 16, 5 / 6, 5 / 8, 0]))
     assert few_step_sigmas(1, 7.0).tolist() == [1.0, 0.0]
-    assert few_step_sigmas(4, 1.0).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
     for steps in (2, 3, 28, 50):
         grid = few_step_sigmas(steps, 5.0)
         assert len(grid) == steps + 1 and grid[0] == 1 and grid[-1] == 0
@@ -121,7 +87,7 @@ def test_every_grid_falls_from_exactly_1_to_exactly_0():
 def test_noise_levels_are_uniform_between_low_and_high_and_then_shifted_once(shift):
     """Kolmogorov-Smirnov against the exact distribution; the bound is passed 999 times in 1000."""
     n, low, high = 20_000, 0.1, 0.7
-    sigma = sample_sigma(n, low, high, shift, torch.Generator().manual_seed(0))
+    sigma = sample_sigma(n, low, high, shift, seeded())
     assert sigma.shape == (n,) and sigma.dtype == torch.float32
     u = sigma.double() / (shift - (shift - 1) * sigma.double())  # the inverse of the shift
     assert u.min() >= low - 1e-6 and u.max() <= high + 1e-6
@@ -130,13 +96,9 @@ def test_noise_levels_are_uniform_between_low_and_high_and_then_shifted_once(shi
     assert (uniform - steps).abs().max() < 1.95 / n**0.5
 
 
-# -------------------------------------------------------------------- samplers
-
-
 def network(x, sigma, cond):
     """Any nonlinear velocity that depends on all it is given."""
-    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
-    return torch.sin(2 * x + 3 * sigma) + cond.reshape(sigma.shape) * x
+    return torch.sin(2 * x + 3 * column(sigma, x)) + column(cond, x) * x
 
 
 def scheduler_states(sigmas, noise, cond, rng, stochastic):
@@ -155,24 +117,15 @@ def scheduler_states(sigmas, noise, cond, rng, stochastic):
 
 @SHAPES
 def test_few_step_sampling_is_diffusers_stochastic_scheduler_at_every_step(shape):
+    """Also where both draw from torch's global generator."""
     sigmas, noise = few_step_sigmas(4, 5.0), randn(3, *shape, dtype=torch.float32)
     cond = torch.tensor([0.0, 0.5, 1.0])
-    rng = torch.Generator().manual_seed(7)
-    states = scheduler_states(sigmas, noise, cond, rng, stochastic=True)
+    states = scheduler_states(sigmas, noise, cond, seeded(7), stochastic=True)
     for k, state in enumerate(states):
-        rng = torch.Generator().manual_seed(7)
-        ours = few_step_sample(network, noise, sigmas[: k + 1], cond, rng)
-        torch.testing.assert_close(ours, state, rtol=1e-6, atol=1e-6)
-
-
-def test_few_step_sampling_without_a_generator_draws_from_torchs_global_one():
-    sigmas, noise = few_step_sigmas(4, 5.0), randn(3, 2, dtype=torch.float32)
-    cond = torch.ones(3)
-    torch.manual_seed(7)
-    state = scheduler_states(sigmas, noise, cond, None, stochastic=True)[-1]
-    torch.manual_seed(7)
-    ours = few_step_sample(network, noise, sigmas, cond)
-    torch.testing.assert_close(ours, state, rtol=1e-6, atol=1e-6)
+        torch.manual_seed(7)
+        for rng in (seeded(7), None):
+            ours = few_step_sample(network, noise, sigmas[: k + 1], cond, rng)
+            torch.testing.assert_close(ours, state, rtol=1e-6, atol=1e-6)
 
 
 def test_euler_sampling_is_diffusers_deterministic_scheduler_and_draws_nothing():
@@ -196,7 +149,7 @@ def test_euler_sampling_of_one_gaussian_converges_to_its_moments_at_first_order(
     eye = torch.eye(2, dtype=torch.float64)
     noise, errors = 2**0.5 * torch.cat([eye, -eye]), []
     for steps in (100, 200):
-        x = euler_sample(one_gaussian().velocity, noise, few_step_sigmas(steps, 1.0))
+        x = euler_sample(gaussian(MEAN, COVARIANCE).velocity, noise, few_step_sigmas(steps, 1.0))
         covariance = (x - x.mean(0)).T @ (x - x.mean(0)) / 4
         errors.append(torch.cat([x.mean(0) - MEAN, (covariance - COVARIANCE).flatten()]))
     assert errors[1].abs().max() < 1e-2

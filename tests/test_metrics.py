@@ -8,24 +8,13 @@ import math
 
 import pytest
 import torch
+from conftest import gaussian, randn, seeded
 
-from toy.metrics import (
-    Metrics,
-    annulus,
-    frame_moments,
-    frechet,
-    gaussian,
-    kl_to_mixture,
-    moments,
-    square,
-)
+import toy.metrics
+from toy.metrics import Metrics, annulus, frame_moments, frechet, kl_to_mixture, moments, square
 from toy.mixtures import GaussianMixture, grid, ring, videos
 
 N_CLIPS = 2048
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +29,7 @@ def on_videos():
 
 @pytest.fixture(scope="module")
 def clips(on_videos):
-    return on_videos.mixture.sample(N_CLIPS, generator())
+    return on_videos.mixture.sample(N_CLIPS, seeded())
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +39,7 @@ def exact(on_videos, clips):
 
 @pytest.mark.parametrize("mixture", (ring(), grid()))
 def test_exact_points_reach_the_floor(mixture):
-    values = Metrics(mixture).floor(generator())
+    values = Metrics(mixture).floor(seeded())
     assert abs(values["kl"]) < 0.03
     assert values["sliced_w2"] < 0.04 and 0 <= values["frechet"] < 5e-4
     assert values["precision"] == pytest.approx(0.999, abs=0.001)
@@ -69,49 +58,40 @@ def test_exact_clips_reach_the_floor(on_videos, exact):
 
 
 def test_a_seed_fixes_the_numbers(on_ring):
-    x = on_ring.mixture.sample(on_ring.n, generator())
+    x = on_ring.mixture.sample(on_ring.n, seeded())
     assert on_ring(x) == Metrics(ring())(x)
     assert on_ring(x)["sliced_w2"] != Metrics(ring(), seed=1)(x)["sliced_w2"]
 
 
 def test_the_reference_shares_no_noise_with_samples_of_the_same_seed():
-    one = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.ones(1))
-    floors = [Metrics(one, seed=0).floor(generator(seed))["sliced_w2"] for seed in range(4)]
+    one = gaussian(torch.zeros(2), 1.0)
+    floors = [Metrics(one, seed=0).floor(seeded(seed))["sliced_w2"] for seed in range(4)]
     assert floors[0] > min(floors[1:]) / 2
 
 
-def test_frechet_of_commuting_gaussians_is_the_difference_of_their_deviations():
-    a, b = torch.tensor([0.5, 1.0, 2.0]).double(), torch.tensor([1.0, 1.0, 0.0]).double()
-    Q = torch.linalg.qr(torch.randn(3, 3, generator=generator(), dtype=torch.float64))[0]
-    cov_a, cov_b = Q * a**2 @ Q.T, Q * b**2 @ Q.T  # cov_b is singular
-    mean = torch.tensor([1.0, 2.0, 3.0]).double()
-    expected = 14 + ((a - b) ** 2).sum().item()
-    assert frechet(mean, cov_a, 0 * mean, cov_b).item() == pytest.approx(expected)
-    assert frechet(mean, cov_b, 0 * mean, cov_a).item() == pytest.approx(expected)
-
-
-def test_frechet_of_any_gaussians_equals_the_cost_of_the_optimal_map():
-    A, B = torch.randn(2, 4, 4, generator=generator(), dtype=torch.float64)
+def test_frechet_of_gaussians_is_the_cost_of_the_optimal_map():
+    A, B, mean = *randn(2, 4, 4), torch.tensor([1.0, 2.0, 3.0, 0.0]).double()
     C1, C2 = A @ A.T + torch.eye(4), B @ B.T + torch.eye(4)
     product = torch.linalg.eigvals(C1 @ C2)  # the textbook form: eigenvalues of C1 C2 itself
     expected = C1.trace() + C2.trace() - 2 * product.real.sqrt().sum()
     assert frechet(A[0], C1, A[0], C2).item() == pytest.approx(expected.item())
+    a, b = torch.tensor([0.5, 1.0, 2.0, 3.0]).double(), torch.tensor([1.0, 1.0, 0.0, 3.0]).double()
+    Q = torch.linalg.qr(A)[0]
+    C1, C2 = Q * a**2 @ Q.T, Q * b**2 @ Q.T  # which commute; one is singular
+    for costs in (frechet(mean, C1, 0 * mean, C2), frechet(mean, C2, 0 * mean, C1)):
+        assert costs.item() == pytest.approx(14 + (a - b).square().sum().item())
 
 
-def one_gaussian(mean, std):
-    return GaussianMixture(torch.ones(1), mean[None].double(), torch.tensor([std**2]))
-
-
-@pytest.mark.parametrize("shift, std", [(0.0, 1.0), (1.5, 1.0), (0.0, 0.5), (1.0, 1.5)])
+@pytest.mark.parametrize("shift, std", [(0.0, 1.0), (1.5, 0.5), (1.0, 1.5)])
 @pytest.mark.parametrize("d, sigma", [(2, 0.0), (2, 0.5), (8, 0.0)])
 def test_kl_of_two_gaussians_is_the_closed_form_also_noised(shift, std, d, sigma):
     """KL(N(m, a) || N(0, b)) = |m|^2 / 2b + d (a / b - 1 - log(a / b)) / 2."""
     mean, left = torch.full((d,), shift / math.sqrt(d)), 1 - sigma
-    q, p = one_gaussian(mean, std), one_gaussian(0 * mean, 1.0)
-    x = q.sample(16384, generator()).double()
+    q, p = gaussian(mean.double(), std**2), gaussian(0 * mean.double(), 1.0)
+    x = q.sample(16384, seeded()).double()
     a, b = (left * std) ** 2 + sigma**2, left**2 + sigma**2  # variances at sigma
     known = (left * shift) ** 2 / b / 2 + d * (a / b - 1 - math.log(a / b)) / 2
-    found = kl_to_mixture(x, p.project(torch.eye(d)), sigma, generator())
+    found = kl_to_mixture(x, p.project(torch.eye(d)), sigma, seeded())
     # in 8 dimensions the density changes on the way to the fifth neighbour
     assert found == pytest.approx(known, abs=0.03 if d == 2 else 0.15)
 
@@ -120,27 +100,27 @@ def test_kl_of_two_mixtures_is_the_mean_log_ratio_of_their_densities(on_ring):
     weights = torch.tensor([4.0, 3, 2, 1, 1, 1, 1, 1])
     turned = ring().means @ torch.tensor([[0.96, 0.28], [-0.28, 0.96]]).double()
     q = GaussianMixture(weights, turned, torch.full((8,), 0.25**2))
-    x = q.sample(on_ring.n, generator())
+    x = q.sample(on_ring.n, seeded())
     known = (q.log_prob(x) - on_ring.mixture.log_prob(x)).mean().item()
     assert 0.3 < known < 3 and on_ring(x)["kl"] == pytest.approx(known, abs=0.03)
 
 
 def test_half_of_the_modes_is_a_kl_of_log_2(on_ring, on_videos):
     labels = torch.arange(on_ring.n) % 4
-    x = on_ring.mixture.sample(on_ring.n, generator(), labels)
+    x = on_ring.mixture.sample(on_ring.n, seeded(), labels)
     assert on_ring.kl(x) == pytest.approx(math.log(2), abs=0.03)
     looks = torch.zeros(2 * N_CLIPS, dtype=torch.long)  # one of two
-    x = on_videos.mixture.sample(2 * N_CLIPS, generator(), looks)
+    x = on_videos.mixture.sample(2 * N_CLIPS, seeded(), looks)
     assert on_videos.kl(x) == pytest.approx(math.log(2), abs=0.2)
 
 
 def test_impostors_fool_every_number_of_points_but_kl(on_ring):
-    fake = on_ring(annulus(ring(), on_ring.n, generator()))
+    fake = on_ring(annulus(ring(), on_ring.n, seeded()))
     assert 0.4 < fake["kl"] < 0.55
     assert fake["sliced_w2"] < 0.1 and fake["precision"] > 0.99
     assert fake["coverage"] == 1 and fake["weight_tv"] < 0.02
     on_grid = Metrics(grid())
-    fake = on_grid(square(grid(), on_grid.n, generator()))
+    fake = on_grid(square(grid(), on_grid.n, seeded()))
     assert fake["kl"] > 0.5 and fake["coverage"] == 1 and fake["sliced_w2"] < 0.1
 
 
@@ -148,58 +128,45 @@ def test_obviously_wrong_clips_have_a_large_kl(on_videos, clips):
     """Blurred, frozen, a still repeated, the average of the modes, a Gaussian of the moments."""
     mixture = on_videos.mixture
     wide = torch.nn.functional.pad(clips.flatten(1, 2), (1, 1, 1, 1), mode="circular")
-    average = mixture.mean().float() + 0.05 * torch.randn(clips.shape, generator=generator())
+    average = mixture.mean().float() + 0.05 * torch.randn(clips.shape, generator=seeded())
     wrong = {
         "blurred": torch.nn.functional.avg_pool2d(wide, 3, 1).reshape(clips.shape),
         "frozen": clips[:, :, 3:4].expand_as(clips),
         "a still": clips[:, :, :1].expand_as(clips),
         "average": average,
-        "gaussian": gaussian(mixture, len(clips), generator()),
+        "gaussian": toy.metrics.gaussian(mixture, len(clips), seeded()),
     }
     found = {name: on_videos.kl(x) for name, x in wrong.items()}
     assert min(found.values()) > 5, found
     assert on_videos(wrong["gaussian"])["clip_frechet"] < 10  # which cannot tell
 
 
-def test_a_shift_is_measured_in_closed_form():
-    mixture = GaussianMixture(torch.ones(1), torch.zeros(1, 3), torch.ones(1))
-    metrics, shift = Metrics(mixture), torch.tensor([3.0, -2.0, 1.0])
-    values = metrics(mixture.sample(metrics.n, generator()) + shift)
+def test_a_shift_and_a_scale_are_measured_in_closed_form():
+    metrics, shift = Metrics(gaussian(torch.zeros(2), 1.0)), torch.tensor([3.0, -2.0])
+    x = metrics.mixture.sample(metrics.n, seeded())
+    shifted, scaled = metrics(x + shift), metrics(1.5 * x)
     along = metrics.directions @ (metrics.basis.T @ shift.double())
-    assert values["sliced_w2"] == pytest.approx((along**2).mean().sqrt().item(), rel=0.02)
-    assert values["sliced_w2"] == pytest.approx(shift.norm().item() / math.sqrt(3), rel=0.1)
-    assert values["frechet"] == pytest.approx(14, rel=0.02)
-
-
-def test_a_scale_is_measured_in_closed_form():
-    mixture = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.ones(1))
-    metrics = Metrics(mixture)
-    values = metrics(1.5 * mixture.sample(metrics.n, generator()))
-    assert values["sliced_w2"] == pytest.approx(0.5, rel=0.05)
-    assert values["frechet"] == pytest.approx(2 * 0.5**2, rel=0.05)
+    assert shifted["sliced_w2"] == pytest.approx((along**2).mean().sqrt().item(), rel=0.02)
+    assert shifted["sliced_w2"] == pytest.approx(shift.norm().item() / math.sqrt(2), rel=0.1)
+    assert shifted["frechet"] == pytest.approx(13, rel=0.02)
+    assert scaled["sliced_w2"] == pytest.approx(0.5, rel=0.05)
+    assert scaled["frechet"] == pytest.approx(2 * 0.5**2, rel=0.05)
     # |x|^2 / 2 is exponential: P(|x|^2 < q) = 1 - exp(-q / 2), and q = -2 log .001
-    assert values["precision"] == pytest.approx(1 - 0.001 ** (1 / 1.5**2), abs=0.003)
+    assert scaled["precision"] == pytest.approx(1 - 0.001 ** (1 / 1.5**2), abs=0.003)
 
 
-def test_a_lost_mode_shows_in_coverage_and_in_the_weights(on_ring):
-    labels = torch.randint(0, 7, (on_ring.n,), generator=generator())  # never the last of 8
-    values = on_ring(on_ring.mixture.sample(on_ring.n, generator(), labels))
-    assert values["coverage"] == 7 / 8
-    assert values["weight_tv"] == pytest.approx(1 / 8, abs=0.01)
+@pytest.mark.parametrize("kept, coverage", [(0, 7 / 8), (0.08, 7 / 8), (0.12, 1)])
+def test_a_mode_with_less_than_a_tenth_of_its_weight_is_lost(on_ring, kept, coverage):
+    labels = torch.arange(on_ring.n) % 7  # of 8
+    labels[: int(kept * on_ring.n / 8)] = 7
+    values = on_ring(on_ring.mixture.sample(on_ring.n, seeded(), labels))
+    assert values["coverage"] == coverage
+    assert values["weight_tv"] == pytest.approx((1 - kept) / 8, abs=0.01)
     assert values["precision"] == pytest.approx(0.999, abs=0.001)
 
 
-def test_a_mode_with_less_than_a_tenth_of_its_weight_is_lost(on_ring):
-    for kept, coverage in ((0.08, 7 / 8), (0.12, 1)):
-        count = int(kept * on_ring.n / 8)
-        labels = torch.arange(on_ring.n) % 7
-        labels[:count] = 7
-        values = on_ring(on_ring.mixture.sample(on_ring.n, generator(), labels))
-        assert values["coverage"] == coverage
-
-
 def test_bad_samples_count_for_the_weights_but_not_for_precision_and_coverage(on_ring):
-    x = on_ring.mixture.sample(on_ring.n, generator())
+    x = on_ring.mixture.sample(on_ring.n, seeded())
     right = on_ring.mixture.responsibilities(x).argmax(1) == 0
     x[right] *= 2  # outside every region, still nearest to mode 0
     values = on_ring(x)
@@ -208,7 +175,7 @@ def test_bad_samples_count_for_the_weights_but_not_for_precision_and_coverage(on
 
 
 def test_frames_out_of_order_fail_as_clips_only(on_videos, clips, exact):
-    order = torch.randperm(8, generator=generator(1))
+    order = torch.randperm(8, generator=seeded(1))
     values = on_videos(clips[:, :, order])
     assert values["frame_frechet"] == pytest.approx(exact["frame_frechet"], rel=1e-6)
     assert values["clip_frechet"] > 50 * exact["clip_frechet"]
@@ -231,7 +198,7 @@ def test_frame_moments_are_those_of_all_frames(on_videos, clips):
 
 
 def test_samples_that_are_not_finite_or_not_n_are_refused(on_ring):
-    x = on_ring.mixture.sample(on_ring.n, generator())
+    x = on_ring.mixture.sample(on_ring.n, seeded())
     x[5, 0], x[7, 1], x[7, 0] = math.nan, math.inf, math.nan
     with pytest.raises(ValueError, match="2 of 16384 samples are not finite"):
         on_ring(x)

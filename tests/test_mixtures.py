@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from conftest import randn, relative, seeded
 from torch.distributions import MultivariateNormal
 
 from toy.mixtures import GaussianMixture, LowRank, clip, grid, ring, videos
@@ -17,13 +18,9 @@ SIGMAS = (1e-4, 1e-3, 0.02, 0.3, 0.7, 0.99)
 KINDS = ("isotropic", "diagonal", "full", "low rank", "no factors", "zero factors")
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def small_mixture(kind, labels=None):
     """A mixture of 3 overlapping components of shape (2, 3), float64."""
-    rng = generator(1)
+    rng = seeded(1)
 
     def randn(*size):
         return torch.randn(*size, generator=rng, dtype=torch.float64)
@@ -64,16 +61,12 @@ def dense_posterior(mixture, Sigma, x_t, sigma):
     return joint.logsumexp(1), p, torch.einsum("nk,nki->ni", p, x0).reshape(x_t.shape)
 
 
-def relative(value, reference):
-    return ((value - reference).norm() / reference.norm()).item()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_velocity_gives_the_score_that_autograd_finds_in_log_prob(kind, sigma):
     mixture, _ = small_mixture(kind)
-    x = mixture.sample(64, generator()).double()
-    x_t = (1 - sigma) * x + sigma * torch.randn(x.shape, generator=generator(2)).double()
+    x = mixture.sample(64, seeded()).double()
+    x_t = (1 - sigma) * x + sigma * randn(*x.shape, seed=2)
     x_t.requires_grad_()
     score = torch.autograd.grad(mixture.log_prob(x_t, sigma).sum(), x_t)[0]
     with torch.no_grad():
@@ -83,21 +76,24 @@ def test_velocity_gives_the_score_that_autograd_finds_in_log_prob(kind, sigma):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sigma", (0.02, 0.3, 0.99))
-def test_density_and_posterior_agree_with_dense_normals(kind, sigma):
+def test_density_posterior_and_distance_agree_with_dense_normals(kind, sigma):
     mixture, covariances = small_mixture(kind)
-    x_t = 1.5 * torch.randn(50, *SHAPE, generator=generator(), dtype=torch.float64)
-    log_prob, p, x0 = dense_posterior(mixture, dense(covariances), x_t, sigma)
+    x_t, Sigma = 1.5 * randn(50, *SHAPE), dense(covariances)
+    log_prob, p, x0 = dense_posterior(mixture, Sigma, x_t, sigma)
     assert torch.allclose(mixture.log_prob(x_t, sigma), log_prob, rtol=1e-9)
     assert torch.allclose(mixture.responsibilities(x_t, sigma), p, rtol=1e-7, atol=1e-12)
     assert relative(mixture.posterior_mean(x_t, sigma), x0) < 1e-9
     # v = E[eps] - E[x0] with eps = (x_t - a x0) / sigma
     assert relative(mixture.velocity(x_t, sigma), (x_t - x0) / sigma) < 1e-9
+    r = x_t.flatten(1)[:, None] - mixture.means
+    expected = torch.einsum("nki,kij,nkj->nk", r, torch.linalg.inv(Sigma), r)
+    assert torch.allclose(mixture.mahalanobis(x_t), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sigma_zero_and_one_are_the_limits(kind):
     mixture, _ = small_mixture(kind)
-    x = torch.randn(9, *SHAPE, generator=generator(), dtype=torch.float64)
+    x = randn(9, *SHAPE)
     assert torch.allclose(mixture.posterior_mean(x, 0.0), x)
     assert torch.allclose(mixture.velocity(x, 0.0), -x)
     assert torch.allclose(mixture.posterior_mean(x, 1.0), mixture.mean().expand_as(x))
@@ -109,7 +105,7 @@ def test_sigma_zero_and_one_are_the_limits(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sigma_for_each_sample_equals_one_call_for_each(kind):
     mixture, _ = small_mixture(kind)
-    x = torch.randn(5, *SHAPE, generator=generator(), dtype=torch.float64)
+    x = randn(5, *SHAPE)
     sigma = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
     for method in (mixture.velocity, mixture.posterior_mean, mixture.log_prob):
         alone = [method(x[i : i + 1], sigma[i]) for i in range(5)]
@@ -119,35 +115,26 @@ def test_a_sigma_for_each_sample_equals_one_call_for_each(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_have_the_exact_moments(kind):
     mixture, covariances = small_mixture(kind)
-    x = mixture.sample(100_000, generator()).flatten(1).double()
+    x = mixture.sample(100_000, seeded()).flatten(1).double()
     Sigma, centred = dense(covariances), mixture.means - mixture.mean().flatten()
     exact = Sigma + centred[:, :, None] * centred[:, None]
     exact = (mixture.weights[:, None, None] * exact).sum(0)
     assert torch.allclose(mixture.covariance(), exact, atol=1e-12)
     assert (x.mean(0) - mixture.mean().flatten()).abs().max() < 0.02
     assert relative(torch.cov(x.T), exact) < 0.02
-    distance = mixture.mahalanobis(mixture.sample(20_000, generator(), torch.full((20_000,), 1)))
+    distance = mixture.mahalanobis(mixture.sample(20_000, seeded(), torch.full((20_000,), 1)))
     assert distance[:, 1].mean() == pytest.approx(D, rel=0.02)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_mahalanobis_is_the_squared_distance_to_every_component(kind):
-    mixture, covariances = small_mixture(kind)
-    x = torch.randn(10, *SHAPE, generator=generator(), dtype=torch.float64)
-    r = x.flatten(1)[:, None] - mixture.means
-    expected = torch.einsum("nki,kij,nkj->nk", r, torch.linalg.inv(dense(covariances)), r)
-    assert torch.allclose(mixture.mahalanobis(x), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_projection_has_the_projected_moments_and_components(kind):
     mixture, covariances = small_mixture(kind, labels=torch.tensor([0, 1, 1]))
-    P = torch.randn(D, 2, generator=generator(), dtype=torch.float64)  # any P, not orthonormal
+    P = randn(D, 2)  # any P, not orthonormal
     projected = mixture.project(P)
     assert projected.shape == (2,) and torch.equal(projected.labels, mixture.labels)
     assert torch.allclose(projected.mean(), mixture.mean().flatten() @ P)
     assert torch.allclose(projected.covariance(), P.T @ mixture.covariance() @ P)
-    x = torch.randn(10, 2, generator=generator()).double()
+    x = randn(10, 2)
     normals = MultivariateNormal(mixture.means @ P, P.T @ dense(covariances) @ P)
     joint = normals.log_prob(x[:, None]) + mixture.weights.log()
     assert torch.allclose(projected.log_prob(x), joint.logsumexp(1))
@@ -156,30 +143,25 @@ def test_a_projection_has_the_projected_moments_and_components(kind):
 def test_a_condition_is_the_mixture_of_its_own_components():
     mixture, covariances = small_mixture("full", labels=torch.tensor([1, 0, 1]))
     own = torch.tensor([0, 2])
-    alone = GaussianMixture(
-        mixture.weights[own], mixture.means[own].reshape(2, *SHAPE), covariances[own]
-    )
-    x = torch.randn(10, *SHAPE, generator=generator(), dtype=torch.float64)
+    means = mixture.means[own].reshape(2, *SHAPE)
+    alone = GaussianMixture(mixture.weights[own], means, covariances[own])
+    x = randn(10, *SHAPE)
     ones = torch.ones(10, dtype=torch.long)
-    assert torch.allclose(mixture.velocity(x, 0.4, ones), alone.velocity(x, 0.4))
-    assert torch.allclose(mixture.posterior_mean(x, 0.4, ones), alone.posterior_mean(x, 0.4))
-    assert torch.allclose(mixture.log_prob(x, 0.4, ones), alone.log_prob(x, 0.4))
-    mixed = torch.arange(10) % 2
-    both = torch.where(
-        (mixed == 1)[:, None, None],
-        mixture.velocity(x, 0.4, ones),
-        mixture.velocity(x, 0.4, 0 * ones),
-    )
+    for method in ("velocity", "posterior_mean", "log_prob"):
+        given = getattr(mixture, method)(x, 0.4, ones)
+        assert torch.allclose(given, getattr(alone, method)(x, 0.4))
+    mixed, other = torch.arange(10) % 2, mixture.velocity(x, 0.4, 0 * ones)
+    both = torch.where((mixed == 1)[:, None, None], mixture.velocity(x, 0.4, ones), other)
     assert torch.allclose(mixture.velocity(x, 0.4, mixed), both)
 
 
 def test_samples_follow_their_labels():
     mixture = ring(std=0.1)  # so that no sample is nearer to another mode
-    labels = mixture.sample_labels(4000, generator())
-    x = mixture.sample(4000, generator(1), labels)
+    labels = mixture.sample_labels(4000, seeded())
+    x = mixture.sample(4000, seeded(1), labels)
     assert torch.equal(mixture.responsibilities(x).argmax(1), labels)
     assert torch.bincount(labels).min() > 400
-    assert torch.equal(x, mixture.sample(4000, generator(1), labels))
+    assert torch.equal(x, mixture.sample(4000, seeded(1), labels))
 
 
 def test_an_unknown_label_is_refused():
@@ -192,7 +174,7 @@ def test_an_unknown_label_is_refused():
 @pytest.mark.parametrize("distance", (1, 1e3, 1e6))
 def test_float32_is_finite_and_right_also_far_from_every_mode(distance):
     for mixture in (ring(), grid(), videos()):
-        way = torch.randn(4, *mixture.shape, generator=generator())
+        way = randn(4, *mixture.shape, dtype=torch.float32)
         x = distance * way / way.flatten(1).norm(dim=1).reshape(-1, *[1] * len(mixture.shape))
         for sigma in (0.0, *SIGMAS, 1.0):
             v = mixture.velocity(x, sigma)
@@ -218,14 +200,14 @@ def test_videos_have_unit_variance_and_two_captions():
     assert mixture.covariance().diagonal().mean() == pytest.approx(1)
     assert torch.equal(mixture.labels, torch.tensor([0] * 8 + [1] * 8))
     assert (mixture.lam.sqrt() > 20 * mixture.rest.sqrt()[:, None]).all()
-    x = mixture.sample(256, generator())
+    x = mixture.sample(256, seeded())
     assert x.shape == (256, 4, 8, 8, 8) and x.dtype == torch.float32
     assert x.var() == pytest.approx(1 + mixture.mean().var(correction=0).item(), rel=0.1)
 
 
 def test_video_wobble_is_shared_by_neighbouring_frames():
     mixture = videos()
-    x = mixture.sample(4000, generator())
+    x = mixture.sample(4000, seeded())
     own = mixture.responsibilities(x).argmax(1) == 0
     residual = x[own] - mixture.means[0].reshape(mixture.shape).float()
     brightness = residual.mean((1, 3, 4))  # (n, T)

@@ -37,7 +37,6 @@ CASES = {
     "ground truth, split": ({"gt_weight": 0.3, "accumulate": 2, "checkpointing": True}, None, True),
     "rollout, discriminator": ({**FINAL, "reuse": 2}, None, False),
     "rollout, split": ({"generator_input": "rollout", "checkpointing": True}, None, True),
-    "first image": ({}, "token_replace", False),
     "first image, split": ({"checkpointing": True, "gan_weight": 0.1}, "token_replace", True),
     "bf16, split": ({}, None, True),
     "full copies": ({**FULL, "generator_lr": 1e-4, "fake_lr": 1e-4}, None, False),
@@ -102,9 +101,6 @@ def work(folder, names):
     torch.distributed.destroy_process_group()  # or its threads may outlive what they read
 
 
-# ---- the same in one process ---------------------------------------------------------------------
-
-
 def reference(folder, name, ranks, monkeypatch):
     """`distil` in one process: each update takes every process's forwards, with its noise, in turn.
 
@@ -143,8 +139,6 @@ def reference(folder, name, ranks, monkeypatch):
         held = {key: x.detach().clone() for key, x in w2svd.held_tensors(state).items()}
         yield held, stats, state.taken
 
-
-# ---- tests ---------------------------------------------------------------------------------------
 
 PIPE = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONSTANT, raising, refused, resume, run, said, small_toy, train, watch  # noqa
+from helpers import CONSTANT, raising, refused, resume, run, said, train, watch
 from safetensors.torch import save_file
 
 import w2svd
@@ -18,10 +18,8 @@ pytestmark = pytest.mark.usefixtures("small_toy")
 # what is given, and what the sentence must name
 REFUSED = {
     "": "--help",
-    "distill": "distill",
     "train --sed 3": "--seed",
     "train --iter 3": "--iter",  # not taken for --iterations
-    "train --seed": "--seed",
     "train --steps 0": "--steps",
     "train --alpha-weak nan": "--alpha-weak",
     "train --generator half": "--generator",
@@ -68,9 +66,6 @@ def test_every_help_has_all_flags_in_80_columns(capsys, monkeypatch, command):
         assert f"  {w2svd.flag(name)}" in text
 
 
-# ---- run folders ---------------------------------------------------------------------------------
-
-
 def test_a_run_folder_is_only_gone_on_with_by_what_fits_it(capsys, tmp_path):
     train("r", "--iterations", 4, *CONSTANT)
     train("scheduled", "--iterations", 2, *CONSTANT, "--alpha-weak-schedule", "cosine")
@@ -97,13 +92,10 @@ def test_a_generator_or_backbone_that_does_not_fit_is_refused(capsys, tmp_path):
     for flags in ("--n 0", "--seed -1", "--prompt dog", "--image a.png", "--height 32"):
         assert flags.split()[0] in refused(capsys, tmp_path, *sample, *flags.split())
     path = Path("r/generator-000004.safetensors")
-    weights, info = w2svd.read_safetensors(path)
     path.write_bytes(path.read_bytes()[:-1])
     assert path.name in refused(capsys, tmp_path, *sample)
     save_file({"x": torch.zeros(2)}, path)  # whole, but not ours
     assert path.name in refused(capsys, tmp_path, *sample)
-    w2svd.write_safetensors(path, {n: x[:1] for n, x in weights.items()}, info)
-    assert "fit" in refused(capsys, tmp_path, *sample)
     path.unlink()
     run(*sample)  # generator.safetensors is still there
     (backbone,) = Path("cache").iterdir()

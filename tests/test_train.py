@@ -151,15 +151,6 @@ def test_sample_draws_tensors_pictures_and_animations(data):
     assert not torch.equal(samples, drawn("r", "--seed", 1))
 
 
-def test_a_run_that_was_cut_off_can_be_sampled(monkeypatch):
-    train("whole", "--iterations", 2)
-    with monkeypatch.context() as patch:
-        watch(patch, toy.tasks.Task, "on_log", 2, raising(KeyboardInterrupt()))  # after the save
-        train("cut", "--iterations", 2, code=130)
-    assert "generator.safetensors" not in names("cut")
-    assert torch.equal(drawn("cut"), drawn("whole"))
-
-
 def test_a_damaged_backbone_is_trained_anew_and_a_whole_one_read(tmp_path, monkeypatch):
     train("a", "--iterations", 1)
     (backbone,) = (tmp_path / "cache").iterdir()
