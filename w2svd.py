@@ -2112,8 +2112,10 @@ def claimed(config, resume):
     finally:
         lock.release()
         (folder / ".lock").unlink(missing_ok=True)
-        if not any(folder.iterdir()):  # nothing came of it
-            folder.rmdir()
+        ours = [folder] if config.out else [folder, folder.parent]
+        for place in ours:
+            with suppress(OSError):  # it goes only if it is empty: nothing came of the run
+                place.rmdir()
 
 
 def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, models=MODELS):

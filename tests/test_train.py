@@ -83,7 +83,7 @@ def test_a_run_folder_belongs_to_one_process_at_a_time():
         for resume in (False, True):
             with pytest.raises(w2svd.Refused, match="in use"), w2svd.claimed(first, resume):
                 pass
-    assert not os.listdir("runs")
+    assert not os.path.exists("runs")
 
 
 # ---- bits ----------------------------------------------------------------------------------------
