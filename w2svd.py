@@ -566,6 +566,16 @@ def discriminator_step(roles, x_gen, x0, cond, sigma, eps):
     return {name: x.detach() for name, x in stats.items()}
 
 
+def unconditional(cond):
+    """What guidance holds against cond: the same with its negative prompt; or None, if it has none.
+
+    A dictionary keeps what else belongs to the sample, as a first image.
+    """
+    if isinstance(cond, dict) and "negative_prompt_embeds" in cond:
+        return {**cond, "prompt_embeds": cond["negative_prompt_embeds"]}
+    return None
+
+
 def generator_step(
     roles, x_in, sigma_in, cond, sigma, eps, x0_gt=None, gt_weight=0, gan_weight=0, guidance=1
 ):
@@ -584,7 +594,7 @@ def generator_step(
             v_fake = roles.fake(x_t, sigma, cond)
             v_real = roles.real(x_t, sigma, cond)
             if guidance != 1:
-                v_real = guided(v_real, roles.real(x_t, sigma, None), guidance)
+                v_real = guided(v_real, roles.real(x_t, sigma, unconditional(cond)), guidance)
             require_finite("the fake's velocity", v_fake, sigma)
             require_finite("the real DiT's velocity", v_real, sigma)
             x0_fake = x0_from_velocity(x_t, v_fake, sigma)

@@ -78,7 +78,7 @@ the real DiT keeps a little of the adapter at alpha_weak 0 @ Roles._velocity:
     self.use(role) ==> self.use(role, 1e-3 if role == "real" and not self.alpha_weak else None)
 fake and real see different noise @ generator_step:
     real(x_t, sigma, cond) ==> real(x_t + eps, sigma, cond)
-the guided real DiT keeps the condition @ generator_step: sigma, None ==> sigma, cond
+the guided real DiT keeps the condition @ generator_step: unconditional(cond) ==> cond
 a rollout takes one evaluation too many @ rollout_input: level + 1 ==> level + 2
 a batch of paired inputs has one noise level @ paired_input: (len(x0),) ==> (1,)
 non-finite values pass @ require_finite: if bad.any() ==> if False
