@@ -893,46 +893,30 @@ def about_checkpoint(checkpoint):
         return json.loads(path.read_text()) if path.is_file() else {}
 
 
-class HunyuanVideo:
-    """diffusers' HunyuanVideo: all that training, sampling and the plan need to know of a model.
+class VideoModel:
+    """What training, sampling and the plan need to know of a model, as far as models share it.
 
     Sections 3 to 6 need .module, .velocity, .lora_targets, .checkpoint_with, and .features and
-    .width for a discriminator. The rest is for the commands; another model is a class like this.
+    .width for a discriminator; the rest is for the commands. Another one is in notebooks/wan.py.
     """
 
-    checkpoint = "hunyuanvideo-community/HunyuanVideo"
-    preset = {"checkpointing": True, "log_every": 10}  # not tuned, as nothing was measured
+    script = "w2svd.py"  # what the commands are called with
     prompt_template = None  # the pipeline's own; or {"template": "...{}...", "crop_start": tokens}
-    text_limit = 256  # tokens that the text encoder reads
-    vae_flop = 21e6, 40e6  # of encoding and decoding, for each pixel of each frame, counted
     renoise = True  # how the generator is sampled: by few_step_sample, not as a backbone by Euler
-    # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
-    LAYERS = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-    LAYERS += r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+    start = repeated = 0  # the picture's share in the first noise; frames to drop after decoding
 
     def __init__(self, module, config):
         m = module.config
         self.module, self.config, self.dtype = module, config, module.dtype
-        self.guidance = config.embedded_guidance
-        blocks = "single_" if config.lora_targets == "single" else "(single_)?"
-        self.lora_targets = rf"{blocks}transformer_blocks\.\d+\.({self.LAYERS})"
         self.width = m.num_attention_heads * m.attention_head_dim
-        self.form = m.image_condition_type  # None, token_replace or latent_concat
-        # the VAE makes one of 4 frames, of 8 x 8 pixels; token_replace samples all but the first
-        frames, height, width = config.frames // 4 + 1, config.height // 8, config.width // 8
-        self.video = (m.out_channels, frames, height, width)  # the latents of a whole video
-        sampled = frames - 1 if self.form == "token_replace" else frames
-        self.shape = (m.out_channels, sampled, height, width)  # of a sample
-        # image-to-video's encoder reads the picture too, as 576 tokens, thinned out
-        picture = {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
-        self.tokens = frames * height * width // m.patch_size**2 + self.text_limit + picture
+        # the VAE makes one of 4 frames, of 8 x 8 pixels: the latents of a whole video, of a sample
+        self.video = (m.out_channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
+        self.shape = self.video
         own = about_checkpoint(config.checkpoint)
         self.prompt_template = own.get("prompt_template", self.prompt_template)
-        for block in self.blocks:
-            block.register_forward_pre_hook(self.without_mask)
         if self.dtype != torch.float32:
-            module.x_embedder.register_forward_hook(self.stream_in_float32)
-            module.context_embedder.register_forward_hook(self.stream_in_float32)
+            for embedder in self.embedders:
+                embedder.register_forward_hook(self.stream_in_float32)
             module.proj_out.register_forward_hook(self.head_in_float32)
 
     @classmethod
@@ -941,35 +925,21 @@ class HunyuanVideo:
         import diffusers
 
         diffusers.utils.logging.set_verbosity_error()
-        Module, found = diffusers.HunyuanVideoTransformer3DModel, {}
-        other = f"--checkpoint {config.checkpoint} is no HunyuanVideo in diffusers' format"
+        Module, found = getattr(diffusers, cls.transformer), cls.released.get(config.checkpoint)
+        other = f"--checkpoint {config.checkpoint} is no {cls.__name__} in diffusers' format"
         with reading(other, TypeError), torch.device("meta"):
-            if config.checkpoint not in ("", cls.checkpoint):  # the class's defaults
+            if found is None:
                 found = Module.load_config(config.checkpoint, subfolder="transformer")
             module = Module.from_config(found).bfloat16()
-        m, kind = module.config, found.get("_class_name", Module.__name__)
-        concat = m.image_condition_type == "latent_concat"
-        reads = 2 * m.out_channels + 1 if concat else m.out_channels
-        if (kind, m.in_channels, m.patch_size_t) != (Module.__name__, reads, 1):
+            model = cls(module, config)
+        if found.get("_class_name", cls.transformer) != cls.transformer or not model.known:
             raise Refused(f"{other}.")
-        if config.guidance != 1:
-            raise Refused("--guidance must be 1: HunyuanVideo has it embedded.")
-        return cls(module, config)
+        return model
 
     def load(self, place=None):
         """The same model with its weights, frozen; adapters are put into it later."""
         pipe = load_pipeline(self.config.checkpoint, ("transformer",), place)
         return type(self)(pipe.transformer.requires_grad_(False), self.config)
-
-    @property
-    def blocks(self):
-        return [*self.module.transformer_blocks, *self.module.single_transformer_blocks]
-
-    @staticmethod
-    def without_mask(_, args):
-        """Text comes trimmed, so nothing is masked; a mask would rule out flash attention."""
-        assert args[3] is None or args[3].dtype == torch.bool, "diffusers' blocks have changed"
-        return (*args[:3], None, *args[4:])
 
     @staticmethod
     def stream_in_float32(_, args, out):
@@ -988,22 +958,119 @@ class HunyuanVideo:
             x, weight, bias = (tensor.float() for tensor in (*args, head.weight, head.bias))
             return torch.nn.functional.linear(x, weight, bias)
 
+    def autocast(self, x):
+        """Where x lies: products in the model's dtype; all else, as the adapters, in float32."""
+        kind = x.device.type.replace("meta", "cpu")  # the meta device knows no autocast
+        # NOTE silent: without autocast the float32 adapters would compute in float32; with its
+        # cache every float32 weight would stay in bf16 too until the end of the forward
+        return torch.autocast(kind, self.dtype, self.dtype != torch.float32, cache_enabled=False)
+
+    def guided_velocity(self, x_t, sigma, cond):
+        """How the backbone itself samples: with the guidance that the real DiT has."""
+        v = self.velocity(x_t, sigma, cond)
+        if self.config.guidance == 1:
+            return v
+        return guided(v, self.velocity(x_t, sigma, unconditional(cond)), self.config.guidance)
+
     def checkpoint_with(self, function):
         """Run every block as function(block, *args), which recomputes it in backward."""
         self.module.enable_gradient_checkpointing(function)
 
     def features(self, x_t, sigma, cond):
-        """The sample's tokens after the last double-stream block, (B, tokens, width)."""
-        seen, later = [], self.module.single_transformer_blocks
+        """The sample's tokens after the first third of the blocks, (B, tokens, width)."""
+        seen, (name, count) = [], self.early
+        blocks = getattr(self.module, name)
         watch = self.module.norm_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        self.module.single_transformer_blocks = torch.nn.ModuleList()  # the late blocks do not run
+        setattr(self.module, name, blocks[:count])  # the late blocks do not run
         try:
             self.velocity(x_t, sigma, cond)
         finally:
-            self.module.single_transformer_blocks = later
+            setattr(self.module, name, blocks)
             watch.remove()
-        tokens = math.prod(x_t.shape[2:]) // self.module.config.patch_size**2
+        tokens = math.prod(x_t.shape[2:]) // self.patch
         return seen[0][:, -tokens:]  # without those of a first frame that was given
+
+    @torch.no_grad()
+    def encode_video(self, pipe, video):
+        """A video (1, 3, T, H, W) in [-1, 1] as scaled latents (1, C, T, H, W)."""
+        vae = pipe.vae.float()  # bf16 would round the latents
+        mean, scale = self.scaling(vae)
+        return (vae.encode(video.to(pipe.device)).latent_dist.mode() - mean) * scale
+
+    def draw(self, sampler, velocity, sigmas, cond, seed):
+        """Sample the latents of a whole video, (1, C, T, H, W); the seed decides it."""
+        rng = torch.Generator(device()).manual_seed(seed)
+        noise = torch.randn(1, *self.video, generator=rng, device=device())
+        noise = noise[:, :, -self.shape[1] :]
+        if self.start:
+            noise = (1 - self.start) * noise + self.start * cond["image"]
+        x0 = sampler(velocity, noise, sigmas, cond, rng)
+        return x0 if self.shape == self.video else torch.cat([cond["image"], x0], dim=2)
+
+    @torch.no_grad()
+    def decode(self, pipe, x0):
+        """Frames (T', H', W', 3) in [0, 1] of latents (1, C, T, H, W)."""
+        mean, scale = self.scaling(pipe.vae)
+        x0 = x0.to(pipe.device, pipe.vae.dtype) / scale + mean
+        frames = pipe.vae.decode(x0, return_dict=False)[0]
+        if not frames.isfinite().all():
+            raise Refused("The sampled video is not finite; nothing is written.")
+        frames = frames[:, :, self.repeated :]
+        return pipe.video_processor.postprocess_video(frames, output_type="np")[0]
+
+
+class HunyuanVideo(VideoModel):
+    """diffusers' HunyuanVideo, text-to-video and both forms of image-to-video."""
+
+    checkpoint = "hunyuanvideo-community/HunyuanVideo"
+    transformer = "HunyuanVideoTransformer3DModel"
+    released = {"": {}, checkpoint: {}}  # diffusers' defaults
+    preset = {"checkpointing": True, "log_every": 10}  # not tuned, as nothing was measured
+    text_limit = 256  # tokens that the text encoder reads
+    vae_flop = 21e6, 40e6  # of encoding and decoding, for each pixel of each frame, counted
+    early = "single_transformer_blocks", 0  # the double-stream blocks are a third of all
+    # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
+    LAYERS = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    LAYERS += r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+
+    def __init__(self, module, config):
+        if config.guidance != 1:
+            raise Refused("--guidance must be 1: HunyuanVideo has it embedded.")
+        m = module.config
+        self.embedders = module.x_embedder, module.context_embedder
+        super().__init__(module, config)
+        self.guidance = config.embedded_guidance
+        blocks = "single_" if config.lora_targets == "single" else "(single_)?"
+        self.lora_targets = rf"{blocks}transformer_blocks\.\d+\.({self.LAYERS})"
+        self.form = m.image_condition_type  # None, token_replace or latent_concat
+        concat = self.form == "latent_concat"
+        reads = 2 * m.out_channels + 1 if concat else m.out_channels
+        self.known = (m.in_channels, m.patch_size_t) == (reads, 1)
+        self.repeated = 4 if concat else 0  # they repeat the picture; diffusers drops them too
+        self.start = 0.001 if self.form else 0.0  # as diffusers' image-to-video pipeline begins
+        if self.form == "token_replace":  # samples all but the first frame
+            self.shape = (m.out_channels, config.frames // 4, *self.video[2:])
+        # image-to-video's encoder reads the picture too, as 576 tokens, thinned out
+        picture = {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
+        self.patch = m.patch_size**2
+        self.tokens = math.prod(self.video[1:]) // self.patch + self.text_limit + picture
+        for block in self.blocks:
+            block.register_forward_pre_hook(self.without_mask)
+
+    @property
+    def blocks(self):
+        return [*self.module.transformer_blocks, *self.module.single_transformer_blocks]
+
+    @staticmethod
+    def scaling(vae):
+        """Mean and factor of the latents."""
+        return 0.0, vae.config.scaling_factor
+
+    @staticmethod
+    def without_mask(_, args):
+        """Text comes trimmed, so nothing is masked; a mask would rule out flash attention."""
+        assert args[3] is None or args[3].dtype == torch.bool, "diffusers' blocks have changed"
+        return (*args[:3], None, *args[4:])
 
     def with_image(self, x_t, cond):
         """What the transformer reads: x_t with the first frame's latents, cond['image'], beside it.
@@ -1021,10 +1088,7 @@ class HunyuanVideo:
     def velocity(self, x_t, sigma, cond):
         """x_t: latents (B, C, T, H, W); cond: prompt_embeds (B, L, D), trimmed; pooled (B, P)."""
         text = cond["prompt_embeds"].to(self.dtype)
-        kind = x_t.device.type.replace("meta", "cpu")  # the meta device knows no autocast
-        # NOTE silent: without autocast the float32 adapters would compute in float32; with its
-        # cache every float32 weight would stay in bf16 too until the end of the forward
-        with torch.autocast(kind, self.dtype, self.dtype != torch.float32, cache_enabled=False):
+        with self.autocast(x_t):
             v = self.module(
                 hidden_states=self.with_image(x_t, cond).to(self.dtype),
                 timestep=1000 * sigma.float(),  # NOTE silent: bf16 would round 954.5 to 956
@@ -1054,33 +1118,6 @@ class HunyuanVideo:
         if self.form:
             cond["image"] = self.encode_video(pipe, first)
         return cond
-
-    @torch.no_grad()
-    def encode_video(self, pipe, video):
-        """A video (1, 3, T, H, W) in [-1, 1] as scaled latents (1, C, T, H, W)."""
-        vae = pipe.vae.float()  # bf16 would round the latents
-        return vae.encode(video.to(pipe.device)).latent_dist.mode() * vae.config.scaling_factor
-
-    def draw(self, sampler, velocity, sigmas, cond, seed):
-        """Sample the latents of a whole video, (1, C, T, H, W); the seed decides it."""
-        rng = torch.Generator(device()).manual_seed(seed)
-        noise = torch.randn(1, *self.video, generator=rng, device=device())
-        noise = noise[:, :, -self.shape[1] :]
-        if self.form:  # as diffusers' image-to-video pipeline begins
-            noise = 0.999 * noise + 0.001 * cond["image"]
-        x0 = sampler(velocity, noise, sigmas, cond, rng)
-        return torch.cat([cond["image"], x0], dim=2) if self.form == "token_replace" else x0
-
-    @torch.no_grad()
-    def decode(self, pipe, x0):
-        """Frames (T', H', W', 3) in [0, 1] of latents (1, C, T, H, W)."""
-        x0 = x0.to(pipe.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
-        frames = pipe.vae.decode(x0, return_dict=False)[0]
-        if not frames.isfinite().all():
-            raise Refused("The sampled video is not finite; nothing is written.")
-        if self.form == "latent_concat":  # the first 4 repeat the picture; diffusers drops them too
-            frames = frames[:, :, 4:]
-        return pipe.video_processor.postprocess_video(frames, output_type="np")[0]
 
     def flop(self):
         """Of a forward: FLOP in linear layers, and in attention."""

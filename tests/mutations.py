@@ -186,15 +186,15 @@ fine-tuning learns noise @ toy/baselines.py:finetune:
 Adam's epsilon is the usual one @ State.__init__: "eps": 1e-15 ==> "eps": 1e-8
 the usual norm forgets how few updates there were @ usual_norm:
     group["betas"][1] ** known[0]["step"] ==> 0.0 * known[0]["step"]
-the stream between the blocks is in bf16 @ HunyuanVideo.stream_in_float32: out.float() ==> out
-the last layer is in bf16 @ HunyuanVideo.head_in_float32:
+the stream between the blocks is in bf16 @ VideoModel.stream_in_float32: out.float() ==> out
+the last layer is in bf16 @ VideoModel.head_in_float32:
     if torch.is_grad_enabled() or out.is_meta: ==> if True:
 the floor's adapter stays @ gap_floor: parameter.zero_() ==> pass
 the floor is of one role @ gap_floor:
     both = roles.fake, roles.real ==> both = roles.fake, roles.fake
 # test_hunyuan.py -k features
-the given frame is shown to the discriminator @ HunyuanVideo.features: [:, -tokens:] ==> [:]
-the given frame is read in place of the last @ HunyuanVideo.features: [:, -tokens:] ==> [:, :tokens]
+the given frame is shown to the discriminator @ VideoModel.features: [:, -tokens:] ==> [:]
+the given frame is read in place of the last @ VideoModel.features: [:, -tokens:] ==> [:, :tokens]
 # test_hunyuan.py -k velocity_is
 embedded guidance is ignored by the backbone @ HunyuanVideo.velocity: self.guidance ==> 6.0
 embedded guidance does not reach the backbone @ HunyuanVideo.__init__:
@@ -204,7 +204,7 @@ the text's mask reaches attention @ HunyuanVideo.without_mask: None, *args ==> a
 # test_hunyuan.py -k bf16
 timesteps are rounded to bf16 @ HunyuanVideo.velocity:
     1000 * sigma.float() ==> (1000 * sigma).to(self.dtype)
-adapters compute in float32 @ HunyuanVideo.velocity: self.dtype != torch.float32 ==> False
+adapters compute in float32 @ VideoModel.autocast: self.dtype != torch.float32 ==> False
 # test_hunyuan.py -k checkpointing_and_offload
 nothing is offloaded @ Roles.checkpoint: if self.offload ==> if False
 # test_hunyuan.py -k flops or forwards or disk
@@ -216,9 +216,9 @@ the plan's rollouts all end at the last exit @ evaluations: (c.steps - 1) / 2 ==
 # test_hunyuan.py -k films_are
 films are on another grid @ VideoTask.on_log: (c.steps, c.shift) ==> (c.steps, 5.0)
 the backbone's film is the student's @ VideoTask.on_log:
-    euler_sample, model.velocity ==> euler_sample, generator
+    euler_sample, model.guided_velocity ==> euler_sample, generator
 # test_hunyuan.py -k scaled_mode
-latents are encoded unscaled @ HunyuanVideo.encode_video: * vae.config.scaling_factor ==>
+latents are encoded unscaled @ VideoModel.encode_video: * scale ==>
 text is not trimmed @ HunyuanVideo.encode_text: [:, mask[0].bool()] ==>
 the text did not see the picture @ HunyuanVideo.encode_text: 4 if self.form == ==> 2 if self.form ==
 # test_hunyuan.py -k sample_draws
@@ -226,7 +226,7 @@ the first frame comes last @ HunyuanVideo.with_image: [cond["image"].to(x_t), x_
     [x_t, cond["image"].to(x_t)]
 the mask of the first frame is empty @ HunyuanVideo.with_image:
     cond["image"], 1 ==> cond["image"], 0
-latents are decoded unscaled @ HunyuanVideo.decode: / pipe.vae.config.scaling_factor ==>
+latents are decoded unscaled @ VideoModel.decode: / scale ==>
 sample ignores the header's grid @ VideoTask.sample: info["sigmas"] ==> [1.0, 0.5, 0.0]
 the exported scheduler forgets the shift @ export: shift=info["shift"] ==> shift=5.0
 the exported scheduler adds no noise @ export: info["renoise"] ==> False
