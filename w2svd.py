@@ -1412,7 +1412,8 @@ def crop_note(film, config):
 
 def text_note(model, embeds):
     """Whether the text encoder read all of a text, of which embeds (..., L, D): [sentence]."""
-    if model.form or embeds.shape[-2] < model.text_limit:  # image-to-video's have the picture too
+    read = embeds.any(dim=-1).sum()  # others are padding
+    if model.form or read < model.text_limit:  # image-to-video's have the picture too
         return []
     return [f"the text encoder reads {model.text_limit} tokens, and not its end"]
 
@@ -1571,7 +1572,7 @@ class VideoTask:
             drawn[path] = model.draw(sampler, generator, sigmas, cond, c.seed)
             if step == 0:
                 path = path.with_stem(f"{path.stem}-backbone")
-                drawn[path] = model.draw(euler_sample, model.velocity, sigmas, cond, c.seed)
+                drawn[path] = model.draw(euler_sample, model.guided_velocity, sigmas, cond, c.seed)
         if rank() == 0:
             self.film(drawn)
 
@@ -1579,7 +1580,8 @@ class VideoTask:
         """No exact answer here: the last logged numbers, and what to do next."""
         last = (folder / "metrics.jsonl").read_text().splitlines()[-1:]
         image = "--image face.png " if self.backbone.form else ""
-        now = f'now: python w2svd.py sample --run {folder} {image}--prompt "..." --out video.mp4'
+        now = f"now: python {self.backbone.script} sample --run {folder} {image}"
+        now += '--prompt "..." --out video.mp4'
         return {"student": {**json.loads("".join(last) or "{}"), "steps": self.config.steps}}, now
 
     def student(self, tensors, info):
@@ -1987,7 +1989,8 @@ class Run:
 
     def saved(self):
         """Where the run was saved, and the command that goes on from there."""
-        how = "w2svd.py train" if self.loop == "distil" else f"-m toy.baselines {self.loop}"
+        usual = f"{self.task.backbone.script} train"
+        how = usual if self.loop == "distil" else f"-m toy.baselines {self.loop}"
         command = f"python {how} --resume --out {self.folder}"
         return f"it was saved at iteration {self.state.iteration}; to go on: {command}"
 
@@ -2263,12 +2266,15 @@ Generator {generator}, fake {fake}, rank {rank}, alpha_weak {alpha_weak}; {step}
 apply none of it, silently (notebooks/to_comfyui.py converts it; FastVideo, sglang and xDiT read a
 merged transformer). A second LoRA switches it off, until `pipe.set_adapters(["w2svd", "other"])`.
 
+    from functools import partial
     import torch
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
     from diffusers.utils import export_to_video{load_image}
     pipe = DiffusionPipeline.from_pretrained("{checkpoint}", torch_dtype=torch.bfloat16)
     pipe.load_lora_weights("this folder", "w2svd", weight_name="pytorch_lora_weights.safetensors")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("this folder/scheduler")
+    grid = [1 - i / {steps} for i in range({steps})]  # a pipeline that asks for none gets another
+    pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=grid)
     pipe.to("cuda").vae.enable_tiling()
     torch.manual_seed(1)  # the renoising draws from torch's global generator
     size = dict(height={height}, width={width})

@@ -131,6 +131,7 @@ class Backbone:
     """A DiT behind the contract of w2svd.Roles."""
 
     lora_targets = DiT.lora_targets
+    script = "w2svd.py"
     renoise = True  # as HunyuanVideo: a student is sampled by few_step_sample
 
     def __init__(self, module):
