@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from wherever it is called
 
 import w2svd  # noqa: E402
-from w2svd import Refused  # noqa: E402
+from w2svd import Config, Refused  # noqa: E402
 
 SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}  # 1.3B
 PICTURE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
@@ -95,6 +95,8 @@ class Wan(w2svd.VideoModel):
         """The model without its weights, as in VideoModel; what is no Wan 2.1 is refused."""
         from diffusers import DiffusionPipeline
 
+        if config.embedded_guidance != Config.embedded_guidance:
+            raise Refused("Wan has no embedded guidance: --guidance is the real DiT's.")
         if config.checkpoint not in cls.released:
             with w2svd.reading(f"--checkpoint {config.checkpoint} is no pipeline of diffusers"):
                 index = DiffusionPipeline.load_config(config.checkpoint)

@@ -439,7 +439,8 @@ def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(
     run("sample", "--run", trained[0], *image, "--prompt", "a dog", "--out", "dog.mp4")
     run("export", "--run", trained[0], "--out", "lora")
     checkpoint = w2svd.read_run(trained[0]).checkpoint
-    pipe, latents, shown = run_card("lora", monkeypatch, template, checkpoint)
+    given = {"prompt_template": template}
+    pipe, latents, shown = run_card("lora", monkeypatch, checkpoint, **given)
     assert pipe.scheduler.sigmas.tolist() == few_step_sigmas(4, 4.0).tolist()
     lost = form == "latent_concat"  # of which the stock pipeline hands out no first latent frame
     assert (latents - drawn["dog.mp4"][0][:, int(lost) :]).abs().max() < 2e-5

@@ -22,7 +22,7 @@ PICTURE = {"in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 24}
 
 
 def transformer(image=False, blocks=3):
-    """A WanTransformer3DModel of random weights, always the same ones."""
+    """A WanTransformer3DModel of random weights that bf16 can hold, always the same ones."""
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "text_dim": 16}
     found = WanTransformer3DModel(num_layers=blocks, **sizes, **(PICTURE if image else {}))
@@ -30,6 +30,7 @@ def transformer(image=False, blocks=3):
         for parameter in found.parameters():
             if parameter.ndim > 1:  # at its own start the text hardly matters
                 parameter.normal_(std=0.15)
+            parameter.copy_(parameter.bfloat16())
     return found.eval()
 
 
