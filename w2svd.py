@@ -197,7 +197,7 @@ class Machine:
 
     gpu_memory: float = setting(0.0, "GiB to plan for; 0: of the one here / ours")
     shard: bool = setting(False, "split the backbone over a node's GPUs / ours")
-    offload: bool = setting(False, "blocks' inputs wait in host memory / ours")
+    offload: bool = setting(False, "blocks and their inputs wait in host memory / ours")
     cudnn: bool = setting(True, "its attention first, on Hopper GPUs / ours")
 
 
@@ -242,6 +242,8 @@ def check(c: Config, machine=Machine()):
         refuse_if(odd, "--height, --width must be multiples of 16, --frames 4 k + 1, as 61 or 129.")
     alone = c.fp8_base and (c.compile or machine.shard)
     refuse_if(alone, "--fp8-base works without --compile and --shard.")
+    twice = machine.offload and machine.shard
+    refuse_if(twice, "--offload keeps the backbone in host memory, --shard on GPUs: give one.")
 
 
 # ---- 2. Flow matching ----------------------------------------------------------------------------
@@ -1519,8 +1521,8 @@ class VideoTask:
         self.clips = encoded_clips(self.config, model)
         some = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(0))
         self.filmed = [self.clips[i] for i in some[: films_at_once(model)]]
-        # a backbone that will be split may be too large for one GPU
-        self.backbone = model.load("cpu" if machine.shard else self.device)
+        # a backbone that will be split, or waits outside, may be too large for one GPU
+        self.backbone = model.load("cpu" if machine.shard or machine.offload else self.device)
 
     def read(self, file):
         """A clip's file as a batch of one; x0 is 0 where there is a caption alone."""
@@ -1709,6 +1711,60 @@ def shard_backbone(roles):
         parameter.data = parameter.data.to(device())
 
 
+class HostedBackbone:
+    """The blocks' frozen weights wait in host memory; each block's come one ahead of its turn.
+
+    Nothing trains them: they are copied one way and dropped; autograd keeps what it still needs.
+    """
+
+    def __init__(self, roles):
+        cuda, blocks = device() == "cuda", roles.backbone.blocks
+        self.frozen = [[p for p in b.parameters() if not p.requires_grad] for b in blocks]
+        self.homes = [[p.data.cpu() for p in own] for own in self.frozen]
+        if cuda:
+            self.homes = [[x.pin_memory() for x in home] for home in self.homes]
+        rest = [p for role in roles.trained for p in roles.parameters(role)]
+        for one in (roles.backbone, *roles.copies.values()):
+            rest += [*one.module.parameters(), *one.module.buffers()]
+        for x in set(rest).difference(*self.frozen):
+            x.data = x.data.to(device())
+        self.stream = torch.cuda.Stream() if cuda else None
+        self.here, self.ends, self.before = {}, [], 0  # weights by block; marks between blocks
+        for i, block in enumerate(blocks):
+            self.put(i, self.homes[i])
+            block.register_forward_pre_hook(lambda *_, i=i: self.begin(i))
+
+    def put(self, i, weights):
+        for p, x in zip(self.frozen[i], weights):
+            p.data = x
+
+    def fetch(self, i):
+        if i not in self.here:
+            with torch.cuda.stream(self.stream):
+                to_gpu = {"device": device(), "non_blocking": True, "copy": True}
+                self.here[i] = [x.to(**to_gpu) for x in self.homes[i]]
+
+    @torch.compiler.disable
+    def begin(self, i):
+        """Put block i's weights in place, drop those of earlier ones, begin to fetch the next."""
+        ahead = i - 1 if self.before in (i, i + 1) else i + 1  # down in a backward
+        ahead, self.before = ahead % len(self.homes), i
+        for j in self.here.keys() - {i, ahead}:
+            self.put(j, self.homes[j])
+            del self.here[j]
+        self.fetch(i)
+        if self.stream:
+            now = torch.cuda.current_stream()
+            now.wait_stream(self.stream)
+            for x in self.here[i]:  # NOTE silent: or its memory would be used again too early
+                x.record_stream(now)
+            self.ends.append(now.record_event())
+            if len(self.ends) > 1:  # the host runs ahead, and would fetch all blocks at once
+                self.ends.pop(0).synchronize()
+        self.put(i, self.here[i])
+        self.fetch(ahead)
+
+
 def build_roles(config, backbone, machine):
     """The roles of a run, ready for optimizers. The order matters."""
     torch.manual_seed(config.seed)
@@ -1726,6 +1782,8 @@ def build_roles(config, backbone, machine):
             block.compile()
     if machine.shard:
         shard_backbone(roles)
+    if machine.offload:
+        HostedBackbone(roles)  # its hooks keep it
     return roles
 
 
@@ -1785,7 +1843,8 @@ def memory_plan(config, model, machine, generator, fake):
     }
     if machine.shard:  # three blocks are gathered at a time
         lines["backbone, frozen"] = base / gpus_of_a_node() + 3 * base / n
-    if machine.offload:
+    if machine.offload:  # one at work, one that comes, one that just ended
+        lines["backbone, frozen"] = base * (1 - hosted(model) / frozen)
         lines["inputs of the blocks"] = 2 * tensor
     elif not c.checkpointing:
         lines["inputs of the blocks"] = 25.6 * reached * tensor
@@ -1793,6 +1852,12 @@ def memory_plan(config, model, machine, generator, fake):
     # simulations were up to 4 % off; NCCL has buffers
     lines["margin"] = 0.03 * sum(lines.values()) + (1.5 if ranks() > 1 else 0)
     return lines
+
+
+def hosted(model):
+    """Frozen parameters that wait in host memory with --offload: of all blocks but three."""
+    sizes = [sum(p.numel() for p in b.parameters() if not p.requires_grad) for b in model.blocks]
+    return sum(sorted(sizes)[:-3])
 
 
 def share_reached(config, model):
@@ -1822,6 +1887,10 @@ def time_plan(config, model, machine, forwards, backwards):
     attention *= (again + 2.5 * back) * clips
     moved *= (again + 1.4 * back) * clips
     seconds = linear / 650e12 + attention / 550e12 + moved / 3e12
+    copied = 0.0
+    if machine.offload:  # beside it, at 25 GB/s of PCIe 4.0
+        copied = (2 - c.fp8_base) * hosted(model) * again * clips / 25e9
+    seconds = max(seconds, copied)
     # convolutions of the VAE at 150 TFLOP/s, an assumption
     encode, decode = (x * c.frames * c.height * c.width / 150e12 for x in model.vae_flop)
     films, saves = films_at_once(model), math.ceil(c.iterations / c.save_every)
@@ -1829,6 +1898,7 @@ def time_plan(config, model, machine, forwards, backwards):
     hours = (seconds * c.iterations + film * (2 + saves)) / 3600
     return {
         "seconds an iteration on an H100": seconds,
+        "seconds of copying the backbone": copied,
         "PFLOP an iteration": (linear + attention) / 1e15,
         "seconds to encode a clip": encode,
         "minutes of films, at the start": 2 * film / 60,  # the backbone's beside the student's
@@ -1918,7 +1988,7 @@ def base_sum(roles):
     frozen = [p.detach() for p in roles.backbone.module.parameters() if not p.requires_grad]
     some = frozen[:: max(1, len(frozen) // 8)]
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in some]  # if it is split
-    return sum(float(p.double().sum()) for p in whole)
+    return sum(float(p.cpu().double().sum()) for p in whole)  # wherever it lies now
 
 
 def held_tensors(state):

@@ -161,14 +161,39 @@ def test_in_bf16_timesteps_and_adapters_stay_float32_and_products_do_not(tiny):
     assert {x.dtype for x in (*held, *w2svd.held_tensors(state).values())} == {torch.float32}
 
 
+@pytest.fixture
+def emptied(monkeypatch):
+    """Weights that wait in host memory are 0 where they are; how many blocks are not, each time."""
+    put, begin, found = w2svd.HostedBackbone.put, w2svd.HostedBackbone.begin, []
+
+    def put_0(self, i, weights):
+        away = weights is self.homes[i]
+        put(self, i, [torch.zeros_like(x) for x in weights] if away else weights)
+
+    def counted(self, i):
+        begin(self, i)
+        found.append(len(self.here))
+
+    monkeypatch.setattr(w2svd.HostedBackbone, "put", put_0)
+    monkeypatch.setattr(w2svd.HostedBackbone, "begin", counted)
+    return found
+
+
 @pytest.mark.parametrize("fp8, offload", [(False, False), (False, True), (True, True)])
-def test_checkpointing_and_offload_change_no_bit_of_a_gradient(tiny, monkeypatch, fp8, offload):
-    """Also where the role has ended before the backward, with the backbone in 8 bits."""
+def test_checkpointing_and_offload_change_no_bit_of_a_gradient(
+    tiny, monkeypatch, emptied, fp8, offload
+):
+    """Also where the role has ended before the backward, with the backbone in 8 bits.
+
+    With the base in host memory two blocks' weights are there at any time, and no others are read.
+    """
     waiting, found = watch(monkeypatch, torch.autograd.graph, "save_on_cpu"), []
     size = {"height": 32, "width": 48, "frames": 9, "lora_rank": 2, "gan_weight": 1.0}
     for checkpointing in (False, True):
         config = Config(fp8_base=fp8, checkpointing=checkpointing, **size)
         model, machine = HunyuanVideo(transformer(tiny), config), Machine(offload=offload)
+        for p in model.module.parameters():  # where a file's weights lie changes a product's bits
+            p.data = p.data.clone()
         roles = randomise(w2svd.build_roles(config, model, machine if checkpointing else Machine()))
         x = inputs(model)
         v = roles.fake(*x[:3])
@@ -180,6 +205,7 @@ def test_checkpointing_and_offload_change_no_bit_of_a_gradient(tiny, monkeypatch
         )
     plain, again = found
     assert bool(waiting) == offload and len(plain) == 4 * LINEARS
+    assert set(emptied) == ({2} if offload else set())
     for name, g in plain.items():
         assert g.any() and torch.equal(again[name], g), name
     for name, p in model.module.named_parameters():
