@@ -69,7 +69,7 @@ class Wan(w2svd.VideoModel):
         "walking backwards"
     }
     text_limit = 512
-    vae_flop = 0, 0
+    vae_flop = 8.4e6, 14.2e6  # in tiles, counted as HunyuanVideo's
     LAYERS = r"attn[12]\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ffn\.net\.(0\.proj|2)"
 
     def __init__(self, module, config):

@@ -23,6 +23,7 @@ from diffusers import (
 from diffusers.pipelines.wan import pipeline_wan_i2v
 from helpers import said, same_run, tensors
 from PIL import Image
+from safetensors.torch import load_file
 from video_runs import SMALL, run_card, watch_films
 
 import w2svd
@@ -31,6 +32,7 @@ from toy.tiny_hunyuan import SIZE, clips
 from w2svd import Config, Machine, few_step_sigmas
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "notebooks"))
+import to_comfyui  # noqa: E402
 import wan  # noqa: E402
 from wan import Wan  # noqa: E402
 
@@ -217,6 +219,11 @@ def test_bf16_keeps_the_difference_of_fake_and_real_and_the_noise_level(image):
     torch.testing.assert_close(found["ours"][1], found["exact"][1])  # float32 layers
 
 
+COMFYUI = {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}  # diffusers' names, and the original
+for here, there in {"attn1": "self_attn", "attn2": "cross_attn"}.items():
+    COMFYUI.update({f"{here}.to_{x}": f"{there}.{x}" for x in "qkv"})
+    COMFYUI[f"{here}.to_out.0"] = f"{there}.o"
+COMFYUI.update({f"attn2.add_{x}_proj": f"cross_attn.{x}_img" for x in "kv"})
 CHANGES = {  # of a tiny checkpoint's model_index.json and its transformer's config
     "two experts": ({"boundary_ratio": 0.9}, {}),
     "5B": ({"expand_timesteps": True}, {}),
@@ -254,8 +261,17 @@ def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(
     pipe, latents, shown = run_card("lora", monkeypatch, checkpoint)
     assert pipe.scheduler.sigmas.tolist() == few_step_sigmas(4, 4.0).tolist()
     assert (latents - films["dog.mp4"]).abs().max() < 2e-5 < shown.std()
-    pipe.disable_lora()  # it does something
-    assert "lora_A" in str(pipe.transformer) and len(shown) == 9
+    assert len(shown) == 9
+    assert to_comfyui.main(["lora", "comfyui"]) == 0
+    ours, theirs = (
+        load_file(*Path(folder).glob("*.safetensors")) for folder in ("lora", "comfyui")
+    )
+    for block, (part, name) in itertools.product(range(3), COMFYUI.items()):
+        for x in "AB" if image or "img" not in name else "":
+            x = f"lora_{x}.weight"
+            found = theirs.pop(f"diffusion_model.blocks.{block}.{name}.{x}")
+            assert torch.equal(found, ours.pop(f"transformer.blocks.{block}.{part}.{x}"))
+    assert not ours and all("alpha" in name and x == 2 for name, x in theirs.items())
 
 
 @EACH
