@@ -569,10 +569,7 @@ def discriminator_step(roles, x_gen, x0, cond, sigma, eps):
 
 
 def unconditional(cond):
-    """What guidance holds against cond: the same with its negative prompt; or None, if it has none.
-
-    A dictionary keeps what else belongs to the sample, as a first image.
-    """
+    """What guidance holds against cond: all of it but its prompt; None where it has no negative."""
     if isinstance(cond, dict) and "negative_prompt_embeds" in cond:
         return {**cond, "prompt_embeds": cond["negative_prompt_embeds"]}
     return None
@@ -1028,9 +1025,13 @@ class HunyuanVideo(VideoModel):
     transformer = "HunyuanVideoTransformer3DModel"
     released = {"": {}, checkpoint: {}}  # diffusers' defaults
     preset = {"checkpointing": True, "log_every": 10}  # not tuned, as nothing was measured
-    text_limit = 256  # tokens that the text encoder reads
+    text_limit, text_mb = 256, 2  # tokens that the text encoder reads; a text's in the cache
     vae_flop = 21e6, 40e6  # of encoding and decoding, for each pixel of each frame, counted
     early = "single_transformer_blocks", 0  # the double-stream blocks are a third of all
+    # a block's memory, in tokens x width x 2 bytes, simulated: what its backward needs where it is
+    # recomputed; what it keeps where not, and needs then
+    block_memory = 37.2, 25.6, 11.6
+    moved = 407  # bytes of a block's element-wise work, for each token and channel, counted
     # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
     LAYERS = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     LAYERS += r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
@@ -1054,6 +1055,7 @@ class HunyuanVideo(VideoModel):
             self.shape = (m.out_channels, config.frames // 4, *self.video[2:])
         # image-to-video's encoder reads the picture too, as 576 tokens, thinned out
         picture = {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
+        self.adapters = 1.444 / self.width  # of the linear FLOP, for each unit of rank, counted
         self.patch = m.patch_size**2
         self.tokens = math.prod(self.video[1:]) // self.patch + self.text_limit + picture
         for block in self.blocks:
@@ -1718,17 +1720,17 @@ class HostedBackbone:
     """
 
     def __init__(self, roles):
-        cuda, blocks = device() == "cuda", roles.backbone.blocks
+        blocks, self.stream = roles.backbone.blocks, None
         self.frozen = [[p for p in b.parameters() if not p.requires_grad] for b in blocks]
         self.homes = [[p.data.cpu() for p in own] for own in self.frozen]
-        if cuda:
+        if device() == "cuda":
             self.homes = [[x.pin_memory() for x in home] for home in self.homes]
+            self.stream = torch.cuda.Stream()
         rest = [p for role in roles.trained for p in roles.parameters(role)]
         for one in (roles.backbone, *roles.copies.values()):
             rest += [*one.module.parameters(), *one.module.buffers()]
         for x in set(rest).difference(*self.frozen):
             x.data = x.data.to(device())
-        self.stream = torch.cuda.Stream() if cuda else None
         self.here, self.ends, self.before = {}, [], 0  # weights by block; marks between blocks
         for i, block in enumerate(blocks):
             self.put(i, self.homes[i])
@@ -1739,10 +1741,11 @@ class HostedBackbone:
             p.data = x
 
     def fetch(self, i):
-        if i not in self.here:
-            with torch.cuda.stream(self.stream):
-                to_gpu = {"device": device(), "non_blocking": True, "copy": True}
-                self.here[i] = [x.to(**to_gpu) for x in self.homes[i]]
+        if i in self.here:
+            return
+        with torch.cuda.stream(self.stream):
+            how = {"non_blocking": True, "copy": True}
+            self.here[i] = [x.to(device(), **how) for x in self.homes[i]]
 
     @torch.compiler.disable
     def begin(self, i):
@@ -1829,6 +1832,7 @@ def films_at_once(model):
 def memory_plan(config, model, machine, generator, fake):
     """GiB on each GPU by line, simulated, for so many parameters of generator and fake."""
     c, n, tensor = config, len(model.blocks), 2 * config.batch * model.tokens * model.width / 2**30
+    at_work, kept, beside = model.block_memory
     frozen = sum(p.numel() for p in model.module.parameters() if not p.requires_grad)
     base = (1.29 if c.fp8_base else 2) * frozen / 2**30  # some stay in bf16: 15.4 GiB at 13B
     reached = n * share_reached(c, model)
@@ -1838,7 +1842,7 @@ def memory_plan(config, model, machine, generator, fake):
         "Adam, average": (12 * generator + 8 * fake) / 2**30,
         "gradients": 4 * max(generator, fake) / 2**30,  # of one update at a time
         "inputs of the blocks": (reached + n / 3 if c.gan_weight else reached) * tensor,
-        "a block at work": 37.2 * tensor,  # what its backward needs
+        "a block at work": at_work * tensor,
         "CUDA, fragments": 1.6,  # with expandable segments
     }
     if machine.shard:  # three blocks are gathered at a time
@@ -1847,8 +1851,8 @@ def memory_plan(config, model, machine, generator, fake):
         lines["backbone, frozen"] = base * (1 - hosted(model) / frozen)
         lines["inputs of the blocks"] = 2 * tensor
     elif not c.checkpointing:
-        lines["inputs of the blocks"] = 25.6 * reached * tensor
-        lines["a block at work"] = 11.6 * tensor
+        lines["inputs of the blocks"] = kept * reached * tensor
+        lines["a block at work"] = beside * tensor
     # simulations were up to 4 % off; NCCL has buffers
     lines["margin"] = 0.03 * sum(lines.values()) + (1.5 if ranks() > 1 else 0)
     return lines
@@ -1876,8 +1880,8 @@ def time_plan(config, model, machine, forwards, backwards):
     if c.checkpointing or machine.offload:  # one more forward, of the blocks that are reached
         again += back
     linear, attention = model.flop()
-    moved = 407 * model.tokens * model.width * len(model.blocks)  # bytes, element-wise, counted
-    adapters = 1.444 * c.lora_rank / model.width  # of the linear FLOP, counted
+    moved = model.moved * model.tokens * model.width * len(model.blocks)
+    adapters = model.adapters * c.lora_rank  # of the linear FLOP
     # FLOP/s in large products and in cuDNN's attention, bytes/s
     one = (1 + adapters) * linear / 650e12 + attention / 550e12 + moved / 3e12
     # a backward is as much as a forward in frozen linear layers, twice in adapters, 2.5 times in
@@ -1890,6 +1894,8 @@ def time_plan(config, model, machine, forwards, backwards):
     copied = 0.0
     if machine.offload:  # beside it, at 25 GB/s of PCIe 4.0
         copied = (2 - c.fp8_base) * hosted(model) * again * clips / 25e9
+    # in the same shares of what is published of an RTX 4090, 165 TFLOP/s and 1 TB/s
+    small = linear / 108e12 + attention / 92e12 + moved / 0.9e12
     seconds = max(seconds, copied)
     # convolutions of the VAE at 150 TFLOP/s, an assumption
     encode, decode = (x * c.frames * c.height * c.width / 150e12 for x in model.vae_flop)
@@ -1898,6 +1904,7 @@ def time_plan(config, model, machine, forwards, backwards):
     hours = (seconds * c.iterations + film * (2 + saves)) / 3600
     return {
         "seconds an iteration on an H100": seconds,
+        "seconds an iteration on an RTX 4090": max(small, copied),
         "seconds of copying the backbone": copied,
         "PFLOP an iteration": (linear + attention) / 1e15,
         "seconds to encode a clip": encode,
@@ -1922,13 +1929,18 @@ def plan(config, model, machine=Machine(), loop=distil):
         return about
     memory, saves = memory_plan(c, model, machine, generator, fake), c.iterations / c.save_every
     waiting = share_reached(c, model) * len(model.blocks) * 2 * model.tokens * model.width * c.batch
+    host = 2 * frozen
+    if machine.offload:  # torch rounds what it pins up to a power of two
+        frozen_ones = (p for p in model.module.parameters() if not p.requires_grad)
+        sizes = ((2 - c.fp8_base) * p.numel() for p in frozen_ones)
+        host = waiting + sum(2 ** (size - 1).bit_length() for size in sizes)
     return {
         **{f"GiB, {name}": x for name, x in memory.items()},
         "GiB in all": sum(memory.values()),
-        "GiB of host memory": (2 * frozen + (waiting if machine.offload else 0)) / GiB,
+        "GiB of host memory": host / GiB,
         # three checkpoints, of float32 weights, averages and Adam's, and all generators
         "GiB of disk": 4 * (13 * generator + 9 * fake + math.ceil(saves) * generator) / GiB,
-        "MB of cache a clip": 4 * math.prod(model.video) / 1e6 + 2,  # 2 of text
+        "MB of cache a clip": 4 * math.prod(model.video) / 1e6 + model.text_mb,
         **time_plan(c, model, machine, *work),
         "clips an update": c.batch * c.accumulate * ranks(),
         **about,

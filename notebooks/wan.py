@@ -68,7 +68,7 @@ class Wan(w2svd.VideoModel):
         "subtitles, painting, deformed face and hands, extra fingers, three legs, crowd behind, "
         "walking backwards"
     }
-    text_limit = 512
+    text_limit, text_mb = 512, 8.4
     vae_flop = 8.4e6, 14.2e6  # in tiles, counted as HunyuanVideo's
     LAYERS = r"attn[12]\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ffn\.net\.(0\.proj|2)"
 
@@ -87,6 +87,15 @@ class Wan(w2svd.VideoModel):
         self.known = found == (reads, *rest) and m.pos_embed_seq_len is None  # else: a last frame
         self.patch = math.prod(m.patch_size)
         self.tokens = math.prod(self.video[1:]) // self.patch
+        if self.form:  # the VAE reads each clip twice, and the cache holds both
+            self.vae_flop = 2 * self.vae_flop[0], self.vae_flop[1]
+            self.text_mb = self.text_mb + 4 * math.prod(self.video) / 1e6 + 0.7
+        # simulated and counted at both sizes, as HunyuanVideo's numbers; wide: the MLP's width
+        wide = m.ffn_dim / self.width
+        at_work = 28.5 + 3.6 * wide + (2.2 if self.form else 0)
+        self.block_memory = at_work, 23 + 2.1 * wide, 6.6 + 3.4 * wide
+        self.moved = 482 + 13.7 * wide
+        self.adapters = (14 + 2 * wide) / ((6 + 2 * wide) * self.width)
         if self.dtype != torch.float32:
             module.condition_embedder.time_embedder.register_forward_hook(self.time_in_float32)
 

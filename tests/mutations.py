@@ -207,6 +207,8 @@ timesteps are rounded to bf16 @ HunyuanVideo.velocity:
 adapters compute in float32 @ VideoModel.autocast: self.dtype != torch.float32 ==> False
 # test_hunyuan.py -k checkpointing_and_offload
 nothing is offloaded @ Roles.checkpoint: if self.offload ==> if False
+a block is read from where it waited @ HostedBackbone.begin: self.put(i, self.here[i]) ==> pass
+blocks that came stay @ HostedBackbone.begin: keys() - {i, ahead} ==> keys() & set()
 # test_hunyuan.py -k flops or forwards or disk
 the plan's hours are minutes @ time_plan: / 3600 ==> / 60
 the plan's clips are those of the fake @ plan: c.batch * c.accumulate * ranks(), ==> c.fake_updates,
@@ -238,6 +240,28 @@ fused layers are stacked in reverse @ notebooks/to_comfyui.py:convert:
 fused layers are read at a third @ notebooks/to_comfyui.py:convert:
     float(len(stacked)) ==> len(stacked) / 3
 the workflow is on another grid @ notebooks/to_comfyui.py:workflow: about["shift"] ==> 5.0
+# test_wan.py -k guided_update
+Wan's levels are not in thousands @ notebooks/wan.py:Wan.velocity: 1000 * sigma ==> sigma
+the mask of Wan's first frame is empty @ notebooks/wan.py:Wan.with_image: mask[:, :, 0] = 1 ==>
+Wan's mask is behind the picture @ notebooks/wan.py:Wan.with_image:
+    mask, cond["image"].to(x_t) ==> cond["image"].to(x_t), mask
+# test_wan.py -k clip_s_file
+Wan's text has 226 tokens @ notebooks/wan.py:Wan.encode_text: self.text_limit ==> 226
+Wan's latents keep their mean @ notebooks/wan.py:Wan.scaling: return mean ==> return 0 * mean
+the frames behind Wan's picture are black @ notebooks/wan.py:Wan.encode_text:
+    [first, grey] ==> [first, grey - 1]
+# test_wan.py -k bf16
+Wan's noise level is embedded in bf16 @ notebooks/wan.py:Wan.time_in_float32:
+    enabled=False ==> dtype=torch.bfloat16
+# test_wan.py -k features
+Wan's discriminator reads the last block @ notebooks/wan.py:Wan.__init__: blocks // 3 # ==> blocks #
+# test_wan.py -k film_is
+the backbone is filmed without guidance @ VideoModel.guided_velocity: guidance == 1 ==> guidance
+# test_wan.py -k card
+Wan's student is exported with guidance @ notebooks/wan.py:Wan.__init__: guidance = 1.0 ==>
+    guidance = 5.0
+the card leaves the grid to the pipeline @ export: CARD.format ==>
+    CARD.replace("    pipe.scheduler.set_t", "    # pipe.scheduler.set_t").format
 # test_clips.py -k colours or hdr or disc or fields or damaged or transparent
 untagged films are bt601 @ read_clip: "setparams=colorspace=bt709," + chain ==> chain
 HDR is not tone-mapped @ read_clip: chain += TONE_MAP ==> pass

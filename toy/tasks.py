@@ -312,8 +312,8 @@ class Task:
 
     def load(self, machine=None):
         """The trained backbone: a minute without a cache."""
-        if machine and machine.shard:
-            raise Refused("--shard is for large backbones; the toy's is not split.")
+        if machine and (machine.shard or machine.offload):
+            raise Refused("--shard and --offload are for large backbones; the toy's is small.")
         module = cached_backbone(self.learnt, self.recipe, self.config)
         self.backbone.module = module.requires_grad_(False)
 
