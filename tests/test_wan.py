@@ -5,6 +5,7 @@ update written by hand; an uninterrupted run; one process on the clips of two; c
 Run with `python -m pytest tests/test_wan.py`; 40 seconds.
 """
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -96,14 +97,19 @@ def given(backbone, batch=1):
     return cond
 
 
+def in_bf16(module):
+    """Make a transformer what from_pretrained does in bf16: some of its weights stay in float32."""
+    for name, p in module.named_parameters():
+        if not any(part in name for part in WanTransformer3DModel._keep_in_fp32_modules):
+            p.data = p.data.bfloat16()
+
+
 def new_roles(image, dtype=torch.float32, machine=ALONE, **settings):
     """Roles on the tiny transformer, with adapters that do something."""
     config = Config(**{**TINY, "lora_rank": 2, **settings})
     module = tiny_wan.transformer(image)
     if dtype == torch.bfloat16:
-        kept = WanTransformer3DModel._keep_in_fp32_modules
-        for name, p in module.named_parameters():
-            p.data = p.data if any(part in name for part in kept) else p.data.to(dtype)
+        in_bf16(module)
     roles = w2svd.build_roles(config, Wan(module, config), machine)
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -197,28 +203,35 @@ def test_the_discriminator_s_features_are_the_tokens_after_a_third_of_the_blocks
     assert roles.backbone.blocks == blocks and seen[0].shape == (1, 3 * 2 * 3, 24)
 
 
-@EACH
-def test_bf16_keeps_the_difference_of_fake_and_real_and_the_noise_level(image):
-    exact, found = new_roles(image), {}
-    x, cond = torch.randn(1, *exact.backbone.shape), given(exact.backbone)
+def test_bf16_keeps_the_difference_of_fake_and_real_and_the_noise_level():
+    """As test_numbers for HunyuanVideo: with adapters as after a hundred updates of 2e-5."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 3, "attention_head_dim": 64, "ffn_dim": 768, "text_dim": 64}
+    module = WanTransformer3DModel(num_layers=6, **sizes).requires_grad_(False)
+    for p in module.parameters():
+        p.data = p.data.bfloat16().float()
+    found = {}
     for way in ("exact", "ours", "plain"):
-        roles = exact if way == "exact" else new_roles(image, torch.bfloat16)
-        module, levels = roles.backbone.module, []
-        module.condition_embedder.time_embedder.linear_2.register_forward_hook(
-            lambda m, args, out, levels=levels: levels.append(out)
-        )
-        with torch.no_grad():
-            for name, p in roles.state("fake").items():
-                p.mul_(0.02 if "lora_B" in name else 1.0)  # as after some updates
+        one, levels, rng = copy.deepcopy(module), [], torch.Generator().manual_seed(0)
+        if way != "exact":
+            in_bf16(one)
+        config = Config(**{**TINY, "height": 128, "width": 128})
+        roles = w2svd.Roles(Wan(one, config), 8, 0.25, 1.0)
+        embedder = one.condition_embedder.time_embedder
+        embedder.register_forward_hook(lambda m, args, out, levels=levels: levels.append(out))
         if way == "plain":
-            for layer in (module.patch_embedding, module.proj_out):
+            for layer in (one.patch_embedding, one.proj_out):
                 layer._forward_hooks.clear()
         with torch.no_grad():
+            for name, p in roles.state("fake").items():  # A is drawn by peft
+                p.copy_((2e-3 if "lora_B" in name else 0.1) * torch.randn(p.shape, generator=rng))
+            x, cond = torch.randn(1, *roles.backbone.shape, generator=rng), given(roles.backbone)
             v_fake, v_real = (f(x, torch.tensor([0.9545]), cond) for f in (roles.fake, roles.real))
         found[way] = v_fake - v_real, levels[-1]
-    errors = {w: float((d - found["exact"][0]).norm()) for w, (d, _) in found.items()}
-    assert 2 * errors["ours"] < errors["plain"]
-    torch.testing.assert_close(found["ours"][1], found["exact"][1])  # float32 layers
+    exact, level = found["exact"]
+    errors = {way: float((d - exact).norm() / exact.norm()) for way, (d, _) in found.items()}
+    assert errors["ours"] < 1 and errors["plain"] > 2.5, errors
+    torch.testing.assert_close(found["ours"][1], level)  # float32 layers
 
 
 COMFYUI = {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}  # diffusers' names, and the original
