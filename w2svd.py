@@ -964,13 +964,6 @@ class VideoModel:
         # cache every float32 weight would stay in bf16 too until the end of the forward
         return torch.autocast(kind, self.dtype, self.dtype != torch.float32, cache_enabled=False)
 
-    def guided_velocity(self, x_t, sigma, cond):
-        """How the backbone itself samples: with the guidance that the real DiT has."""
-        v = self.velocity(x_t, sigma, cond)
-        if self.config.guidance == 1:
-            return v
-        return guided(v, self.velocity(x_t, sigma, unconditional(cond)), self.config.guidance)
-
     def checkpoint_with(self, function):
         """Run every block as function(block, *args), which recomputes it in backward."""
         self.module.enable_gradient_checkpointing(function)
@@ -1576,7 +1569,7 @@ class VideoTask:
             drawn[path] = model.draw(sampler, generator, sigmas, cond, c.seed)
             if step == 0:
                 path = path.with_stem(f"{path.stem}-backbone")
-                drawn[path] = model.draw(euler_sample, model.guided_velocity, sigmas, cond, c.seed)
+                drawn[path] = model.draw(euler_sample, model.velocity, sigmas, cond, c.seed)
         if rank() == 0:
             self.film(drawn)
 
@@ -1584,8 +1577,8 @@ class VideoTask:
         """No exact answer here: the last logged numbers, and what to do next."""
         last = (folder / "metrics.jsonl").read_text().splitlines()[-1:]
         image = "--image face.png " if self.backbone.form else ""
-        now = f"now: python {self.backbone.script} sample --run {folder} {image}"
-        now += '--prompt "..." --out video.mp4'
+        how = f"{self.backbone.script} sample --run {folder} {image}"
+        now = f'now: python {how}--prompt "..." --out video.mp4'
         return {"student": {**json.loads("".join(last) or "{}"), "steps": self.config.steps}}, now
 
     def student(self, tensors, info):
@@ -1732,9 +1725,10 @@ class HostedBackbone:
         for x in set(rest).difference(*self.frozen):
             x.data = x.data.to(device())
         self.here, self.ends, self.before = {}, [], 0  # weights by block; marks between blocks
+        begin = torch.compiler.disable(self.begin)
         for i, block in enumerate(blocks):
             self.put(i, self.homes[i])
-            block.register_forward_pre_hook(lambda *_, i=i: self.begin(i))
+            block.register_forward_pre_hook(lambda *_, i=i: begin(i))
 
     def put(self, i, weights):
         for p, x in zip(self.frozen[i], weights):
@@ -1747,7 +1741,6 @@ class HostedBackbone:
             how = {"non_blocking": True, "copy": True}
             self.here[i] = [x.to(device(), **how) for x in self.homes[i]]
 
-    @torch.compiler.disable
     def begin(self, i):
         """Put block i's weights in place, drop those of earlier ones, begin to fetch the next."""
         ahead = i - 1 if self.before in (i, i + 1) else i + 1  # down in a backward
@@ -2071,8 +2064,8 @@ class Run:
 
     def saved(self):
         """Where the run was saved, and the command that goes on from there."""
-        usual = f"{self.task.backbone.script} train"
-        how = usual if self.loop == "distil" else f"-m toy.baselines {self.loop}"
+        how = f"{self.task.backbone.script} train"
+        how = how if self.loop == "distil" else f"-m toy.baselines {self.loop}"
         command = f"python {how} --resume --out {self.folder}"
         return f"it was saved at iteration {self.state.iteration}; to go on: {command}"
 

@@ -135,7 +135,7 @@ def draw(task, files, levels, generator, seeds):
         sampler = w2svd.few_step_sample if renoise and not plain else w2svd.euler_sample
         for file, seed in zip(files, seeds):
             cond, start = task.read(file)["cond"], time.perf_counter()
-            velocity = model.guided_velocity if plain else student
+            velocity = model.velocity if plain else student
             x0 = model.draw(sampler, velocity, sigmas, cond, seed)
             drawn.append(x0[0].cpu())  # which waits for the GPU
             spent.append(time.perf_counter() - start)

@@ -218,7 +218,7 @@ the plan's rollouts all end at the last exit @ evaluations: (c.steps - 1) / 2 ==
 # test_hunyuan.py -k films_are
 films are on another grid @ VideoTask.on_log: (c.steps, c.shift) ==> (c.steps, 5.0)
 the backbone's film is the student's @ VideoTask.on_log:
-    euler_sample, model.guided_velocity ==> euler_sample, generator
+    euler_sample, model.velocity ==> euler_sample, generator
 # test_hunyuan.py -k scaled_mode
 latents are encoded unscaled @ VideoModel.encode_video: * scale ==>
 text is not trimmed @ HunyuanVideo.encode_text: [:, mask[0].bool()] ==>
@@ -256,7 +256,7 @@ Wan's noise level is embedded in bf16 @ notebooks/wan.py:Wan.time_in_float32:
 # test_wan.py -k features
 Wan's discriminator reads the last block @ notebooks/wan.py:Wan.__init__: blocks // 3 # ==> blocks #
 # test_wan.py -k film_is
-the backbone is filmed without guidance @ VideoModel.guided_velocity: guidance == 1 ==> guidance
+the backbone is filmed without guidance @ notebooks/wan.py:Wan.guided_velocity: w == 1 ==> w
 # test_wan.py -k card
 Wan's student is exported with guidance @ notebooks/wan.py:Wan.__init__: guidance = 1.0 ==>
     guidance = 5.0
