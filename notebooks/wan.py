@@ -16,7 +16,8 @@ size. What is not as in HunyuanVideo:
                 the caption's place, which is encoded once more into each clip's file
     latents     (z - mean) / std, of each channel, in place of one factor
     picture     more channels: a mask, and the latents of the picture with grey frames behind it;
-                and CLIP's tokens of it, to which every block has an attention of its own
+                and CLIP's tokens of it, to which every block has an attention of its own;
+                diffusers' own image-to-video pipeline needs `pip install ftfy`
     sampling    WanPipeline asks the scheduler for noise levels of its own: the exported card sets
                 the grid
 
@@ -57,8 +58,8 @@ class Wan(w2svd.VideoModel):
         "fps": 16.0,
         "shift": 3.0,  # of the released 480p; 5 at 720p, and in a peer's distillation (LightX2V)
         "guidance": 5.0,  # the released pipelines'; LightX2V: 3
-        "generator_lr": 1e-4,  # peer: LightX2V's LoRA of rank 64 for 14B; its fake has
-        "fake_lr": 2e-5,
+        "generator_lr": 1e-4,  # peer: LightX2V's LoRA of rank 64, for 14B
+        "fake_lr": 2e-5,  # peer: its fake's, of full weights; both untested here
         "checkpointing": True,
         "log_every": 10,
     }
@@ -82,9 +83,9 @@ class Wan(w2svd.VideoModel):
         self.lora_targets = rf"blocks\.({layers})\.({self.LAYERS})"
         self.early = "blocks", blocks // 3  # ours: as deep as HunyuanVideo's double-stream blocks
         self.form = "channels" if m.in_channels > m.out_channels else None
-        reads, *rest = (2 * m.out_channels + 4, True) if self.form else (m.out_channels, False)
-        found = m.in_channels, m.image_dim is not None
-        self.known = found == (reads, *rest) and m.pos_embed_seq_len is None  # else: a last frame
+        reads = (2 * m.out_channels + 4, True) if self.form else (m.out_channels, False)
+        last = m.pos_embed_seq_len is not None  # a model that reads a last frame, too
+        self.known = (m.in_channels, m.image_dim is not None) == reads and not last
         self.patch = math.prod(m.patch_size)
         self.tokens = math.prod(self.video[1:]) // self.patch
         if self.form:  # the VAE reads each clip twice, and the cache holds both

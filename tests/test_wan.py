@@ -187,6 +187,19 @@ def test_the_guided_update_is_the_hand_written_one(image, entered):
 
 
 @EACH
+def test_checkpointing_and_the_base_in_host_memory_change_no_bit_of_a_gradient(image):
+    found = []
+    for machine in (ALONE, Machine(offload=True)):
+        roles = new_roles(image, machine=machine, gan_weight=1.0)
+        rng = torch.Generator().manual_seed(1)
+        x_in, eps = torch.randn(2, 1, *roles.backbone.shape, generator=rng)
+        given_to = torch.tensor([0.9]), given(roles.backbone), torch.tensor([0.5]), eps
+        w2svd.generator_step(roles, x_in, *given_to, gan_weight=5.0, guidance=5.0)
+        found.append([p.grad for p in roles.parameters("generator")])
+    assert all(map(torch.equal, *found))
+
+
+@EACH
 def test_the_discriminator_s_features_are_the_tokens_after_a_third_of_the_blocks(image):
     roles, seen = new_roles(image), []
     x, sigma = torch.randn(1, *roles.backbone.shape), torch.tensor([0.5])
