@@ -1841,7 +1841,7 @@ def memory_plan(config, model, machine, generator, fake):
     if machine.shard:  # three blocks are gathered at a time
         lines["backbone, frozen"] = base / gpus_of_a_node() + 3 * base / n
     if machine.offload:  # one at work, one that comes, one that just ended
-        lines["backbone, frozen"] = base * (1 - hosted(model) / frozen)
+        lines["backbone, frozen"] = base * (1 - sum(frozen_in_blocks(model)[:-3]) / frozen)
         lines["inputs of the blocks"] = 2 * tensor
     elif not c.checkpointing:
         lines["inputs of the blocks"] = kept * reached * tensor
@@ -1851,10 +1851,10 @@ def memory_plan(config, model, machine, generator, fake):
     return lines
 
 
-def hosted(model):
-    """Frozen parameters that wait in host memory with --offload: of all blocks but three."""
-    sizes = [sum(p.numel() for p in b.parameters() if not p.requires_grad) for b in model.blocks]
-    return sum(sorted(sizes)[:-3])
+def frozen_in_blocks(model):
+    """How many frozen parameters each block has, the fewest first."""
+    frozen = ([p for p in b.parameters() if not p.requires_grad] for b in model.blocks)
+    return sorted(sum(p.numel() for p in own) for own in frozen)
 
 
 def share_reached(config, model):
@@ -1886,7 +1886,7 @@ def time_plan(config, model, machine, forwards, backwards):
     seconds = linear / 650e12 + attention / 550e12 + moved / 3e12
     copied = 0.0
     if machine.offload:  # beside it, at 25 GB/s of PCIe 4.0
-        copied = (2 - c.fp8_base) * hosted(model) * again * clips / 25e9
+        copied = (2 - c.fp8_base) * sum(frozen_in_blocks(model)) * again * clips / 25e9
     # in the same shares of what is published of an RTX 4090, 165 TFLOP/s and 1 TB/s
     small = linear / 108e12 + attention / 92e12 + moved / 0.9e12
     seconds = max(seconds, copied)

@@ -402,6 +402,8 @@ def test_the_plan_is_within_5_percent_of_a_simulated_iteration(row):
     assert 0.99 * row["allocated_gib"] < memory < 1.05 * row["allocated_gib"]
     work = row["linear_flop"] + row["attention_flop"]
     assert found["PFLOP an iteration"] == pytest.approx(work / 1e15, rel=0.05)
+    copied = found["seconds of copying the backbone"] * 25e9  # by the bus that the plan takes
+    assert copied == pytest.approx(row["copied_bytes"], rel=0.05)
     seconds = row["linear_flop"] / 650e12 + row["attention_flop"] / 550e12 + row["bytes"] / 3e12
     assert found["seconds an iteration on an H100"] == pytest.approx(seconds, rel=0.05)
 
