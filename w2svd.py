@@ -197,7 +197,7 @@ class Machine:
 
     gpu_memory: float = setting(0.0, "GiB to plan for; 0: of the one here / ours")
     shard: bool = setting(False, "split the backbone over a node's GPUs / ours")
-    offload: bool = setting(False, "blocks' inputs wait in host memory / ours")
+    offload: bool = setting(False, "blocks and their inputs wait in host memory / ours")
     cudnn: bool = setting(True, "its attention first, on Hopper GPUs / ours")
 
 
@@ -242,6 +242,8 @@ def check(c: Config, machine=Machine()):
         refuse_if(odd, "--height, --width must be multiples of 16, --frames 4 k + 1, as 61 or 129.")
     alone = c.fp8_base and (c.compile or machine.shard)
     refuse_if(alone, "--fp8-base works without --compile and --shard.")
+    twice = machine.offload and machine.shard
+    refuse_if(twice, "--offload keeps the backbone in host memory, --shard on GPUs: give one.")
 
 
 # ---- 2. Flow matching ----------------------------------------------------------------------------
@@ -566,6 +568,13 @@ def discriminator_step(roles, x_gen, x0, cond, sigma, eps):
     return {name: x.detach() for name, x in stats.items()}
 
 
+def unconditional(cond):
+    """What guidance holds against cond: all of it but its prompt; None where it has no negative."""
+    if isinstance(cond, dict) and "negative_prompt_embeds" in cond:
+        return {**cond, "prompt_embeds": cond["negative_prompt_embeds"]}
+    return None
+
+
 def generator_step(
     roles, x_in, sigma_in, cond, sigma, eps, x0_gt=None, gt_weight=0, gan_weight=0, guidance=1
 ):
@@ -584,7 +593,7 @@ def generator_step(
             v_fake = roles.fake(x_t, sigma, cond)
             v_real = roles.real(x_t, sigma, cond)
             if guidance != 1:
-                v_real = guided(v_real, roles.real(x_t, sigma, None), guidance)
+                v_real = guided(v_real, roles.real(x_t, sigma, unconditional(cond)), guidance)
             require_finite("the fake's velocity", v_fake, sigma)
             require_finite("the real DiT's velocity", v_real, sigma)
             x0_fake = x0_from_velocity(x_t, v_fake, sigma)
@@ -883,46 +892,30 @@ def about_checkpoint(checkpoint):
         return json.loads(path.read_text()) if path.is_file() else {}
 
 
-class HunyuanVideo:
-    """diffusers' HunyuanVideo: all that training, sampling and the plan need to know of a model.
+class VideoModel:
+    """What training, sampling and the plan need to know of a model, as far as models share it.
 
     Sections 3 to 6 need .module, .velocity, .lora_targets, .checkpoint_with, and .features and
-    .width for a discriminator. The rest is for the commands; another model is a class like this.
+    .width for a discriminator; the rest is for the commands. Another one is in notebooks/wan.py.
     """
 
-    checkpoint = "hunyuanvideo-community/HunyuanVideo"
-    preset = {"checkpointing": True, "log_every": 10}  # not tuned, as nothing was measured
+    script = "w2svd.py"  # what the commands are called with
     prompt_template = None  # the pipeline's own; or {"template": "...{}...", "crop_start": tokens}
-    text_limit = 256  # tokens that the text encoder reads
-    vae_flop = 21e6, 40e6  # of encoding and decoding, for each pixel of each frame, counted
     renoise = True  # how the generator is sampled: by few_step_sample, not as a backbone by Euler
-    # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
-    LAYERS = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-    LAYERS += r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+    start = repeated = 0  # the picture's share in the first noise; frames to drop after decoding
 
     def __init__(self, module, config):
         m = module.config
         self.module, self.config, self.dtype = module, config, module.dtype
-        self.guidance = config.embedded_guidance
-        blocks = "single_" if config.lora_targets == "single" else "(single_)?"
-        self.lora_targets = rf"{blocks}transformer_blocks\.\d+\.({self.LAYERS})"
         self.width = m.num_attention_heads * m.attention_head_dim
-        self.form = m.image_condition_type  # None, token_replace or latent_concat
-        # the VAE makes one of 4 frames, of 8 x 8 pixels; token_replace samples all but the first
-        frames, height, width = config.frames // 4 + 1, config.height // 8, config.width // 8
-        self.video = (m.out_channels, frames, height, width)  # the latents of a whole video
-        sampled = frames - 1 if self.form == "token_replace" else frames
-        self.shape = (m.out_channels, sampled, height, width)  # of a sample
-        # image-to-video's encoder reads the picture too, as 576 tokens, thinned out
-        picture = {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
-        self.tokens = frames * height * width // m.patch_size**2 + self.text_limit + picture
+        # the VAE makes one of 4 frames, of 8 x 8 pixels: the latents of a whole video, of a sample
+        self.video = (m.out_channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
+        self.shape = self.video
         own = about_checkpoint(config.checkpoint)
         self.prompt_template = own.get("prompt_template", self.prompt_template)
-        for block in self.blocks:
-            block.register_forward_pre_hook(self.without_mask)
         if self.dtype != torch.float32:
-            module.x_embedder.register_forward_hook(self.stream_in_float32)
-            module.context_embedder.register_forward_hook(self.stream_in_float32)
+            for embedder in self.embedders:
+                embedder.register_forward_hook(self.stream_in_float32)
             module.proj_out.register_forward_hook(self.head_in_float32)
 
     @classmethod
@@ -931,35 +924,21 @@ class HunyuanVideo:
         import diffusers
 
         diffusers.utils.logging.set_verbosity_error()
-        Module, found = diffusers.HunyuanVideoTransformer3DModel, {}
-        other = f"--checkpoint {config.checkpoint} is no HunyuanVideo in diffusers' format"
+        Module, found = getattr(diffusers, cls.transformer), cls.released.get(config.checkpoint)
+        other = f"--checkpoint {config.checkpoint} is no {cls.__name__} in diffusers' format"
         with reading(other, TypeError), torch.device("meta"):
-            if config.checkpoint not in ("", cls.checkpoint):  # the class's defaults
+            if found is None:
                 found = Module.load_config(config.checkpoint, subfolder="transformer")
             module = Module.from_config(found).bfloat16()
-        m, kind = module.config, found.get("_class_name", Module.__name__)
-        concat = m.image_condition_type == "latent_concat"
-        reads = 2 * m.out_channels + 1 if concat else m.out_channels
-        if (kind, m.in_channels, m.patch_size_t) != (Module.__name__, reads, 1):
+            model = cls(module, config)
+        if found.get("_class_name", cls.transformer) != cls.transformer or not model.known:
             raise Refused(f"{other}.")
-        if config.guidance != 1:
-            raise Refused("--guidance must be 1: HunyuanVideo has it embedded.")
-        return cls(module, config)
+        return model
 
     def load(self, place=None):
         """The same model with its weights, frozen; adapters are put into it later."""
         pipe = load_pipeline(self.config.checkpoint, ("transformer",), place)
         return type(self)(pipe.transformer.requires_grad_(False), self.config)
-
-    @property
-    def blocks(self):
-        return [*self.module.transformer_blocks, *self.module.single_transformer_blocks]
-
-    @staticmethod
-    def without_mask(_, args):
-        """Text comes trimmed, so nothing is masked; a mask would rule out flash attention."""
-        assert args[3] is None or args[3].dtype == torch.bool, "diffusers' blocks have changed"
-        return (*args[:3], None, *args[4:])
 
     @staticmethod
     def stream_in_float32(_, args, out):
@@ -978,22 +957,117 @@ class HunyuanVideo:
             x, weight, bias = (tensor.float() for tensor in (*args, head.weight, head.bias))
             return torch.nn.functional.linear(x, weight, bias)
 
+    def autocast(self, x):
+        """Where x lies: products in the model's dtype; all else, as the adapters, in float32."""
+        kind = x.device.type.replace("meta", "cpu")  # the meta device knows no autocast
+        # NOTE silent: without autocast the float32 adapters would compute in float32; with its
+        # cache every float32 weight would stay in bf16 too until the end of the forward
+        return torch.autocast(kind, self.dtype, self.dtype != torch.float32, cache_enabled=False)
+
     def checkpoint_with(self, function):
         """Run every block as function(block, *args), which recomputes it in backward."""
         self.module.enable_gradient_checkpointing(function)
 
     def features(self, x_t, sigma, cond):
-        """The sample's tokens after the last double-stream block, (B, tokens, width)."""
-        seen, later = [], self.module.single_transformer_blocks
+        """The sample's tokens after the first third of the blocks, (B, tokens, width)."""
+        seen, (name, count) = [], self.early
+        blocks = getattr(self.module, name)
         watch = self.module.norm_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        self.module.single_transformer_blocks = torch.nn.ModuleList()  # the late blocks do not run
+        setattr(self.module, name, blocks[:count])  # the late blocks do not run
         try:
             self.velocity(x_t, sigma, cond)
         finally:
-            self.module.single_transformer_blocks = later
+            setattr(self.module, name, blocks)
             watch.remove()
-        tokens = math.prod(x_t.shape[2:]) // self.module.config.patch_size**2
+        tokens = math.prod(x_t.shape[2:]) // self.patch
         return seen[0][:, -tokens:]  # without those of a first frame that was given
+
+    @torch.no_grad()
+    def encode_video(self, pipe, video):
+        """A video (1, 3, T, H, W) in [-1, 1] as scaled latents (1, C, T, H, W)."""
+        vae = pipe.vae.float()  # bf16 would round the latents
+        mean, scale = self.scaling(vae)
+        return (vae.encode(video.to(pipe.device)).latent_dist.mode() - mean) * scale
+
+    def draw(self, sampler, velocity, sigmas, cond, seed):
+        """Sample the latents of a whole video, (1, C, T, H, W); the seed decides it."""
+        rng = torch.Generator(device()).manual_seed(seed)
+        noise = torch.randn(1, *self.video, generator=rng, device=device())
+        noise = noise[:, :, -self.shape[1] :]
+        if self.start:
+            noise = (1 - self.start) * noise + self.start * cond["image"]
+        x0 = sampler(velocity, noise, sigmas, cond, rng)
+        return x0 if self.shape == self.video else torch.cat([cond["image"], x0], dim=2)
+
+    @torch.no_grad()
+    def decode(self, pipe, x0):
+        """Frames (T', H', W', 3) in [0, 1] of latents (1, C, T, H, W)."""
+        mean, scale = self.scaling(pipe.vae)
+        x0 = x0.to(pipe.device, pipe.vae.dtype) / scale + mean
+        frames = pipe.vae.decode(x0, return_dict=False)[0]
+        if not frames.isfinite().all():
+            raise Refused("The sampled video is not finite; take an earlier generator by --at.")
+        frames = frames[:, :, self.repeated :]
+        return pipe.video_processor.postprocess_video(frames, output_type="np")[0]
+
+
+class HunyuanVideo(VideoModel):
+    """diffusers' HunyuanVideo, text-to-video and both forms of image-to-video."""
+
+    checkpoint = "hunyuanvideo-community/HunyuanVideo"
+    transformer = "HunyuanVideoTransformer3DModel"
+    released = {"": {}, checkpoint: {}}  # diffusers' defaults
+    preset = {"checkpointing": True, "log_every": 10}  # not tuned, as nothing was measured
+    text_limit, text_mb = 256, 2  # tokens that the text encoder reads; a text's in the cache
+    vae_flop = 21e6, 40e6  # of encoding and decoding, for each pixel of each frame, counted
+    early = "single_transformer_blocks", 0  # the double-stream blocks are a third of all
+    # a block's memory, in tokens x width x 2 bytes, simulated: what its backward needs where it is
+    # recomputed; what it keeps where not, and needs then
+    block_memory = 37.2, 25.6, 11.6
+    moved = 407  # bytes of a block's element-wise work, for each token and channel, counted
+    # every linear layer of the blocks but adaLN's: 4.30 M parameters for each unit of rank at 13B
+    LAYERS = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    LAYERS += r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+
+    def __init__(self, module, config):
+        if config.guidance != 1:
+            raise Refused("--guidance must be 1: HunyuanVideo has it embedded.")
+        m = module.config
+        self.embedders = module.x_embedder, module.context_embedder
+        super().__init__(module, config)
+        self.guidance = config.embedded_guidance
+        blocks = "single_" if config.lora_targets == "single" else "(single_)?"
+        self.lora_targets = rf"{blocks}transformer_blocks\.\d+\.({self.LAYERS})"
+        self.form = m.image_condition_type  # None, token_replace or latent_concat
+        concat = self.form == "latent_concat"
+        reads = 2 * m.out_channels + 1 if concat else m.out_channels
+        self.known = (m.in_channels, m.patch_size_t) == (reads, 1)
+        self.repeated = 4 if concat else 0  # they repeat the picture; diffusers drops them too
+        self.start = 0.001 if self.form else 0.0  # as diffusers' image-to-video pipeline begins
+        if self.form == "token_replace":  # samples all but the first frame
+            self.shape = (m.out_channels, config.frames // 4, *self.video[2:])
+        # image-to-video's encoder reads the picture too, as 576 tokens, thinned out
+        picture = {None: 0, "token_replace": 144, "latent_concat": 288}[self.form]
+        self.adapters = 1.444 / self.width  # of the linear FLOP, for each unit of rank, counted
+        self.patch = m.patch_size**2
+        self.tokens = math.prod(self.video[1:]) // self.patch + self.text_limit + picture
+        for block in self.blocks:
+            block.register_forward_pre_hook(self.without_mask)
+
+    @property
+    def blocks(self):
+        return [*self.module.transformer_blocks, *self.module.single_transformer_blocks]
+
+    @staticmethod
+    def scaling(vae):
+        """Mean and factor of the latents."""
+        return 0.0, vae.config.scaling_factor
+
+    @staticmethod
+    def without_mask(_, args):
+        """Text comes trimmed, so nothing is masked; a mask would rule out flash attention."""
+        assert args[3] is None or args[3].dtype == torch.bool, "diffusers' blocks have changed"
+        return (*args[:3], None, *args[4:])
 
     def with_image(self, x_t, cond):
         """What the transformer reads: x_t with the first frame's latents, cond['image'], beside it.
@@ -1011,10 +1085,7 @@ class HunyuanVideo:
     def velocity(self, x_t, sigma, cond):
         """x_t: latents (B, C, T, H, W); cond: prompt_embeds (B, L, D), trimmed; pooled (B, P)."""
         text = cond["prompt_embeds"].to(self.dtype)
-        kind = x_t.device.type.replace("meta", "cpu")  # the meta device knows no autocast
-        # NOTE silent: without autocast the float32 adapters would compute in float32; with its
-        # cache every float32 weight would stay in bf16 too until the end of the forward
-        with torch.autocast(kind, self.dtype, self.dtype != torch.float32, cache_enabled=False):
+        with self.autocast(x_t):
             v = self.module(
                 hidden_states=self.with_image(x_t, cond).to(self.dtype),
                 timestep=1000 * sigma.float(),  # NOTE silent: bf16 would round 954.5 to 956
@@ -1044,33 +1115,6 @@ class HunyuanVideo:
         if self.form:
             cond["image"] = self.encode_video(pipe, first)
         return cond
-
-    @torch.no_grad()
-    def encode_video(self, pipe, video):
-        """A video (1, 3, T, H, W) in [-1, 1] as scaled latents (1, C, T, H, W)."""
-        vae = pipe.vae.float()  # bf16 would round the latents
-        return vae.encode(video.to(pipe.device)).latent_dist.mode() * vae.config.scaling_factor
-
-    def draw(self, sampler, velocity, sigmas, cond, seed):
-        """Sample the latents of a whole video, (1, C, T, H, W); the seed decides it."""
-        rng = torch.Generator(device()).manual_seed(seed)
-        noise = torch.randn(1, *self.video, generator=rng, device=device())
-        noise = noise[:, :, -self.shape[1] :]
-        if self.form:  # as diffusers' image-to-video pipeline begins
-            noise = 0.999 * noise + 0.001 * cond["image"]
-        x0 = sampler(velocity, noise, sigmas, cond, rng)
-        return torch.cat([cond["image"], x0], dim=2) if self.form == "token_replace" else x0
-
-    @torch.no_grad()
-    def decode(self, pipe, x0):
-        """Frames (T', H', W', 3) in [0, 1] of latents (1, C, T, H, W)."""
-        x0 = x0.to(pipe.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
-        frames = pipe.vae.decode(x0, return_dict=False)[0]
-        if not frames.isfinite().all():
-            raise Refused("The sampled video is not finite; take an earlier generator by --at.")
-        if self.form == "latent_concat":  # the first 4 repeat the picture; diffusers drops them too
-            frames = frames[:, :, 4:]
-        return pipe.video_processor.postprocess_video(frames, output_type="np")[0]
 
     def flop(self):
         """Of a forward: FLOP in linear layers, and in attention."""
@@ -1365,7 +1409,8 @@ def crop_note(film, config):
 
 def text_note(model, embeds):
     """Whether the text encoder read all of a text, of which embeds (..., L, D): [sentence]."""
-    if model.form or embeds.shape[-2] < model.text_limit:  # image-to-video's have the picture too
+    read = embeds.any(dim=-1).sum()  # others are padding
+    if model.form or read < model.text_limit:  # image-to-video's have the picture too
         return []
     return [f"the text encoder reads {model.text_limit} tokens, and not its end"]
 
@@ -1471,8 +1516,8 @@ class VideoTask:
         self.clips = encoded_clips(self.config, model)
         some = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(0))
         self.filmed = [self.clips[i] for i in some[: films_at_once(model)]]
-        # a backbone that will be split may be too large for one GPU
-        self.backbone = model.load("cpu" if machine.shard else self.device)
+        # a backbone that will be split, or waits outside, may be too large for one GPU
+        self.backbone = model.load("cpu" if machine.shard or machine.offload else self.device)
 
     def read(self, file):
         """A clip's file as a batch of one; x0 is 0 where there is a caption alone."""
@@ -1532,7 +1577,8 @@ class VideoTask:
         """No exact answer here: the last logged numbers, and what to do next."""
         last = (folder / "metrics.jsonl").read_text().splitlines()[-1:]
         image = "--image face.png " if self.backbone.form else ""
-        now = f'now: python w2svd.py sample --run {folder} {image}--prompt "..." --out video.mp4'
+        how = f"{self.backbone.script} sample --run {folder} {image}"
+        now = f'now: python {how}--prompt "..." --out video.mp4'
         return {"student": {**json.loads("".join(last) or "{}"), "steps": self.config.steps}}, now
 
     def student(self, tensors, info):
@@ -1660,6 +1706,61 @@ def shard_backbone(roles):
         parameter.data = parameter.data.to(device())
 
 
+class HostedBackbone:
+    """The blocks' frozen weights wait in host memory; each block's come one ahead of its turn.
+
+    Nothing trains them: they are copied one way and dropped; autograd keeps what it still needs.
+    """
+
+    def __init__(self, roles):
+        blocks, self.stream = roles.backbone.blocks, None
+        self.frozen = [[p for p in b.parameters() if not p.requires_grad] for b in blocks]
+        self.homes = [[p.data.cpu() for p in own] for own in self.frozen]
+        if device() == "cuda":
+            self.homes = [[x.pin_memory() for x in home] for home in self.homes]
+            self.stream = torch.cuda.Stream()
+        rest = [p for role in roles.trained for p in roles.parameters(role)]
+        for one in (roles.backbone, *roles.copies.values()):
+            rest += [*one.module.parameters(), *one.module.buffers()]
+        for x in set(rest).difference(*self.frozen):
+            x.data = x.data.to(device())
+        self.here, self.ends, self.before = {}, [], 0  # weights by block; marks between blocks
+        begin = torch.compiler.disable(self.begin)
+        for i, block in enumerate(blocks):
+            self.put(i, self.homes[i])
+            block.register_forward_pre_hook(lambda *_, i=i: begin(i))
+
+    def put(self, i, weights):
+        for p, x in zip(self.frozen[i], weights):
+            p.data = x
+
+    def fetch(self, i):
+        if i in self.here:
+            return
+        with torch.cuda.stream(self.stream):
+            how = {"non_blocking": True, "copy": True}
+            self.here[i] = [x.to(device(), **how) for x in self.homes[i]]
+
+    def begin(self, i):
+        """Put block i's weights in place, drop those of earlier ones, begin to fetch the next."""
+        ahead = i - 1 if self.before in (i, i + 1) else i + 1  # down in a backward
+        ahead, self.before = ahead % len(self.homes), i
+        for j in self.here.keys() - {i, ahead}:
+            self.put(j, self.homes[j])
+            del self.here[j]
+        self.fetch(i)
+        if self.stream:
+            now = torch.cuda.current_stream()
+            now.wait_stream(self.stream)
+            for x in self.here[i]:  # NOTE silent: or its memory would be used again too early
+                x.record_stream(now)
+            self.ends.append(now.record_event())
+            if len(self.ends) > 1:  # the host runs ahead, and would fetch all blocks at once
+                self.ends.pop(0).synchronize()
+        self.put(i, self.here[i])
+        self.fetch(ahead)
+
+
 def build_roles(config, backbone, machine):
     """The roles of a run, ready for optimizers. The order matters."""
     torch.manual_seed(config.seed)
@@ -1677,6 +1778,8 @@ def build_roles(config, backbone, machine):
             block.compile()
     if machine.shard:
         shard_backbone(roles)
+    if machine.offload:
+        HostedBackbone(roles)  # its hooks keep it
     return roles
 
 
@@ -1722,6 +1825,7 @@ def films_at_once(model):
 def memory_plan(config, model, machine, generator, fake):
     """GiB on each GPU by line, simulated, for so many parameters of generator and fake."""
     c, n, tensor = config, len(model.blocks), 2 * config.batch * model.tokens * model.width / 2**30
+    at_work, kept, beside = model.block_memory
     frozen = sum(p.numel() for p in model.module.parameters() if not p.requires_grad)
     base = (1.29 if c.fp8_base else 2) * frozen / 2**30  # some stay in bf16: 15.4 GiB at 13B
     reached = n * share_reached(c, model)
@@ -1731,19 +1835,26 @@ def memory_plan(config, model, machine, generator, fake):
         "Adam, average": (12 * generator + 8 * fake) / 2**30,
         "gradients": 4 * max(generator, fake) / 2**30,  # of one update at a time
         "inputs of the blocks": (reached + n / 3 if c.gan_weight else reached) * tensor,
-        "a block at work": 37.2 * tensor,  # what its backward needs
+        "a block at work": at_work * tensor,
         "CUDA, fragments": 1.6,  # with expandable segments
     }
     if machine.shard:  # three blocks are gathered at a time
         lines["backbone, frozen"] = base / gpus_of_a_node() + 3 * base / n
-    if machine.offload:
+    if machine.offload:  # one at work, one that comes, one that just ended
+        lines["backbone, frozen"] = base * (1 - sum(frozen_in_blocks(model)[:-3]) / frozen)
         lines["inputs of the blocks"] = 2 * tensor
     elif not c.checkpointing:
-        lines["inputs of the blocks"] = 25.6 * reached * tensor
-        lines["a block at work"] = 11.6 * tensor
+        lines["inputs of the blocks"] = kept * reached * tensor
+        lines["a block at work"] = beside * tensor
     # simulations were up to 4 % off; NCCL has buffers
     lines["margin"] = 0.03 * sum(lines.values()) + (1.5 if ranks() > 1 else 0)
     return lines
+
+
+def frozen_in_blocks(model):
+    """How many frozen parameters each block has, the fewest first."""
+    frozen = ([p for p in b.parameters() if not p.requires_grad] for b in model.blocks)
+    return sorted(sum(p.numel() for p in own) for own in frozen)
 
 
 def share_reached(config, model):
@@ -1762,8 +1873,8 @@ def time_plan(config, model, machine, forwards, backwards):
     if c.checkpointing or machine.offload:  # one more forward, of the blocks that are reached
         again += back
     linear, attention = model.flop()
-    moved = 407 * model.tokens * model.width * len(model.blocks)  # bytes, element-wise, counted
-    adapters = 1.444 * c.lora_rank / model.width  # of the linear FLOP, counted
+    moved = model.moved * model.tokens * model.width * len(model.blocks)
+    adapters = model.adapters * c.lora_rank  # of the linear FLOP
     # FLOP/s in large products and in cuDNN's attention, bytes/s
     one = (1 + adapters) * linear / 650e12 + attention / 550e12 + moved / 3e12
     # a backward is as much as a forward in frozen linear layers, twice in adapters, 2.5 times in
@@ -1773,6 +1884,12 @@ def time_plan(config, model, machine, forwards, backwards):
     attention *= (again + 2.5 * back) * clips
     moved *= (again + 1.4 * back) * clips
     seconds = linear / 650e12 + attention / 550e12 + moved / 3e12
+    copied = 0.0
+    if machine.offload:  # beside it, at 25 GB/s of PCIe 4.0
+        copied = (2 - c.fp8_base) * sum(frozen_in_blocks(model)) * again * clips / 25e9
+    # in the same shares of what is published of an RTX 4090, 165 TFLOP/s and 1 TB/s
+    small = linear / 108e12 + attention / 92e12 + moved / 0.9e12
+    seconds = max(seconds, copied)
     # convolutions of the VAE at 150 TFLOP/s, an assumption
     encode, decode = (x * c.frames * c.height * c.width / 150e12 for x in model.vae_flop)
     films, saves = films_at_once(model), math.ceil(c.iterations / c.save_every)
@@ -1780,6 +1897,8 @@ def time_plan(config, model, machine, forwards, backwards):
     hours = (seconds * c.iterations + film * (2 + saves)) / 3600
     return {
         "seconds an iteration on an H100": seconds,
+        "seconds an iteration on an RTX 4090": max(small, copied),
+        "seconds of copying the backbone": copied,
         "PFLOP an iteration": (linear + attention) / 1e15,
         "seconds to encode a clip": encode,
         "minutes of films, at the start": 2 * film / 60,  # the backbone's beside the student's
@@ -1803,13 +1922,18 @@ def plan(config, model, machine=Machine(), loop=distil):
         return about
     memory, saves = memory_plan(c, model, machine, generator, fake), c.iterations / c.save_every
     waiting = share_reached(c, model) * len(model.blocks) * 2 * model.tokens * model.width * c.batch
+    host = 2 * frozen
+    if machine.offload:  # torch rounds what it pins up to a power of two
+        frozen_ones = (p for p in model.module.parameters() if not p.requires_grad)
+        sizes = ((2 - c.fp8_base) * p.numel() for p in frozen_ones)
+        host = waiting + sum(2 ** (size - 1).bit_length() for size in sizes)
     return {
         **{f"GiB, {name}": x for name, x in memory.items()},
         "GiB in all": sum(memory.values()),
-        "GiB of host memory": (2 * frozen + (waiting if machine.offload else 0)) / GiB,
+        "GiB of host memory": host / GiB,
         # three checkpoints, of float32 weights, averages and Adam's, and all generators
         "GiB of disk": 4 * (13 * generator + 9 * fake + math.ceil(saves) * generator) / GiB,
-        "MB of cache a clip": 4 * math.prod(model.video) / 1e6 + 2,  # 2 of text
+        "MB of cache a clip": 4 * math.prod(model.video) / 1e6 + model.text_mb,
         **time_plan(c, model, machine, *work),
         "clips an update": c.batch * c.accumulate * ranks(),
         **about,
@@ -1869,7 +1993,7 @@ def base_sum(roles):
     frozen = [p.detach() for p in roles.backbone.module.parameters() if not p.requires_grad]
     some = frozen[:: max(1, len(frozen) // 8)]
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in some]  # if it is split
-    return sum(float(p.double().sum()) for p in whole)
+    return sum(float(p.cpu().double().sum()) for p in whole)  # wherever it lies now
 
 
 def held_tensors(state):
@@ -1940,7 +2064,8 @@ class Run:
 
     def saved(self):
         """Where the run was saved, and the command that goes on from there."""
-        how = "w2svd.py train" if self.loop == "distil" else f"-m toy.baselines {self.loop}"
+        how = f"{self.task.backbone.script} train"
+        how = how if self.loop == "distil" else f"-m toy.baselines {self.loop}"
         command = f"python {how} --resume --out {self.folder}"
         return f"it was saved at iteration {self.state.iteration}; to go on: {command}"
 
@@ -2209,12 +2334,15 @@ Generator {generator}, fake {fake}, rank {rank}, alpha_weak {alpha_weak}; {step}
 apply none of it, silently (notebooks/to_comfyui.py converts it; FastVideo, sglang and xDiT read a
 merged transformer). A second LoRA switches it off, until `pipe.set_adapters(["w2svd", "other"])`.
 
+    from functools import partial
     import torch
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
     from diffusers.utils import export_to_video{load_image}
     pipe = DiffusionPipeline.from_pretrained("{checkpoint}", torch_dtype=torch.bfloat16)
     pipe.load_lora_weights("this folder", "w2svd", weight_name="pytorch_lora_weights.safetensors")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("this folder/scheduler")
+    grid = [1 - i / {steps} for i in range({steps})]  # a pipeline that asks for none gets another
+    pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=grid)
     pipe.to("cuda").vae.enable_tiling()
     torch.manual_seed(1)  # the renoising draws from torch's global generator
     size = dict(height={height}, width={width})

@@ -1,13 +1,14 @@
-"""A HunyuanVideo run against its backbone and real clips: one table, and a film for each prompt.
+"""A run of a video model against its backbone and real clips: a table, a film for each prompt.
 
     python notebooks/evaluate.py --run runs/mine --data my_clips/ --n 16 [--out --seed --at ...]
 
 The same prompts, the clips' captions, and the same noise for every method: the backbone by Euler
-in the student's number of steps, on the student's grid and on that of the released shift 7, and in
-28 steps; the student on its own grid. Text and latents come from the clips' files, which `encode`
-makes; then the transformer is in memory alone, then the VAE. In the evaluation's folder: a folder
-of films for each method, named as VBench's custom input reads them; together.mp4, all beside each
-other; evaluation.json. The numbers are of frames before they are compressed to .mp4.
+in the student's number of steps, on the student's grid and on that of the released shift, and in
+the released number of steps; the student on its own grid. Text and latents come from the clips'
+files, which `encode` makes; then the transformer is in memory alone, then the VAE. In the
+evaluation's folder: a folder of films for each method, named as VBench's custom input reads them;
+together.mp4, all beside each other; evaluation.json. The numbers are of frames before they are
+compressed to .mp4.
 
 | column            | what; a ratio is to the data's, and 1 like the data                        |
 |-------------------|----------------------------------------------------------------------------|
@@ -39,13 +40,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from wherever it is called
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # from wherever it is called
+
+from wan import Wan  # noqa: E402
 
 import w2svd  # noqa: E402
 from toy.metrics import distances, motion  # noqa: E402
 from w2svd import BT709, Refused, atomic_write, write_film  # noqa: E402
 
-RELEASED = 28, 7.0  # steps and shift of the released pipeline
+MODELS = {**w2svd.MODELS, "wan": Wan}
+RELEASED = {"hunyuan": (28, 7.0), "wan": (50, 3.0)}  # steps and shift of the released pipelines
 REFERENCE = 256  # clips at most, whose moments are the data's
 SHOWN = "frechet", "dynamic_degree", "motion_smoothness", "flicker", "sharpness"
 ABOUT = """seconds: without decoding, {decoding_seconds:.2f} more. frechet: {directions} leading \
@@ -110,8 +114,8 @@ def table(result):
 
 def grids(info):
     """{method: noise levels}: the backbone's by Euler, then the student's own."""
-    own = len(info["sigmas"]) - 1
-    runs = dict.fromkeys([(own, float(info["shift"])), (own, RELEASED[1]), RELEASED])
+    own, released = len(info["sigmas"]) - 1, RELEASED[info["model"]]
+    runs = dict.fromkeys([(own, float(info["shift"])), (own, released[1]), released])
     euler = {f"euler-{n}-shift-{shift:g}": w2svd.few_step_sigmas(n, shift) for n, shift in runs}
     return euler | {f"student-{own}": torch.tensor(info["sigmas"])}
 
@@ -203,7 +207,7 @@ def prepare(run, data, n, out, seed, checkpoint):
         raise Refused(f"{out} is in use: name another --out.")
     checkpoint = checkpoint or config.checkpoint
     config = dataclasses.replace(config, data=str(Path(data).resolve()), checkpoint=checkpoint)
-    task = w2svd.load_task(config)
+    task = w2svd.load_task(config, MODELS)
     if w2svd.device() == "cpu" and task.backbone.module.num_parameters() > 1e9:
         raise Refused("A model of this size needs a GPU and torch finds none.")
     return task
@@ -237,7 +241,9 @@ def evaluate(run, data, n=16, out="", seed=0, at=None, checkpoint=""):
     numbers, decoding = films(task, captions, {"data": real[:n], **latents}, out)
     rows = {"data": {"nfe": 0, "seconds": 0.0}}
     for name, sigmas in levels.items():
-        rows[name] = {"nfe": len(sigmas) - 1, "seconds": seconds[name]}
+        twice = name.startswith("euler") and config.guidance != 1  # guidance: two for a step
+        nfe = (len(sigmas) - 1) * (2 if twice else 1)
+        rows[name] = {"nfe": nfe, "seconds": seconds[name]}
     for name, row in rows.items():
         row.update(frechet=apart[name], **against(numbers[name], numbers["data"]))
     result = {"methods": rows, "decoding_seconds": decoding, "frechet": about, "prompts": captions}

@@ -1,10 +1,11 @@
-"""A LoRA of HunyuanVideo that `w2svd.py export` wrote, as ComfyUI reads it, with all it needs.
+"""A LoRA of HunyuanVideo or Wan that `w2svd.py export` wrote, as ComfyUI reads it.
 
     python w2svd.py export --run runs/mine --out lora/
     python notebooks/to_comfyui.py lora/ comfyui/
 
-It writes w2svd_comfyui.safetensors for models/loras, workflow_api.json, a graph with the run's own
-numbers, and README.md, which says what goes wrong without a word. Nothing of w2svd is needed.
+It writes w2svd_comfyui.safetensors for models/loras, README.md, which says what goes wrong without
+a word, and for HunyuanVideo workflow_api.json, a graph with the run's own numbers. Nothing of w2svd
+is needed. Wan's layers are renamed one by one; its file was not tried in ComfyUI itself.
 """
 
 import argparse
@@ -33,6 +34,17 @@ BLOCKS = {
     "transformer_blocks": ("double_blocks", DOUBLE),
     "single_transformer_blocks": ("single_blocks", SINGLE),
 }
+WAN = {  # parts of a name
+    "transformer.blocks.": "diffusion_model.blocks.",
+    ".attn1.": ".self_attn.",
+    ".attn2.": ".cross_attn.",
+    ".to_out.0.": ".o.",
+    ".to_": ".",
+    ".add_k_proj.": ".k_img.",
+    ".add_v_proj.": ".v_img.",
+    ".ffn.net.0.proj.": ".ffn.0.",
+    ".ffn.net.2.": ".ffn.2.",
+}
 FORMS = {  # of image-to-video: guidance_type, image_interleave, model
     "latent_concat": ("v1 (concat)", 2, "image_to_video"),
     "token_replace": ("v2 (replace)", 4, "v2_replace_image_to_video"),
@@ -50,12 +62,35 @@ FluxGuidance {embedded_guidance:g}; BasicGuider; SamplerCustomAdvanced. {width} 
 What spoils the video without a word: a BasicScheduler on the loader itself, to which no shift
 comes; FluxGuidance's own 3.5; another sampler than {sampler}; KSampler's cfg of 8, not 1.
 """
+WAN_CARD = """# {checkpoint} in {steps} steps, by w2svd, for ComfyUI
+
+For ComfyUI and programs that read its names; diffusers takes the folder that this was made from.
+The file goes into models/loras: LoraLoaderModelOnly at strength 1; ModelSamplingSD3, shift
+{shift:g}, that feeds BasicScheduler (simple, {steps} steps), or ManualSigmas {sigmas};
+KSamplerSelect {sampler}; BasicGuider; SamplerCustomAdvanced. {width} x {height}, {frames} frames,
+{fps:g} a second. It was not tried in ComfyUI itself.
+
+What spoils the video without a word: a BasicScheduler on the loader itself, to which no shift
+comes; another sampler than {sampler}; a cfg other than 1, for which the LoRA was not trained.
+"""
 IMAGE = """
 Image-to-video: TextEncodeHunyuanVideo_ImageToVideo with image_interleave {interleave}, and
 HunyuanImageToVideo with guidance_type '{guidance}', both from one picture, cropped to the video's
 shape. Another guidance_type or image_interleave than these spoils the video, without a word too.
 Of a latent_concat model's video the first 4 frames only repeat the picture.
 """
+
+
+def renamed(tensors):
+    """Wan's adapter under the original names, which have a layer for each of diffusers'."""
+    converted = {}
+    for name, x in tensors.items():
+        for ours, theirs in WAN.items():
+            name = name.replace(ours, theirs)
+        converted[name] = x
+        if "lora_A" in name:  # alpha is the rank: strength 1
+            converted[name.replace("lora_A.weight", "alpha")] = torch.tensor(float(len(x)))
+    return converted
 
 
 def convert(tensors):
@@ -110,8 +145,8 @@ def workflow(about):
 
 def card(about):
     """How to use it, and what goes wrong silently."""
-    text = CARD
-    if about["image_form"]:
+    text = WAN_CARD if about["model"] == "wan" else CARD
+    if about["image_form"] in FORMS:
         guidance, interleave, _ = FORMS[about["image_form"]]
         text, about = text + IMAGE, {**about, "guidance": guidance, "interleave": interleave}
     return text.format(**{**about, "sigmas": ", ".join(f"{x:.6g}" for x in about["sigmas"])})
@@ -123,18 +158,23 @@ def main(argv=None):
     parser.add_argument("lora", type=Path, help="the folder that `w2svd.py export` wrote")
     parser.add_argument("out", type=Path, help="a new folder")
     options = parser.parse_args(argv)
-    reason = f"{options.lora} is no LoRA of HunyuanVideo that w2svd.py export wrote"
+    reason = f"{options.lora} is no LoRA of a known model that w2svd.py export wrote"
     try:
         about = json.loads((options.lora / "w2svd.json").read_text())
         about["sampler"] = "lcm" if about["renoise"] else "euler"
-        tensors = convert(load_file(options.lora / "pytorch_lora_weights.safetensors"))
-        graph, text = workflow(about), card(about)
+        tensors, graph = load_file(options.lora / "pytorch_lora_weights.safetensors"), None
+        if about["model"] == "wan":
+            tensors = renamed(tensors)
+        else:
+            tensors, graph = convert(tensors), workflow(about)
+        text = card(about)
         reason = f"{options.out} is in use, or cannot be written: name a new folder"
         options.out.mkdir(parents=True, exist_ok=True)
         if any(options.out.iterdir()):
             raise FileExistsError(options.out)
         (options.out / "README.md").write_text(text, encoding="utf-8")
-        (options.out / "workflow_api.json").write_text(json.dumps(graph, indent=1))
+        if graph:
+            (options.out / "workflow_api.json").write_text(json.dumps(graph, indent=1))
         (options.out / "w2svd_comfyui.safetensors").write_bytes(save(tensors))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         print(f"to_comfyui: {reason} ({type(error).__name__}: {error}).", file=sys.stderr)

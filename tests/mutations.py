@@ -73,7 +73,7 @@ the generator's gradient is a sum, not a mean @ generator_step: / g.numel() ==>
 the real DiT keeps a little of the adapter at alpha_weak 0 @ Roles._velocity:
     self.use(role) ==> self.use(role, 1e-3 if role == "real" and not self.alpha_weak else None)
 fake and real see different noise @ generator_step: = roles.real(x_t ==> = roles.real(x_t + eps
-the guided real DiT keeps the condition @ generator_step: sigma, None ==> sigma, cond
+the guided real DiT keeps the condition @ generator_step: unconditional(cond) ==> cond
 non-finite values pass @ require_finite: if bad.any() ==> if False
 the average is not exchanged back @ State.averaged: finally: exchange() ==> finally: pass
 # test_distil.py
@@ -167,21 +167,23 @@ fine-tuning learns noise @ toy/baselines.py:finetune: roles, x0 ==> roles, eps
 # test_numbers.py
 Adam's epsilon is the usual one @ State.__init__: "eps": 1e-15 ==> "eps": 1e-8
 the usual norm forgets how few updates there were @ usual_norm: ** known[0]["step"] ==> ** 1e9
-the stream between the blocks is in bf16 @ HunyuanVideo.stream_in_float32: out.float() ==> out
-the last layer is in bf16 @ HunyuanVideo.head_in_float32: torch.is_grad_enabled() ==> True
+the stream between the blocks is in bf16 @ VideoModel.stream_in_float32: out.float() ==> out
+the last layer is in bf16 @ VideoModel.head_in_float32: torch.is_grad_enabled() ==> True
 the floor's adapter stays @ gap_floor: parameter.zero_() ==> pass
 the floor is of one role @ gap_floor: roles.fake, roles.real ==> roles.fake, roles.fake
 # test_hunyuan.py -k features or velocity_is or mask_reaches or bf16
-the given frame is shown to the discriminator @ HunyuanVideo.features: [:, -tokens:] ==> [:]
-the given frame is read in place of the last @ HunyuanVideo.features: [:, -tokens:] ==> [:, :tokens]
+the given frame is shown to the discriminator @ VideoModel.features: [:, -tokens:] ==> [:]
+the given frame is read in place of the last @ VideoModel.features: [:, -tokens:] ==> [:, :tokens]
 embedded guidance is ignored by the backbone @ HunyuanVideo.velocity: self.guidance ==> 6.0
 embedded guidance is not handed on @ HunyuanVideo.__init__: config.embedded_guidance ==> 6.0
 the text's mask reaches attention @ HunyuanVideo.without_mask: None, *args ==> args[3], *args
 timesteps are in bf16 @ HunyuanVideo.velocity:
     1000 * sigma.float() ==> (1000 * sigma).to(self.dtype)
-adapters compute in float32 @ HunyuanVideo.velocity: self.dtype != torch.float32 ==> False
+adapters compute in float32 @ VideoModel.autocast: self.dtype != torch.float32 ==> False
 # test_hunyuan.py -k checkpointing_and_offload
 nothing is offloaded @ Roles.checkpoint: if self.offload ==> if False
+a block is read from where it waited @ HostedBackbone.begin: self.put(i, self.here[i]) ==> pass
+blocks that came stay @ HostedBackbone.begin: keys() - {i, ahead} ==> keys() & set()
 # test_hunyuan.py -k flops or forwards or disk
 the plan's hours are minutes @ time_plan: / 3600 ==> / 60
 the plan's clips are those of the fake @ plan: c.batch * c.accumulate * ranks(), ==> c.fake_updates,
@@ -191,14 +193,14 @@ the plan's rollouts all end at the last exit @ evaluations: (c.steps - 1) / 2 ==
 films are on another grid @ VideoTask.on_log: (c.steps, c.shift) ==> (c.steps, 5.0)
 the backbone's film is the student's @ VideoTask.on_log: model.velocity ==> generator
 # test_hunyuan.py -k scaled_mode
-latents are encoded unscaled @ HunyuanVideo.encode_video: * vae.config.scaling_factor ==>
+latents are encoded unscaled @ VideoModel.encode_video: * scale ==>
 text is not trimmed @ HunyuanVideo.encode_text: [:, mask[0].bool()] ==>
 the text did not see the picture @ HunyuanVideo.encode_text: 4 if self.form == ==> 2 if self.form ==
 # test_hunyuan.py -k sample_draws
 the first frame comes last @ HunyuanVideo.with_image: [cond["image"].to(x_t), x_t] ==>
     [x_t, cond["image"].to(x_t)]
 the first frame's mask is empty @ HunyuanVideo.with_image: cond["image"], 1 ==> cond["image"], 0
-latents are decoded unscaled @ HunyuanVideo.decode: / pipe.vae.config.scaling_factor ==>
+latents are decoded unscaled @ VideoModel.decode: / scale ==>
 sample ignores the header's grid @ VideoTask.sample: info["sigmas"] ==> [1.0, 0.5, 0.0]
 the exported scheduler forgets the shift @ export: shift=info["shift"] ==> shift=5.0
 the exported scheduler adds no noise @ export: info["renoise"] ==> False
@@ -207,6 +209,28 @@ the picture is stretched @ VideoTask.first_frame: "crop" ==> "default"
 fused layers are reversed @ notebooks/to_comfyui.py:convert: torch.cat(A) ==> torch.cat(A[::-1])
 fused layers are at a third @ notebooks/to_comfyui.py:convert: len(stacked) ==> len(stacked) / 3
 the workflow is on another grid @ notebooks/to_comfyui.py:workflow: about["shift"] ==> 5.0
+# test_wan.py -k guided_update
+Wan's levels are not in thousands @ notebooks/wan.py:Wan.velocity: 1000 * sigma ==> sigma
+the mask of Wan's first frame is empty @ notebooks/wan.py:Wan.with_image: mask[:, :, 0] = 1 ==>
+Wan's mask is behind the picture @ notebooks/wan.py:Wan.with_image:
+    mask, cond["image"].to(x_t) ==> cond["image"].to(x_t), mask
+# test_wan.py -k clip_s_file
+Wan's text has 226 tokens @ notebooks/wan.py:Wan.encode_text: self.text_limit ==> 226
+Wan's latents keep their mean @ notebooks/wan.py:Wan.scaling: return mean ==> return 0 * mean
+the frames behind Wan's picture are black @ notebooks/wan.py:Wan.encode_text:
+    [first, grey] ==> [first, grey - 1]
+# test_wan.py -k bf16
+Wan's noise level is embedded in bf16 @ notebooks/wan.py:Wan.time_in_float32:
+    enabled=False ==> dtype=torch.bfloat16
+# test_wan.py -k features
+Wan's discriminator reads the last block @ notebooks/wan.py:Wan.__init__: blocks // 3 # ==> blocks #
+# test_wan.py -k film_is
+the backbone is filmed without guidance @ notebooks/wan.py:Wan.guided_velocity: w == 1 ==> w
+# test_wan.py -k card
+Wan's student is exported with guidance @ notebooks/wan.py:Wan.__init__: guidance = 1.0 ==>
+    guidance = 5.0
+the card leaves the grid to the pipeline @ export: CARD.format ==>
+    CARD.replace("    pipe.scheduler.set_t", "    # pipe.scheduler.set_t").format
 # test_clips.py -k colours or hdr or disc or fields or damaged or transparent
 untagged films are bt601 @ read_clip: "setparams=colorspace=bt709," + chain ==> chain
 HDR is not tone-mapped @ read_clip: chain += TONE_MAP ==> pass

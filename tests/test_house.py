@@ -33,8 +33,10 @@ PAGES = [*remake.READMES, remake.STUDY]
 made = functools.cache(remake.parts)  # what their tables should be
 LAYOUT = "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()
 OURS = r"w2svd\.py ((?:train|encode|sample|export)\b.*?)(?:  |[`)\n]| &&)"  # commands
-WORDS = r"\b(?:[Aa]gents?|A\.?I|LLMs?|[Cc]hatbots?|[Cc]laude|[Cc]odex|[Cc]opilot|TODO|FIXME|XXX"
-WORDS += r"|(?<!scope=\")[Ss]essions?|[Ii]ssue #?\d+)\b"  # of how a text came about
+WORDS = (
+    r"\b(?:[Aa]gents?|(?<!Wan-)A\.?I|LLMs?|[Cc]hatbots?|[Cc]laude|[Cc]odex|[Cc]opilot|TODO|FIXME"
+)
+WORDS += r"|XXX|(?<!scope=\")[Ss]essions?|[Ii]ssue #?\d+)\b"  # of how a text came about
 
 
 def read(path):

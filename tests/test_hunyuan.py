@@ -152,23 +152,53 @@ def test_in_bf16_timesteps_and_adapters_stay_float32_and_products_do_not(tiny):
     assert {x.dtype for x in (*held, *w2svd.held_tensors(state).values())} == {torch.float32}
 
 
-@pytest.mark.parametrize("fp8, offload", [(False, False), (True, True)])
-def test_checkpointing_and_offload_change_no_bit_of_a_gradient(tiny, monkeypatch, fp8, offload):
-    """Also where the role has ended before the backward, with the backbone in 8 bits."""
+@pytest.fixture
+def emptied(monkeypatch):
+    """Weights that wait in host memory are 0 where they are; how many blocks are not, each time."""
+    put, begin, found = w2svd.HostedBackbone.put, w2svd.HostedBackbone.begin, []
+
+    def put_0(self, i, weights):
+        away = weights is self.homes[i]
+        put(self, i, [torch.zeros_like(x) for x in weights] if away else weights)
+
+    def counted(self, i):
+        begin(self, i)
+        found.append(len(self.here))
+
+    monkeypatch.setattr(w2svd.HostedBackbone, "put", put_0)
+    monkeypatch.setattr(w2svd.HostedBackbone, "begin", counted)
+    return found
+
+
+@pytest.mark.parametrize("fp8, offload", [(False, False), (False, True), (True, True)])
+def test_checkpointing_and_offload_change_no_bit_of_a_gradient(
+    tiny, monkeypatch, emptied, fp8, offload
+):
+    """Also where the role has ended before the backward, with the backbone in 8 bits.
+
+    With the base in host memory two blocks' weights are there at any time, and no others are read.
+    """
     waiting, found = watch(monkeypatch, torch.autograd.graph, "save_on_cpu"), []
     size = {"height": 32, "width": 48, "frames": 9, "lora_rank": 2, "gan_weight": 1.0}
     for checkpointing in (False, True):
         config = Config(fp8_base=fp8, checkpointing=checkpointing, **size)
         model, machine = HunyuanVideo(transformer(tiny), config), Machine(offload=offload)
+        for p in model.module.parameters():  # where a file's weights lie changes a product's bits
+            p.data = p.data.clone()
         roles = randomise(w2svd.build_roles(config, model, machine if checkpointing else Machine()))
         x = inputs(model)
         v = roles.fake(*x[:3])
         with roles.use("real"):  # the same adapter at another scale: no shape or dtype tells
             v.square().sum().backward()
         w2svd.generator_step(roles, *x, gan_weight=5.0)
-        found.append([p.grad for role in ROLES for p in roles.parameters(role)])
-    assert bool(waiting) == offload and len(found[0]) == 4 * LINEARS
-    assert all(g.any() and torch.equal(again, g) for g, again in zip(*found))
+        found.append(
+            {f"{role}/{n}": p.grad for role in ROLES for n, p in roles.state(role).items()}
+        )
+    plain, again = found
+    assert bool(waiting) == offload and len(plain) == 4 * LINEARS
+    assert set(emptied) == ({2} if offload else set())
+    for name, g in plain.items():
+        assert g.any() and torch.equal(again[name], g), name
     for name, p in model.module.named_parameters():
         if "transformer_blocks" in name and "to_q" in name:
             in_8_bits = fp8 and "lora" not in name
@@ -276,6 +306,9 @@ def test_the_plan_s_memory_is_within_5_percent_of_a_simulated_iteration_s(full_s
     model, trained = HunyuanVideo(full_size.module, config), 4_300_800 * config.lora_rank
     memory = w2svd.memory_plan(config, model, Machine(offload=row["offload"]), trained, trained)
     found = sum(memory.values()) - memory["CUDA, fragments"] - memory["margin"]
+    if row["offload"]:  # on a GPU a third block is still there, which just ended
+        frozen = (p.numel() for p in model.blocks[0].parameters() if not p.requires_grad)
+        found -= 2 * sum(frozen) / 2**30
     assert row["allocated_gib"] < found < 1.05 * row["allocated_gib"]  # rather too much
 
 
@@ -411,7 +444,8 @@ def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(
     run("sample", "--run", trained[0], *image, "--prompt", "a dog", "--out", "dog.mp4")
     run("export", "--run", trained[0], "--out", "lora")
     checkpoint = w2svd.read_run(trained[0]).checkpoint
-    pipe, latents, shown = run_card("lora", monkeypatch, template, checkpoint)
+    given = {"prompt_template": template}
+    pipe, latents, shown = run_card("lora", monkeypatch, checkpoint, **given)
     assert pipe.scheduler.sigmas.tolist() == few_step_sigmas(4, 4.0).tolist()
     lost = form == "latent_concat"  # of which the stock pipeline hands out no first latent frame
     assert (latents - drawn["dog.mp4"][0][:, int(lost) :]).abs().max() < 2e-5

@@ -1,4 +1,4 @@
-"""What the tests of HunyuanVideo share: settings of seconds, films watched, a card's code run."""
+"""What the tests of video models share: settings of seconds, films watched, a card's code run."""
 
 from pathlib import Path
 
@@ -25,10 +25,11 @@ def watch_films(monkeypatch):
     return films
 
 
-def run_card(folder, monkeypatch, template, checkpoint):
+def run_card(folder, monkeypatch, checkpoint, **given):
     """Run the code of an exported folder's card on the CPU: the pipeline, latents and frames.
 
     Noise and the scheduler's renoising come from one stream of seed 0, as those of `sample` do.
+    given: more arguments of the pipeline's call.
     """
     rng, found = torch.Generator(), []
 
@@ -39,7 +40,7 @@ def run_card(folder, monkeypatch, template, checkpoint):
     card = (Path(folder) / "README.md").read_text().splitlines()
     code = "\n".join(x[4:] for x in card if x.startswith("    ") and "export_to_video(" not in x)
     for old, new in {
-        '"a woman talks"': '"a dog", output_type=output, prompt_template=template',
+        '"a woman talks"': '"a dog", output_type=output, **given',
         "torch.Generator().manual_seed(0)": "rng.manual_seed(0)",
         "this folder": str(folder),
         f'"{Path(checkpoint).name}"': f'"{checkpoint}"',
@@ -49,7 +50,7 @@ def run_card(folder, monkeypatch, template, checkpoint):
         assert old in code, old
         code = code.replace(old, new)
     for output in ("latent", "np"):
-        names = {"rng": rng, "output": output, "template": template}
+        names = {"rng": rng, "output": output, "given": given}
         exec(code, names)
         found.append(torch.as_tensor(names["video"]))
     return names["pipe"], *found

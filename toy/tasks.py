@@ -132,6 +132,7 @@ class Backbone:
     """A DiT behind the contract of w2svd.Roles."""
 
     lora_targets = DiT.lora_targets
+    script = "w2svd.py"
     renoise = True  # as HunyuanVideo: a student is sampled by few_step_sample
 
     def __init__(self, module):
@@ -312,8 +313,8 @@ class Task:
 
     def load(self, machine=None):
         """The trained backbone: a minute without a cache."""
-        if machine and machine.shard:
-            raise Refused("--shard is for large backbones; the toy's is not split.")
+        if machine and (machine.shard or machine.offload):
+            raise Refused("--shard and --offload are for large backbones; the toy's is small.")
         module = cached_backbone(self.learnt, self.recipe, self.config)
         self.backbone.module = module.requires_grad_(False)
 
