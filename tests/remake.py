@@ -73,6 +73,7 @@ def parts():
         "toy": code(tasks.table(json.loads(DEFAULT.read_text())["ring"])),
         "plan": code("\n".join(f"{name:38} {plan[name]:.4g}" for name in COSTS)),
         "films": small_table.in_short(json.loads(small_table.STORED.read_text())),
+        "first_frame": small_table.first_frame(json.loads(small_table.FIRST_FRAME.read_text())),
         "small": small_table.table(json.loads(small_table.STORED.read_text())),
         "side": side_by_side.markdown(json.loads(side_by_side.STORED.read_text())),
         "expect": table.summary(results).rstrip(),

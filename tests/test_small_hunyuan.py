@@ -46,6 +46,21 @@ def test_its_folder_tells_train_its_sizes_rates_and_template(place):
     assert sum(path.stat().st_size for path in weights) < 12e6
 
 
+def test_image_to_video_goes_on_from_the_frame_that_is_given(tmp_path):
+    small_hunyuan.build(tmp_path / "small", first_frame=True)
+    config = w2svd.resolve({"model": "hunyuan", "checkpoint": str(tmp_path / "small")})
+    model = HunyuanVideo.outline(config).load()
+    pipe, right = w2svd.load_pipeline(config.checkpoint, w2svd.ENCODERS), 0
+    for clip, caption in zip(*shapes.draw_clips(6, torch.Generator().manual_seed(11))):
+        cond = model.encode_text(pipe, caption, clip[None, :, :1])
+        sigmas = few_step_sigmas(4, config.shift)
+        frames = model.decode(pipe, model.draw(w2svd.euler_sample, model.velocity, sigmas, cond, 0))
+        given = (clip[:, 0].permute(1, 2, 0) + 1) / 2
+        assert (torch.as_tensor(frames[0]) - given).abs().mean() < 0.01
+        right += shapes.right(frames, caption)["all"]
+    assert right >= 5
+
+
 class WrongTime(HunyuanVideo):
     """Its timesteps are sigma, and not 1000 sigma."""
 
