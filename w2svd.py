@@ -91,8 +91,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal, get_args
 
-# NOTE silent marks what no error would reveal if it were lost. Here: 9 GiB of fragments at 544p;
-# torch reads it when it is imported
+# "NOTE silent" marks lines whose loss no error would reveal. Without this one, which torch reads
+# when it is imported, a run at 544p loses 9 GiB to fragments
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
@@ -226,11 +226,11 @@ def check(c: Config, machine=Machine()):
             bound = "at least" if name in MAY_BE_0 else "above"
             refuse_if(not fits, f"{flag(name)} must be {bound} 0, below 2**53.")
     paired, captions = c.generator_input == "paired", c.data.endswith(".txt")
-    adapter = c.fake == "full" and (c.alpha_weak > 0 or c.fake_weight_decay > 0)
-    refuse_if(adapter, "--fake full has no adapter: --alpha-weak 0 --fake-weight-decay 0.")
+    no_adapter = c.fake == "full" and (c.alpha_weak > 0 or c.fake_weight_decay > 0)
+    refuse_if(no_adapter, "--fake full has no adapter: --alpha-weak 0 --fake-weight-decay 0.")
     refuse_if(c.alpha_weak > c.alpha_strong, "--alpha-weak must be at most --alpha-strong.")
-    final = paired and c.fake_samples == "final"
-    refuse_if(final, "--fake-samples final needs --generator-input rollout.")
+    no_rollout = paired and c.fake_samples == "final"
+    refuse_if(no_rollout, "--fake-samples final needs --generator-input rollout.")
     no_clips = captions and (paired or c.gan_weight)
     refuse_if(no_clips, "A .txt has no clips: --generator-input rollout, --gan-weight 0.")
     blind = c.gt_weight and (not paired or c.steps == 1)  # one step sees pure noise
@@ -240,8 +240,8 @@ def check(c: Config, machine=Machine()):
     if c.model != "toy":
         odd = c.height % 16 or c.width % 16 or c.frames % 4 != 1 or c.frames < 5
         refuse_if(odd, "--height, --width must be multiples of 16, --frames 4 k + 1, as 61 or 129.")
-    alone = c.fp8_base and (c.compile or machine.shard)
-    refuse_if(alone, "--fp8-base works without --compile and --shard.")
+    clash = c.fp8_base and (c.compile or machine.shard)
+    refuse_if(clash, "--fp8-base works without --compile and --shard.")
     twice = machine.offload and machine.shard
     refuse_if(twice, "--offload keeps the backbone in host memory, --shard on GPUs: give one.")
 
@@ -415,7 +415,7 @@ class Roles:
 
 # ---- 4. Losses -----------------------------------------------------------------------------------
 def at_least_float32(x):
-    """bf16 loses the small difference of two similar predictions."""
+    """x in float32, or better: bf16 loses the small difference of two similar predictions."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -427,8 +427,8 @@ def mean_abs(x):
 def dmd_gradient(x_gen, x0_real, x0_fake):
     """g = (x0_fake - x0_real) / mean_i |x_gen - x0_real|: along KL(fake || real)'s gradient.
 
-    All (B, ...), of one noised x_gen. With x0 = (x_t + sigma^2 score) / (1 - sigma) the numerator
-    is a difference of scores; the denominator, per sample, makes noise levels alike.
+    All (B, ...), of one noised x_gen. As x0 = (x_t + sigma^2 score) / (1 - sigma), the numerator is
+    sigma^2 / (1 - sigma) times a difference of scores; the denominator makes noise levels alike.
     """
     # paper: the difference (figure). peer: the denominator, as in DMD2. ours: float32, its floor
     x_gen, x0_real, x0_fake = map(at_least_float32, (x_gen, x0_real, x0_fake))
@@ -545,7 +545,7 @@ def fake_step(roles, x_gen, cond, sigma, eps):
     """
     require_finite("the sample in the fake's update", x_gen, sigma)
     x_t = add_noise(x_gen, eps, sigma)
-    with roles.use("fake"):
+    with roles.use("fake"):  # in backward, too, for a backbone that recomputes on its own
         v = roles.fake(x_t, sigma, cond)
         require_finite("the fake's velocity", v, sigma)
         loss = fake_loss(v, x_gen, eps)
@@ -560,7 +560,7 @@ def discriminator_step(roles, x_gen, x0, cond, sigma, eps):
     """
     real = roles.discriminator.logit(add_noise(x0, eps, sigma), sigma, cond)
     generated = roles.discriminator.logit(add_noise(x_gen, eps, sigma), sigma, cond)
-    require_finite("the discriminator's logit", (real + generated)[:, None], sigma)
+    require_finite("the discriminator's logit", torch.stack([real, generated], 1), sigma)
     softplus = torch.nn.functional.softplus
     loss = softplus(-real).mean() + softplus(generated).mean()
     loss.backward()
@@ -601,9 +601,9 @@ def generator_step(
             g = dmd_gradient(x_gen, x0_real, x0_fake)
             if x0_gt is not None:
                 g = g + expand_as(gt_weight, g) * gt_gradient(x0_fake, x0_gt)
-        # the scale of peers' mean(x_gen * stopgrad(g)); beside it gan_weight has its meaning
+        # peers' loss is mean(x_gen * stopgrad(g)), whose gradient at x_gen is this
         g = g / g.numel()
-        if gan_weight:  # of a mean over samples, so that peers' weights mean the same here
+        if gan_weight:  # gan_loss is a mean already; so gan_weight means what it means to peers
             g_gan, stats["gan_loss"] = roles.discriminator.gradient(x_gen, cond, sigma, eps)
             g = g + gan_weight * g_gan
         require_finite("the generator's gradient", g, sigma)
@@ -617,7 +617,7 @@ def generator_step(
 
 
 def moments(name, x):
-    """Mean, std and, of videos (B, C, T, H, W), motion: to hold against the data's."""
+    """Mean, std and, of videos (B, C, T, H, W), motion: to compare with the data's."""
     stats = {f"{name}_mean": x.mean(), f"{name}_std": x.std()}
     if x.ndim == 5 and x.shape[2] > 1:
         stats[f"{name}_motion"] = x.diff(dim=2).abs().mean()  # between neighbouring frames
@@ -679,7 +679,7 @@ def average_gradients(parameters, forwards):
         parameter.grad.copy_(part.view_as(parameter))
 
 
-SPIKE = 3.0  # ours. A gradient larger than so many times the usual one is scaled down to it
+SPIKE = 3.0  # ours. A gradient above SPIKE times its usual norm is scaled down to that bound
 
 
 def usual_norm(optimizer):
@@ -908,9 +908,9 @@ class VideoModel:
         m = module.config
         self.module, self.config, self.dtype = module, config, module.dtype
         self.width = m.num_attention_heads * m.attention_head_dim
-        # the VAE makes one of 4 frames, of 8 x 8 pixels: the latents of a whole video, of a sample
+        # (C, T, H, W) of the latents of a whole video, one for each 4 frames and 8 x 8 pixels
         self.video = (m.out_channels, config.frames // 4 + 1, config.height // 8, config.width // 8)
-        self.shape = self.video
+        self.shape = self.video  # of what is sampled: with token_replace a frame less
         own = about_checkpoint(config.checkpoint)
         self.prompt_template = own.get("prompt_template", self.prompt_template)
         if self.dtype != torch.float32:
@@ -942,7 +942,7 @@ class VideoModel:
 
     @staticmethod
     def stream_in_float32(_, args, out):
-        """Embed into float32 where no gradient is kept: the blocks keep their stream in it.
+        """Without gradient, hand float32 to the blocks, whose residual stream then stays in it.
 
         NOTE silent: in bf16 most of x0_fake - x0_real, a hundredth of either, is rounded away.
         """
@@ -950,7 +950,7 @@ class VideoModel:
 
     @staticmethod
     def head_in_float32(head, args, out):
-        """The last layer of such a stream, in float32 too."""
+        """Without gradient, compute the last layer in float32, too."""
         if torch.is_grad_enabled() or out.is_meta:  # the meta device knows no autocast
             return out
         with torch.autocast(out.device.type, enabled=False):
@@ -958,7 +958,7 @@ class VideoModel:
             return torch.nn.functional.linear(x, weight, bias)
 
     def autocast(self, x):
-        """Where x lies: products in the model's dtype; all else, as the adapters, in float32."""
+        """Autocast on x's device: products, also the float32 adapters', in the model's dtype."""
         kind = x.device.type.replace("meta", "cpu")  # the meta device knows no autocast
         # NOTE silent: without autocast the float32 adapters would compute in float32; with its
         # cache every float32 weight would stay in bf16 too until the end of the forward
@@ -1092,7 +1092,8 @@ class HunyuanVideo(VideoModel):
                 encoder_hidden_states=text,
                 encoder_attention_mask=torch.ones(text.shape[:2], device=x_t.device),
                 pooled_projections=cond["pooled"].to(self.dtype),
-                guidance=text.new_full((len(x_t),), self.guidance) * 1000,  # 6016, as in diffusers
+                guidance=text.new_full((len(x_t),), self.guidance)
+                * 1000,  # in bf16 6016, as in diffusers
                 return_dict=False,
             )[0]
         return v[:, :, -x_t.shape[2] :].to(x_t.dtype)
@@ -1278,8 +1279,8 @@ def find_clips(data):
     for file in lists:
         clips += listed_clips(file, folder, find)
     named = {clip.film for clip in clips}
-    films = [f for f in files if f.suffix.lower() in FILMS and f.name[0] != "." and f not in named]
-    clips += [Clip(os.path.relpath(f, folder), f, find(f.with_suffix(".txt"))) for f in films]
+    loose = [f for f in files if f.suffix.lower() in FILMS and f.name[0] != "." and f not in named]
+    clips += [Clip(os.path.relpath(f, folder), f, find(f.with_suffix(".txt"))) for f in loose]
     films = [clip.film for clip in clips if clip.film]
     used = {*lists, *films, *(find(film.with_suffix(".txt")) for film in films)}
     rest = [os.path.relpath(file, folder) for file in files if file not in used]
@@ -1416,7 +1417,7 @@ def text_note(model, embeds):
 
 
 def encode_missing(config, model, clips, only_look=False):
-    """Find or make each clip's file; a clip that cannot be used is told why."""
+    """Find or make each clip's file; where one cannot be used, its left_out says why."""
     from diffusers.training_utils import free_memory
     from tqdm import tqdm
 
@@ -1429,13 +1430,12 @@ def encode_missing(config, model, clips, only_look=False):
             clip.file = latents_file(config, model, clip, caption)
             if clip.file.exists():
                 continue
-            clip.notes.append("encoded now")
             if clip.film:
                 clip.notes += crop_note(look(clip.film), config)
                 video = read_clip(clip.film, config)
             if only_look:
-                clip.notes.remove("encoded now")
                 continue
+            clip.notes.append("encoded now")
             pipe = pipe or load_pipeline(config.checkpoint, ENCODERS)
             tensors = encode_clip(model, pipe, video, caption)
         except (Refused, ImportError, torch.OutOfMemoryError):
@@ -1456,7 +1456,7 @@ def encode_missing(config, model, clips, only_look=False):
 
 
 def encoded_clips(config, model, only_look=False):
-    """The files of all clips that can be used, encoded where they are missing; says what is not.
+    """The files of all usable clips, made where they are missing; prints what is left out, and why.
 
     With only_look, nothing is encoded or written: for a plan.
     """
@@ -1484,8 +1484,8 @@ def encoded_clips(config, model, only_look=False):
     if not files:
         needs = f"a folder needs {LAYOUTS}; a .txt a caption in each line"
         raise Refused(f"Nothing in {config.data} can be used: {needs}.", status=1)
-    for file in files if not only_look else ():
-        if not file.exists():
+    for file in files:
+        if not (only_look or file.exists()):
             raise Refused(f"Process {rank()} does not see {file}: name a shared disk as --cache.")
     return files
 
@@ -1502,13 +1502,14 @@ class VideoTask:
 
     def __init__(self, config, Model):
         self.config, self.device, self.backbone = config, device(), Model.outline(config)
+        self.machine = Machine()
         if self.backbone.form and config.data.endswith(".txt"):
             raise Refused("--data: a .txt has no first frames; name a folder of clips.")
 
     def load(self, machine=Machine()):
         """Encode what is missing, then read the weights."""
         model = self.backbone
-        find_clips(self.config.data)  # a folder that is none is said before anything about GPUs
+        find_clips(self.config.data)  # so that a wrong --data is refused before a missing GPU
         if machine.shard and ranks() == 1:
             raise Refused("--shard splits the backbone over processes: start them by torchrun.")
         if self.device == "cpu" and model.module.num_parameters() > 1e9:
@@ -1575,19 +1576,21 @@ class VideoTask:
 
     def finish(self, folder, generator):
         """No exact answer here: the last logged numbers, and what to do next."""
-        last = (folder / "metrics.jsonl").read_text().splitlines()[-1:]
+        last = ["{}", *(folder / "metrics.jsonl").read_text().splitlines()][-1]
         image = "--image face.png " if self.backbone.form else ""
         how = f"{self.backbone.script} sample --run {folder} {image}"
         now = f'now: python {how}--prompt "..." --out video.mp4'
-        return {"student": {**json.loads("".join(last) or "{}"), "steps": self.config.steps}}, now
+        return {"student": {**json.loads(last), "steps": self.config.steps}}, now
 
     def student(self, tensors, info):
         """The velocity of a stored generator, in place of the backbone's."""
         if info["kind"] == "full":
             self.backbone.module.load_state_dict(tensors)
-            return self.backbone.velocity
+            return functools.partial(self.backbone.velocity)  # not the backbone's own, to draw()
         roles = Roles(self.backbone, info["rank"], 0.0, 1.0)
         roles.load("generator", tensors)
+        if self.machine.offload:
+            HostedBackbone(roles)
         return roles.generator
 
     def first_frame(self, path):
@@ -1603,7 +1606,7 @@ class VideoTask:
         return VaeImageProcessor().preprocess(picture, *size, resize_mode="crop")[:, :, None]
 
     def sample(self, tensors, info, out, seed, prompt=None, image=None, steps=0):
-        """A video of the prompt, or of each line of a .txt; image-to-video: of the image on."""
+        """A video of the prompt, or of each line of a .txt; image-to-video: from the image on."""
         from diffusers.training_utils import free_memory
 
         model, needs = self.backbone, "an --image" if self.backbone.form else "no --image"
@@ -1622,7 +1625,7 @@ class VideoTask:
                 print(f"{text[:40]}...: {note}")
         del pipe
         free_memory()  # before the transformer comes
-        self.backbone = model.load()
+        self.backbone = model.load("cpu" if self.machine.offload else None)
         sigmas = few_step_sigmas(steps, info["shift"]) if steps else torch.tensor(info["sigmas"])
         sampler = few_step_sample if info["renoise"] else euler_sample
         student, draw = self.student(tensors, info), self.backbone.draw
@@ -1654,7 +1657,9 @@ def load_task(config, models=MODELS):
 
         return toy.task(config)
     if config.model not in models:
-        raise Refused(f"--model {config.model} is not known here, but {', '.join(models)}.")
+        raise Refused(
+            f"--model {config.model} is not known here, but {', '.join(models)}: see its script."
+        )
     return VideoTask(config, models[config.model])
 
 
@@ -1702,6 +1707,8 @@ def shard_backbone(roles):
     trained = {p for role in roles.trained for p in roles.parameters(role)}
     for module in (*roles.backbone.blocks, roles.backbone.module):  # the last: all in no block
         fully_shard(module, mesh=mesh, ignored_params=trained)
+    for one in roles.copies.values():
+        one.module.to(device())
     for parameter in trained:
         parameter.data = parameter.data.to(device())
 
@@ -1713,21 +1720,20 @@ class HostedBackbone:
     """
 
     def __init__(self, roles):
-        blocks, self.stream = roles.backbone.blocks, None
+        blocks, on_gpu = roles.backbone.blocks, device() == "cuda"
+        self.stream = torch.cuda.Stream() if on_gpu else None
         self.frozen = [[p for p in b.parameters() if not p.requires_grad] for b in blocks]
-        self.homes = [[p.data.cpu() for p in own] for own in self.frozen]
-        if device() == "cuda":
-            self.homes = [[x.pin_memory() for x in home] for home in self.homes]
-            self.stream = torch.cuda.Stream()
         rest = [p for role in roles.trained for p in roles.parameters(role)]
         for one in (roles.backbone, *roles.copies.values()):
             rest += [*one.module.parameters(), *one.module.buffers()]
         for x in set(rest).difference(*self.frozen):
             x.data = x.data.to(device())
         self.here, self.ends, self.before = {}, [], 0  # weights by block; marks between blocks
-        begin = torch.compiler.disable(self.begin)
+        begin, self.homes = torch.compiler.disable(self.begin), []
         for i, block in enumerate(blocks):
-            self.put(i, self.homes[i])
+            home = [p.data.cpu() for p in self.frozen[i]]
+            self.homes.append([x.pin_memory() for x in home] if on_gpu else home)
+            self.put(i, self.homes[i])  # at once, or the backbone would be there twice
             block.register_forward_pre_hook(lambda *_, i=i: begin(i))
 
     def put(self, i, weights):
@@ -1743,7 +1749,8 @@ class HostedBackbone:
 
     def begin(self, i):
         """Put block i's weights in place, drop those of earlier ones, begin to fetch the next."""
-        ahead = i - 1 if self.before in (i, i + 1) else i + 1  # down in a backward
+        down = i and self.before in (i, i + 1)  # in a backward: i again, then down
+        ahead = i - 1 if down else i + 1
         ahead, self.before = ahead % len(self.homes), i
         for j in self.here.keys() - {i, ahead}:
             self.put(j, self.homes[j])
@@ -1866,7 +1873,7 @@ def share_reached(config, model):
 
 
 def time_plan(config, model, machine, forwards, backwards):
-    """PFLOP and time, on an H100 at published rates; nothing was measured."""
+    """PFLOP and time, on an H100 and an RTX 4090 at published rates; nothing was measured."""
     c = config
     back = backwards * share_reached(c, model)
     again = forwards + backwards
@@ -1903,8 +1910,9 @@ def time_plan(config, model, machine, forwards, backwards):
         "seconds to encode a clip": encode,
         "minutes of films, at the start": 2 * film / 60,  # the backbone's beside the student's
         "minutes of films, at each save": film / 60,
-        "hours": hours,
-        "GPU-hours": hours * ranks(),
+        "hours on an H100": hours,
+        "hours on an RTX 4090": max(small, copied) * c.iterations / 3600,
+        "GPU-hours, H100": hours * ranks(),
     }
 
 
@@ -1930,7 +1938,7 @@ def plan(config, model, machine=Machine(), loop=distil):
     return {
         **{f"GiB, {name}": x for name, x in memory.items()},
         "GiB in all": sum(memory.values()),
-        "GiB of host memory": host / GiB,
+        "GiB of host memory": host * gpus_of_a_node() / GiB,
         # three checkpoints, of float32 weights, averages and Adam's, and all generators
         "GiB of disk": 4 * (13 * generator + 9 * fake + math.ceil(saves) * generator) / GiB,
         "MB of cache a clip": 4 * math.prod(model.video) / 1e6 + model.text_mb,
@@ -2020,7 +2028,7 @@ class Run:
         self.state = State(config, build_roles(config, task.backbone, machine), task.device)
         self.base = base_sum(self.state.roles)
         self.floor = {}
-        dtype = next(task.backbone.module.parameters()).dtype
+        dtype = getattr(task.backbone, "dtype", torch.float32)
         if dtype != torch.float32 and loop is distil and config.fake == "lora":
             batch = next(task.batches())
             self.floor["gap_floor"] = gap_floor(self.state.roles, batch, config.fake_lr)
@@ -2067,6 +2075,7 @@ class Run:
         how = f"{self.task.backbone.script} train"
         how = how if self.loop == "distil" else f"-m toy.baselines {self.loop}"
         command = f"python {how} --resume --out {self.folder}"
+        command += "".join(f" {flag(n)}" for n in ("offload", "shard") if getattr(self.machine, n))
         return f"it was saved at iteration {self.state.iteration}; to go on: {command}"
 
     def save_generator(self, path):
@@ -2222,7 +2231,7 @@ def claimed(config, resume):
         named = f"toy-{config.data}"
     for k in itertools.count(1):
         folder = Path(config.out or f"runs/{named}" + (f"-{k}" if k > 1 else ""))
-        lock, used = FileLock(folder / ".lock", timeout=0), "another process has it"
+        lock, used = FileLock(folder / ".lock", timeout=0), "wait for the process that has it"
         if not resume and (folder.is_file() or any(folder.glob("[!.]*"))):
             used = "name another, or, if it is a run, --resume"
         else:
@@ -2235,8 +2244,8 @@ def claimed(config, resume):
     try:
         yield dataclasses.replace(config, out=str(folder))
     finally:
-        lock.release()
         (folder / ".lock").unlink(missing_ok=True)
+        lock.release()
         ours = [folder] if config.out else [folder, folder.parent]
         for place in ours:
             with suppress(OSError):  # it goes only if it is empty: nothing came of the run
@@ -2264,6 +2273,11 @@ def train(config, machine=Machine(), resume=False, dry_run=False, loop=distil, m
     if not resume and free < numbers.get("GiB of disk", 0):  # a run has some of it already
         needs = f"The run needs {numbers['GiB of disk']:.2f} GiB of disk"
         raise Refused(f"{needs}, and {place} has {free:.2f} left: name another --out.")
+    if machine.offload and device() == "cuda" and hasattr(os, "sysconf"):  # not on Windows
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        if have < numbers["GiB of host memory"]:
+            needs = f"--offload needs {numbers['GiB of host memory']:.2f} GiB of host memory"
+            raise Refused(f"{needs}, of {have:.2f}: --fp8-base halves that.", status=1)
     with claimed(config, resume) if rank() == 0 else nullcontext() as own:
         task.config = gather(own)[0]
         run_training(task, machine, numbers, resume, loop)
@@ -2309,7 +2323,7 @@ def read_generator(run, at=None):
     return read_safetensors(path)
 
 
-def sample(run, out, seed=0, at=None, models=MODELS, **given):
+def sample(run, out, seed=0, at=None, machine=Machine(), models=MODELS, **given):
     """Draw samples of a run's generator, with the grid of its header, into `out`."""
     config, out = read_run(run), Path(out)
     sizes = {"height", "width", "frames", "checkpoint"}
@@ -2320,7 +2334,9 @@ def sample(run, out, seed=0, at=None, models=MODELS, **given):
     steps = given.get("steps", config.steps)
     check(dataclasses.replace(config, seed=seed, steps=steps, gt_weight=0.0))
     out.parent.mkdir(parents=True, exist_ok=True)
-    print(load_task(config, models).sample(*read_generator(run, at), out, seed, **given))
+    task = load_task(config, models)
+    task.machine = machine
+    print(task.sample(*read_generator(run, at), out, seed, **given))
 
 
 CARD = """---
@@ -2330,7 +2346,7 @@ tags: [step-distillation, w2svd]
 # {checkpoint} in {steps} steps, by w2svd's {loop} (distil: W2SVD, arXiv 2503.13319)
 
 Generator {generator}, fake {fake}, rank {rank}, alpha_weak {alpha_weak}; {step} updates, seed
-{seed}. The base model's licence goes for these weights. For diffusers from 0.35 on: other programs
+{seed}. The base model's licence covers these weights. For diffusers from 0.35 on: other programs
 apply none of it, silently (notebooks/to_comfyui.py converts it; FastVideo, sglang and xDiT read a
 merged transformer). A second LoRA switches it off, until `pipe.set_adapters(["w2svd", "other"])`.
 
@@ -2361,7 +2377,7 @@ def export(run, out, at=None, checkpoint="", format="diffusers", models=MODELS):
     config, (tensors, info), out = read_run(run), read_generator(run, at), Path(out)
     config = dataclasses.replace(config, checkpoint=checkpoint or config.checkpoint)
     if config.model == "toy" or info["kind"] == "full":
-        merge = "the toy has no program, and notebooks/05_at_scale.ipynb merges a full generator"
+        merge = "nothing reads the toy's, and notebooks/05_at_scale.ipynb merges a full generator"
         raise Refused(f"Only a video model's LoRA is exported: {merge}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"{out} is in use: name a new folder as --out.")
@@ -2439,7 +2455,7 @@ def parse(argv, models=MODELS):
     samples.add_argument("--n", type=int, help="toy: number of samples [1000]")
     samples.add_argument("--prompt", help="what to show")
     samples.add_argument("--image", help="image-to-video: the first frame")
-    add_settings(samples, Machine, models, ("cudnn",))
+    add_settings(samples, Machine, models, ("cudnn", "offload"))
     for name in ("height", "width", "frames", "steps"):
         samples.add_argument(f"--{name}", type=int, help="not the toy's [as trained]")
     given, unknown = top.parse_known_args(argv)
@@ -2509,11 +2525,10 @@ def run_command(argv, models, loop):
         join_processes()  # before anything touches a GPU, which may be another process's
     with prefer_cudnn(machine):
         if command == "sample":
-            return sample(**given, models=models)
+            return sample(**given, machine=machine, models=models)
         if command == "export":
             return export(**given, models=models)
-        config = resolve(given, resume, models) if rank() == 0 else None
-        config = gather(config)[0]
+        config = gather(resolve(given, resume, models) if rank() == 0 else None)[0]
         check(config, machine)
         if command == "train":
             train(config, machine, resume, dry_run, loop, models)

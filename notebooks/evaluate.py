@@ -36,7 +36,6 @@ from pathlib import Path
 
 import imageio.v2
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -46,7 +45,7 @@ from wan import Wan  # noqa: E402
 
 import w2svd  # noqa: E402
 from toy.metrics import distances, motion  # noqa: E402
-from w2svd import BT709, Refused, atomic_write, write_film  # noqa: E402
+from w2svd import BT709, Refused, atomic_write, torch, write_film  # noqa: E402
 
 MODELS = {**w2svd.MODELS, "wan": Wan}
 RELEASED = {"hunyuan": (28, 7.0), "wan": (50, 3.0)}  # steps and shift of the released pipelines

@@ -29,12 +29,10 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from wherever it is called
 
 import w2svd  # noqa: E402
-from w2svd import Config, Refused  # noqa: E402
+from w2svd import Config, Refused, torch  # noqa: E402 (whose allocator w2svd sets)
 
 SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}  # 1.3B
 PICTURE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
@@ -59,7 +57,7 @@ class Wan(w2svd.VideoModel):
         "shift": 3.0,  # of the released 480p; 5 at 720p, and in a peer's distillation (LightX2V)
         "guidance": 5.0,  # the released pipelines'; LightX2V: 3
         "generator_lr": 1e-4,  # peer: LightX2V's LoRA of rank 64, for 14B
-        "fake_lr": 2e-5,  # peer: its fake's, of full weights; both untested here
+        "fake_lr": 2e-5,  # peer: its fake's; both untested here
         "checkpointing": True,
         "log_every": 10,
     }
@@ -106,7 +104,7 @@ class Wan(w2svd.VideoModel):
         from diffusers import DiffusionPipeline
 
         if config.embedded_guidance != Config.embedded_guidance:
-            raise Refused("Wan has no embedded guidance: --guidance is the real DiT's.")
+            raise Refused("Wan has no embedded guidance: give --guidance, the real DiT's.")
         if config.checkpoint not in cls.released:
             with w2svd.reading(f"--checkpoint {config.checkpoint} is no pipeline of diffusers"):
                 index = DiffusionPipeline.load_config(config.checkpoint)

@@ -19,11 +19,9 @@ import time
 from datetime import date
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import w2svd
-from w2svd import Config, HunyuanVideo, Machine
+from w2svd import Config, HunyuanVideo, Machine, torch  # its allocator is set before
 
 OPTIONS = {  # settings that differ from the default
     "default": {},  # w2svd's choice: cuDNN's attention on Hopper

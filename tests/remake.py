@@ -37,7 +37,7 @@ METHODS = ROOT / "toy/results/methods.json"
 MOVED = ROOT / "toy/results/moved.json"
 DEFAULT = ROOT / "toy/results/default.json"  # the two runs without a --seed
 RUNS = {"ring": ("--log-every", "5"), "videos": ()}  # of the toy: for the first page, the pictures
-COSTS = ("GiB in all", "GiB of disk", "seconds an iteration on an H100", "hours")
+COSTS = ("GiB in all", "GiB of disk", "seconds an iteration on an H100", "hours on an H100")
 
 
 def write(path, text):

@@ -15,10 +15,8 @@ import argparse
 import math
 import sys
 
-import torch
-
-import w2svd
-from w2svd import Refused, add_noise, at_least_float32, draw_noise, x0_from_velocity
+import w2svd  # before torch, whose allocator it sets
+from w2svd import Refused, add_noise, at_least_float32, draw_noise, torch, x0_from_velocity
 
 LEVELS = 50  # of LCM's fine grid, at least; peer: 50 of 1000
 ONE_STEP = dict(batch=512, iterations=1440, generator_lr=3e-3, save_every=720)  # ring and grid

@@ -13,6 +13,7 @@ flow matching on top of the text-to-video weights, is merged into them.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -244,7 +245,8 @@ def measure(folder, run="", seed=0):
     """Print the shares of the backbone's films by Euler, 28, 10, 4 and 1 steps, and of a run's."""
     config = w2svd.Config(model="hunyuan", checkpoint=str(folder), **SIZE)
     model = w2svd.HunyuanVideo.outline(config).load()
-    model.prompt_template = TEMPLATE
+    if model.form:
+        raise SystemExit("python -m toy.small_table SMALL/ CLIPS/ measures image-to-video")
     pipe = w2svd.load_pipeline(folder, w2svd.ENCODERS)
 
     def show(name, velocity, sampler, sigmas):
@@ -277,6 +279,7 @@ def main():
     parser.add_argument("--train", help="train again, and store the weights in this folder")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it was made, and is held, on a CPU
     if given.train:
         from toy.small_training import train
 

@@ -13,7 +13,9 @@ unseen clips, to small_first_frame.json.
 
 import argparse
 import contextlib
+import io
 import json
+import os
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -47,7 +49,7 @@ FIRST = {"all": 2, "first": 4}  # in so many digits
 
 
 class InBf16(w2svd.HunyuanVideo):
-    """The model as a GPU has it, in bf16 under autocast."""
+    """The model in bf16 under autocast, as on a GPU; here the CPU's."""
 
     def load(self, place=None):
         return type(self)(super().load(place).module.bfloat16(), self.config)
@@ -130,7 +132,10 @@ def run(folder, clips, row, seed):
     Model, flags, State = ROWS[row]
     flags = f"train --model hunyuan --checkpoint {folder} --data {clips} --seed {seed} {flags}"
     with tempfile.TemporaryDirectory() as out, mock.patch.object(w2svd, "State", State):
-        with mock.patch.object(w2svd.VideoTask, "on_log"), contextlib.redirect_stdout(None):
+        with (
+            mock.patch.object(w2svd.VideoTask, "on_log"),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             status = w2svd.main([*flags.split(), "--out", f"{out}/run"], {"hunyuan": Model})
         if status:
             raise RuntimeError(f"{row}, seed {seed}: exit status {status}")
@@ -246,6 +251,7 @@ def main():
     parser.add_argument("--run")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it is held on a CPU
     if given.picture:
         return picture(given.picture, given.folder, given.run)
     config = w2svd.resolve({"model": "hunyuan", "checkpoint": str(given.folder)})
