@@ -1,0 +1,126 @@
+"""Both scores against exact ones: how wrong they are along a run, and a ladder of truer ones.
+
+The data's score is the mixture's. The generator's samples have no density in closed form; theirs
+is that of a cloud of them, each a narrow Gaussian (KERNEL), under the same noise.
+"""
+
+import torch
+
+import w2svd
+from toy.mixtures import GaussianMixture
+from toy.study.stack import StackedRoles
+from w2svd import add_noise, few_step_sample, x0_from_velocity
+
+KERNEL = 0.05  # a sample's width, a quarter of a mode's, so that a cloud has a density
+CLOUD = 2048  # samples in a cloud
+LEVELS = (0.3, 0.6)  # sigma, at which errors are measured
+
+
+def cloud(samples):
+    """The density of samples (n, D): a mixture of n narrow Gaussians."""
+    n = len(samples)
+    return GaussianMixture(torch.ones(n), samples, torch.full((n,), KERNEL**2))
+
+
+@torch.no_grad()
+def students(stack, n, seed, averaged=True):
+    """n final samples of each lane's generator, (lanes, n, ...), each lane from noise of its own.
+
+    And the captions (lanes * n,), or None.
+    """
+    task, lanes, trained = stack.task, len(stack.configs), dict(stack.roles.trained)
+    cond, noise = task.start(n * lanes, seed)
+    rng = torch.Generator().manual_seed(seed + 1)
+    if averaged:
+        stack.roles.trained = {**trained, "generator": stack.average}
+    x = few_step_sample(stack.roles.generator, noise, task.sigmas, cond, rng)
+    stack.roles.trained = trained
+    return x.reshape(lanes, n, *task.shape), cond
+
+
+def rms(x):
+    return x.square().flatten(1).sum(1).mean().sqrt().item()
+
+
+@torch.no_grad()
+def errors(stack, seed, n=256):
+    """Of each lane, over LEVELS: how far x0_real, x0_fake and their difference are from the exact.
+
+    In units of the plane, at the lane's own samples; `real_unshifted` is the backbone itself, and
+    `cosine` that of the difference with the exact one.
+    """
+    samples, _ = students(stack, CLOUD + n, seed, averaged=False)
+    roles, mixture, lanes = stack.roles, stack.task.mixture, len(samples)
+    rng, rows = torch.Generator().manual_seed(seed), [{} for _ in range(lanes)]
+    clouds = [cloud(x[n:]) for x in samples]
+    for level in LEVELS:
+        x = samples[:, :n].flatten(0, 1)
+        x_t = add_noise(x, torch.randn(x.shape, generator=rng), level)
+        sigma = torch.full((len(x),), level)
+        found = {
+            "real": roles.real(x_t, sigma),
+            "real_unshifted": roles.plain(x_t, sigma),
+            "fake": roles.fake(x_t, sigma),
+        }
+        found = {k: x0_from_velocity(x_t, v, sigma).chunk(lanes) for k, v in found.items()}
+        for k, (row, x) in enumerate(zip(rows, x_t.chunk(lanes))):
+            real, fake = mixture.posterior_mean(x, level), clouds[k].posterior_mean(x, level)
+            difference, exact = found["fake"][k] - found["real"][k], fake - real
+            measured = {
+                "real": rms(found["real"][k] - real),
+                "real_unshifted": rms(found["real_unshifted"][k] - real),
+                "fake": rms(found["fake"][k] - fake),
+                "difference": rms(difference - exact),
+                "exact_difference": rms(exact),
+                "cosine": torch.cosine_similarity(difference.flatten(), exact.flatten(), 0).item(),
+            }
+            for name, value in measured.items():
+                row[name] = row.get(name, 0.0) + value / len(LEVELS)
+    return rows
+
+
+# ---- the ladder: from exact scores to learnt ones ------------------------------------------------
+
+
+class ExactReal(StackedRoles):
+    """The real DiT is the mixture's own velocity."""
+
+    mixture = sigmas = None  # of the task
+
+    def real(self, x_t, sigma, cond=None):
+        return self.mixture.velocity(x_t, sigma, cond)
+
+
+class ExactScores(ExactReal):
+    """And the fake is that of a cloud of the generator's samples, drawn anew for every update."""
+
+    def fake(self, x_t, sigma, cond=None):
+        if torch.is_grad_enabled():  # its own update, which the generator does not hear of
+            return super().fake(x_t, sigma, cond)
+        noise, parts = torch.randn(self.n * CLOUD // 2, *x_t.shape[1:]), []
+        samples = few_step_sample(self.generator, noise, self.sigmas)
+        for x, s, own in zip(x_t.chunk(self.n), sigma.chunk(self.n), samples.chunk(self.n)):
+            parts.append(cloud(own).velocity(x, s))
+        return torch.cat(parts)
+
+
+@torch.no_grad()
+def particles(mixture, config, seed, n=2048, rate=0.1):
+    """Samples without a generator, moved themselves along DMD's gradient by exact scores: (n, D).
+
+    Each half is moved by the other's density: within its own, a sample would see itself.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    halves = list(torch.randn(n, *mixture.shape, generator=rng).chunk(2))
+    for i in range(config.iterations):
+        densities = [cloud(x) for x in halves]
+        for k, x in enumerate(halves):
+            sigma = w2svd.sample_sigma(
+                len(x), config.sigma_low, config.sigma_high, config.sigma_shift, rng
+            )
+            x_t = add_noise(x, torch.randn(x.shape, generator=rng), sigma)
+            x0_real = mixture.posterior_mean(x_t, sigma)
+            x0_fake = densities[1 - k].posterior_mean(x_t, sigma)
+            g = w2svd.dmd_gradient(x, x0_real, x0_fake)
+            halves[k] = x - rate * w2svd.lr_scale(config, i) * g
+    return torch.cat(halves)
