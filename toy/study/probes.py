@@ -105,14 +105,14 @@ class ExactScores(ExactReal):
 
 
 @torch.no_grad()
-def particles(mixture, config, seed, n=2048, rate=0.1):
-    """Samples without a generator, moved themselves along DMD's gradient by exact scores: (n, D).
+def particles(mixture, config, seed, n=2048, steps=120, rate=0.1):
+    """Samples without a generator, moved themselves along the exact scores' difference: (n, D).
 
     Each half is moved by the other's density: within its own, a sample would see itself.
     """
     rng = torch.Generator().manual_seed(seed)
     halves = list(torch.randn(n, *mixture.shape, generator=rng).chunk(2))
-    for i in range(config.iterations):
+    for i in range(steps):
         densities = [cloud(x) for x in halves]
         for k, x in enumerate(halves):
             sigma = w2svd.sample_sigma(
@@ -121,6 +121,5 @@ def particles(mixture, config, seed, n=2048, rate=0.1):
             x_t = add_noise(x, torch.randn(x.shape, generator=rng), sigma)
             x0_real = mixture.posterior_mean(x_t, sigma)
             x0_fake = densities[1 - k].posterior_mean(x_t, sigma)
-            g = w2svd.dmd_gradient(x, x0_real, x0_fake)
-            halves[k] = x - rate * w2svd.lr_scale(config, i) * g
+            halves[k] = x - rate * (1 - 0.95 * i / steps) * (x0_fake - x0_real)
     return torch.cat(halves)

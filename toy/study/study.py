@@ -55,14 +55,13 @@ def beside(loss, weights, shifts):
 
 
 def controls(alpha, lr):
-    """What might do the same as the shift: a smaller step, half of the shift, the fake's decay."""
+    """What might do the same as the shift: a smaller step, or half of the shift."""
     left = 1 - alpha
     return {
         "gradient scaled": {"alpha_weak": 0.0, "dmd_scale": left},
         "rate scaled": {"alpha_weak": 0.0, "generator_lr": lr * left},
         "numerator alone": {"alpha_weak": 0.0, "numerator": alpha},
         "denominator alone": {"alpha_weak": 0.0, "denominator": alpha},
-        "fake's decay": {"alpha_weak": 0.0, "fake_weight_decay": 4.0},
     }
 
 
@@ -74,43 +73,42 @@ class Group:
     shared: dict = field(default_factory=dict)  # beside the preset's
     data: str = "ring"
     replicas: int = 4  # lanes of a cell on each backbone
-    seeds: range = range(200, 206)  # of a backbone each; no trial used them
+    seeds: range = range(201, 207)  # of a backbone each; no trial used them
     training: int = 0  # iterations of the backbone; the recipe's if 0
     mixture: tuple = ()  # arguments of the data's
     moved: float = 0.0  # how far the data lie from those that the backbone learnt
-    probed: bool = False  # are the errors of both scores measured along the runs?
+    probed: int = 0  # on so many backbones the scores' errors are measured along the runs
 
 
-SMALL = {"batch": 128}  # in place of 1,536: a tenth of the time
+SMALL = {"batch": 64}  # in place of 1,536: the study is to be run on one core
 PAIRED = {**SMALL, "generator_input": "paired", "fake_samples": "all"}
 CLIPS = {**PAIRED, "batch": 16, "iterations": 120}
-FAST, LAGGING = {"generator_lr": 6e-3, "fake_lr": 4e-3}, {"generator_lr": 4e-3, "fake_lr": 1e-3}
-ONE = {"generator_lr": 2e-3, "fake_updates": 1, "reuse": 1}
+FAST, LAGGING = {"generator_lr": 4e-3, "fake_lr": 4e-3}, {"generator_lr": 4e-3, "fake_lr": 1e-3}
+ONE = {"generator_lr": 1.5e-3, "fake_updates": 1, "reuse": 1}
 GROUPS = {  # in the order in which they run
-    "fast": Group(alphas() | controls(0.5, 6e-3), SMALL | FAST, probed=True),
-    "gt": Group(
-        beside("gt_weight", (0.0, 0.05, 0.2), ALPHAS), PAIRED, replicas=2, seeds=range(200, 208)
-    ),
+    "gt": Group(beside("gt_weight", (0.0, 0.05, 0.2), (0.0, 0.5, 0.75)), PAIRED, replicas=2),
     "lagging": Group(alphas(), SMALL | LAGGING),
+    "fast": Group(alphas() | controls(0.5, 4e-3), SMALL | FAST, probed=3),
     "one": Group(alphas(), SMALL | ONE),
-    "ladder": Group({}, SMALL | {"batch": 256}, replicas=2),
-    "gan": Group(beside("gan_weight", (0.03, 0.1, 0.3), (0.0, 0.5)), SMALL, replicas=2),
-    "videos": Group(beside("gt_weight", (0.0, 0.05, 0.2), (0.0, 0.5)), CLIPS, "videos", 1),
-    "small": Group(alphas(), SMALL),
-    "weak": Group(alphas(), SMALL, replicas=2, training=150),
+    "ladder": Group({}, SMALL, replicas=2),
+    "videos": Group(
+        beside("gt_weight", (0.05, 1.0), (0.0, 0.5)), CLIPS, "videos", 1, seeds=range(40, 45)
+    ),
     "narrow": Group(alphas(), SMALL, replicas=2, mixture=(8, 2**0.5, 0.05)),
-    "moved": Group(alphas(), SMALL, replicas=2, moved=0.5**0.5),
+    "gan": Group(beside("gan_weight", (3.0,), (0.0, 0.5)), SMALL, replicas=2),
+    "small": Group(alphas(), SMALL),
     "step": Group(alphas(), SMALL | {"steps": 1}, replicas=2),
-    "warm-up": Group(alphas((0.0,)), SMALL | FAST | {"fake_warmup": 100}),
-    "preset": Group(alphas(), replicas=2, seeds=range(200, 212)),
+    "weak": Group(alphas(), SMALL, replicas=2, training=150),
+    "moved": Group(alphas(), SMALL, replicas=2, moved=0.5**0.5),
+    "preset": Group(alphas(), replicas=2),
 }
 
 
-def task_of(group, config):
+def task_of(group, config, quick=False):
     """The group's data and backbone as a task of w2svd."""
     recipe = RECIPES[group.data]
-    if group.training:
-        recipe = dataclasses.replace(recipe, iterations=group.training)
+    if group.training or quick:
+        recipe = dataclasses.replace(recipe, iterations=50 if quick else group.training)
     learnt = mixture = getattr(mixtures, group.data)(*group.mixture)
     if group.moved:
         means = learnt.means + torch.tensor([group.moved, 0.0])
@@ -118,10 +116,10 @@ def task_of(group, config):
     return Task(config, recipe, mixture, learnt)
 
 
-def stacked(group, lanes, roles=StackedRoles):
+def stacked(group, lanes, quick=False, roles=StackedRoles):
     """A stack of the lanes on the group's task, whose backbone is read or trained."""
     first = lanes[0].config
-    task = task_of(group, dataclasses.replace(first, batch=first.batch * len(lanes)))
+    task = task_of(group, dataclasses.replace(first, batch=first.batch * len(lanes)), quick)
     task.load()
     return Stack(task, lanes, roles=roles)
 
@@ -138,11 +136,11 @@ def run(group, seed, quick=False):
         knobs = {k: v for k, v in cell.items() if k in KNOBS}
         names += [name] * replicas
         lanes += [Lane(w2svd.Config(**settings), **knobs)] * replicas
-    stack, along = stacked(group, lanes), []
+    stack, along = stacked(group, lanes, quick), []
     iterations = stack.config.iterations
     while stack.iteration < iterations:
         stack.iterate()
-        if group.probed and stack.iteration % (iterations // 8) == 0:
+        if seed in group.seeds[: group.probed] and stack.iteration % (iterations // 8) == 0:
             for name, row in zip(names, probes.errors(stack, seed)):
                 along.append({"cell": name, "iteration": stack.iteration, **rounded(row)})
     samples, _ = probes.students(stack, SAMPLES[group.data], seed + 1_000_000)
@@ -166,12 +164,12 @@ def climb(group, seed, quick=False):
         "W2SVD": ({"alpha_weak": 0.25}, StackedRoles),
     }
     config = w2svd.Config(**settings)
-    mixture = task_of(group, config).mixture
+    mixture = task_of(group, config, quick).mixture
     moved = probes.particles(mixture, config, seed)
     found = {"particles": [rounded(Metrics(mixture, len(moved))(moved), KEYS)]}
     for name, (more, roles) in rungs.items():
         lanes = [Lane(dataclasses.replace(config, **more))] * (1 if quick else group.replicas)
-        stack = stacked(group, lanes, roles)
+        stack = stacked(group, lanes, quick, roles)
         stack.roles.mixture, stack.roles.sigmas = mixture, stack.task.sigmas
         while stack.iteration < stack.config.iterations:
             stack.iterate()
