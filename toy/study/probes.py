@@ -105,21 +105,14 @@ class ExactScores(ExactReal):
 
 
 @torch.no_grad()
-def particles(mixture, config, seed, n=2048, steps=120, rate=0.1):
-    """Samples without a generator, moved themselves along the exact scores' difference: (n, D).
-
-    Each half is moved by the other's density: within its own, a sample would see itself.
-    """
+def particles(mixture, config, seed, n=1024, steps=120, rate=0.5):
+    """Samples without a generator, moved themselves along the exact scores' difference: (n, D)."""
     rng = torch.Generator().manual_seed(seed)
-    halves = list(torch.randn(n, *mixture.shape, generator=rng).chunk(2))
+    x = torch.randn(n, *mixture.shape, generator=rng)
     for i in range(steps):
-        densities = [cloud(x) for x in halves]
-        for k, x in enumerate(halves):
-            sigma = w2svd.sample_sigma(
-                len(x), config.sigma_low, config.sigma_high, config.sigma_shift, rng
-            )
-            x_t = add_noise(x, torch.randn(x.shape, generator=rng), sigma)
-            x0_real = mixture.posterior_mean(x_t, sigma)
-            x0_fake = densities[1 - k].posterior_mean(x_t, sigma)
-            halves[k] = x - rate * (1 - 0.95 * i / steps) * (x0_fake - x0_real)
-    return torch.cat(halves)
+        sigma = w2svd.sample_sigma(n, config.sigma_low, config.sigma_high, config.sigma_shift, rng)
+        x_t = add_noise(x, torch.randn(x.shape, generator=rng), sigma)
+        x0_real = mixture.posterior_mean(x_t, sigma)
+        x0_fake = cloud(x).posterior_mean(x_t, sigma)
+        x = x - rate * (1 - 0.95 * i / steps) * (x0_fake - x0_real)
+    return x

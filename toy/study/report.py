@@ -1,9 +1,285 @@
-"""Tables."""
+"""Tables and figures of the study's stored results, toy/study/results/study.json.
 
+A backbone is the unit: a cell's runs on it become one number, intervals are Student's t over
+backbones, and two cells are compared on the same ones. KLs are compared by their logarithms, so a
+difference is a ratio of geometric means.
+"""
+
+import json
+import math
+import statistics
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import optimize, stats
+
+from toy import plots
 
 STORED = Path(__file__).parent / "results"
+DRIFT = 0.2  # a run with a larger KL has drifted
+TABLES = {  # the groups of each, and what it is about
+    "beside": (("gt", "gan", "videos"), "W2SVD beside a second loss of weight w"),
+    "stability": (("small", "fast", "lagging", "one", "paired", "preset"), "no second loss"),
+    "off": (("narrow", "step", "weak", "moved"), "where the real score is wrong, and in one step"),
+    "ladder": (("ladder",), "from exact scores to learnt ones, each over the rung before"),
+}
+REGIMES = ("small", "fast", "lagging", "one")
+
+
+def stored():
+    return json.loads((STORED / "study.json").read_text())
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """A mean over backbones, half of its 95 % interval, and the p of its being 0."""
+
+    mean: float
+    half: float
+    p: float
+
+    @property
+    def apart(self):
+        """Is 0 outside of the interval?"""
+        return abs(self.mean) > self.half
+
+    def ratio(self):
+        """Of a difference of logarithms: the ratio, and its interval."""
+        low, high = (math.exp(self.mean + sign * self.half) for sign in (-1, 1))
+        return f"{math.exp(self.mean):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def estimate(values):
+    """Of one number for each backbone, at least two, by Student's t."""
+    mean, n = statistics.mean(values), len(values)
+    error = max(statistics.stdev(values) / n**0.5, 1e-12)
+    p = 2 * stats.t.sf(abs(mean) / error, n - 1)
+    return Estimate(mean, stats.t.ppf(0.975, n - 1) * error, float(p))
+
+
+def share(runs):
+    """Of runs, how many drifted."""
+    return statistics.mean(run["kl"] > DRIFT for run in runs)
+
+
+def log_kl(runs):
+    return statistics.mean(math.log(max(run["kl"], 1e-3)) for run in runs)
+
+
+def degree(runs):
+    """How much clips move, over the data."""
+    return statistics.mean(run["dynamic_degree"] for run in runs)
+
+
+def of_cell(jobs, cell, of):
+    """of(a cell's runs on a backbone), a list over backbones."""
+    return [of(job["lanes"][cell]) for job in jobs.values()]
+
+
+def compare(jobs, cell, other, of=log_kl):
+    """cell - other, on the same backbones."""
+    pairs = zip(of_cell(jobs, cell, of), of_cell(jobs, other, of), strict=True)
+    return estimate([a - b for a, b in pairs])
+
+
+def holm(ps):
+    """Holm's corrected p of each of several tests."""
+    order, corrected, worst = sorted(range(len(ps)), key=lambda i: ps[i]), [0.0] * len(ps), 0.0
+    for place, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(ps) - place) * ps[i]))
+        corrected[i] = worst
+    return corrected
+
+
+def logistic(results):
+    """How the log odds of a drift change for each unit of alpha_weak, in all regimes together.
+
+    An intercept for each regime, one slope; errors by the sandwich over the backbones of a regime,
+    so that runs on one backbone may resemble each other.
+    """
+    groups, rows = [group for group in REGIMES if group in results], []
+    for group in groups:
+        for seed, job in results[group].items():
+            for cell in (c for c in job["lanes"] if c.startswith("alpha")):
+                x = [*(float(group == other) for other in groups), float(cell.split()[1])]
+                rows += [(x, run["kl"] > DRIFT, (group, seed)) for run in job["lanes"][cell]]
+    x, y = np.array([row[0] for row in rows]), np.array([float(row[1]) for row in rows])
+
+    def loss(beta):  # a weak pull to 0: without one drift in a regime there is no maximum
+        return np.logaddexp(0, x @ beta).sum() - y @ x @ beta + 0.005 * beta @ beta
+
+    beta = optimize.minimize(loss, np.zeros(x.shape[1])).x
+    p = 1 / (1 + np.exp(-x @ beta))
+    bread = np.linalg.inv((x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(x.shape[1]))
+    scores = {}
+    for row, score in zip(rows, x * (y - p)[:, None]):
+        scores[row[2]] = scores.get(row[2], 0) + score
+    meat, n = sum(np.outer(score, score) for score in scores.values()), len(scores)
+    error = math.sqrt((bread @ meat @ bread)[-1, -1] * n / (n - 1))
+    free = n - len(groups)
+    p_value = 2 * stats.t.sf(abs(beta[-1]) / error, free)
+    return Estimate(float(beta[-1]), float(stats.t.ppf(0.975, free) * error), float(p_value))
+
+
+# ---- comparisons and tables ----------------------------------------------------------------------
+
+
+def pairs(results):
+    """(group, cell, other) of every comparison: what a cell's KL is divided by."""
+    for group, jobs in results.items():
+        cells = list(next(iter(jobs.values()))["lanes"])
+        for before, cell in zip([None, *cells], cells):
+            start, _, alpha = cell.rpartition("alpha ")
+            if group == "ladder":
+                yield from [(group, cell, before)] if before else ()
+            elif cell == f"{start}alpha 0" or "DMD times" in cell:
+                continue  # DMD itself
+            elif start and not cell.startswith("gt_weight 0 "):  # beside a second loss
+                yield group, cell, f"{start}DMD times {1 - float(alpha):g}"
+                yield group, cell, f"{start}alpha 0"
+            else:
+                yield group, cell, f"{start}alpha 0"
+
+
+def pooled(results, against):
+    """W2SVD beside the GT loss over DMD, in log KL, all weights and alphas of a backbone as one.
+
+    against: 'DMD', of weight w / (1 - alpha_weak), or 'alpha 0', of weight w.
+    """
+    jobs = results["gt"]
+    keys = [key for key in pairs({"gt": jobs}) if against in key[2] and " 0 " not in key[1]]
+    values = [
+        [a - b for a, b in zip(of_cell(jobs, cell, log_kl), of_cell(jobs, other, log_kl))]
+        for _, cell, other in keys
+    ]
+    return estimate([statistics.mean(column) for column in zip(*values)])
+
+
+def comparisons(results):
+    """{(group, cell, other): (the estimate in log KL, p by Holm over W2SVD against DMD)}."""
+    found = {key: compare(results[key[0]], *key[1:]) for key in pairs(results)}
+    ours = [key for key in found if "alpha" in key[1]]
+    corrected = dict(zip(ours, holm([found[key].p for key in ours])))
+    return {key: (estimate, corrected.get(key)) for key, estimate in found.items()}
+
+
+def table(results, groups):
+    """Every cell of the groups: drifts, KL, and the KL over what it is compared with."""
+    found, motion = comparisons(results), "videos" in groups and "videos" in results
+    head = ["runs", "cell", "drifts", "KL", "compared with", "KL / its KL", "p by Holm"]
+    lines = [head + ["motion - its motion"] * motion]
+    for group in (group for group in groups if group in results):
+        jobs = results[group]
+        for cell in next(iter(jobs.values()))["lanes"]:
+            runs = [run for job in jobs.values() for run in job["lanes"][cell]]
+            drifts = f"{sum(run['kl'] > DRIFT for run in runs)} of {len(runs)}"
+            start = [group, cell, drifts, estimate(of_cell(jobs, cell, log_kl)).ratio()]
+            rows = [key for key in found if key[:2] == (group, cell)]
+            lines += [start + [""] * (len(lines[0]) - 4)] * (not rows)
+            for key in rows:
+                ratio, p = found[key]
+                row = [*start, key[2], ratio.ratio(), "" if p is None else f"{p:.3f}"]
+                if motion:
+                    moves = compare(jobs, cell, key[2], degree) if group == "videos" else None
+                    row.append(f"{moves.mean:+.3f} ± {moves.half:.3f}" if moves else "")
+                lines.append(row)
+    texts = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([texts[0], "|---" * len(lines[0]) + "|", *texts[1:]])
+
+
+ERRORS = ("real_unshifted", "real", "fake", "difference", "exact_difference", "cosine")
+
+
+def errors(results, alpha, key):
+    """An error in `fake`'s runs at alpha_weak: {iteration: [one number for each backbone]}."""
+    found = {}
+    for job in results["fast"].values():
+        rows = [row for row in job["along"] if row["cell"] == f"alpha {alpha:g}"]
+        for iteration in sorted({row["iteration"] for row in rows}):
+            at = [row[key] for row in rows if row["iteration"] == iteration]
+            found.setdefault(iteration, []).append(statistics.mean(at))
+    return found
+
+
+def errors_table(results):
+    """The errors at the end of a run, by alpha_weak."""
+    lines = ["alpha_weak | " + " | ".join(name.replace("_", " ") for name in ERRORS)]
+    lines.append("---|" * len(ERRORS) + "---")
+    for alpha in (0, 0.25, 0.5, 0.75):
+        last = [list(errors(results, alpha, key).values())[-1] for key in ERRORS]
+        cells = [f"{e.mean:.3f} ± {e.half:.3f}" for e in map(estimate, last)]
+        lines.append(f"{alpha} | " + " | ".join(cells))
+    return "\n".join(f"| {text} |" for text in lines)
+
+
+def parts(results):
+    """{name: table}, for the places of these names in a README."""
+    made = {f"study_{name}": table(results, groups) for name, (groups, _) in TABLES.items()}
+    return made | {"study_errors": errors_table(results)}
+
+
+def write_tables(out):
+    results, made = json.loads((out / "study.json").read_text()), []
+    for name, (groups, about) in TABLES.items():
+        made.append(f"## {name.capitalize()}: {about}\n\n{table(results, groups)}\n")
+    made.append(f"## Errors of both scores in `fast`\n\n{errors_table(results)}\n")
+    head = "# The study's tables\n\nA drift: a KL above .2. See [README](../README.md)."
+    (out / "tables.md").write_text("\n\n".join([head, *made]), encoding="utf-8")
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def line(name, points):
+    """A line of plots.curves through {x: an estimate in log KL}."""
+    x = sorted(points)
+    low, mean, high = (
+        [math.exp(points[k].mean + s * points[k].half) for k in x] for s in (-1, 0, 1)
+    )
+    return name, x, mean, low, high
+
+
+def reweighting(results, path):
+    """KL beside the GT loss, against its weight w and against w / (1 - alpha_weak)."""
+    jobs, panels = results["gt"], []
+    xlabels = ["weight w of the GT loss", "w / (1 - alpha_weak)"]
+    for title, along in (("By the weight: three methods", False), ("Re-weighted: nearly one", True)):
+        lines = []
+        for alpha in (0, 0.5, 0.75):
+            points = {}
+            for w in (0.05, 0.2):
+                found = estimate(of_cell(jobs, f"gt_weight {w:g} alpha {alpha:g}", log_kl))
+                points[w / (1 - alpha) if along else w] = found
+            if along and not alpha:
+                for w, left in ((0.05, 0.5), (0.2, 0.5), (0.2, 0.25)):
+                    cell = f"gt_weight {w:g} DMD times {left:g}"
+                    points[w / left] = estimate(of_cell(jobs, cell, log_kl))
+            lines.append(line(f"W2SVD, alpha_weak {alpha}" if alpha else "DMD", points))
+        panels.append((title, lines))
+    labels, ticks = ["KL to the data, nats", ""], [0.4, 0.6, 1, 2, 3]
+    return plots.curves(path, panels, xlabels, labels, log=True, yticks=ticks)
+
+
+def why(results, path):
+    """The errors of both scores and of their difference along the runs, by alpha_weak."""
+    panels = []
+    names = {"real": "x0_real", "fake": "x0_fake", "difference": "their difference"}
+    for key, name in names.items():
+        lines = []
+        for alpha in (0, 0.25, 0.5, 0.75):
+            points = {i: estimate(values) for i, values in errors(results, alpha, key).items()}
+            low, mean, high = ([e.mean + s * e.half for e in points.values()] for s in (-1, 0, 1))
+            lines.append((f"alpha_weak {alpha}", list(points), mean, low, high))
+        panels.append((f"error of {name}", lines))
+    return plots.curves(path, panels, "iteration", ["rms, units of the plane", "", ""])
 
 
 def write(out):
-    pass
+    """tables.md and the figures, beside study.json."""
+    results = json.loads((out / "study.json").read_text())
+    write_tables(out)
+    reweighting(results, out / "reweighting.png")
+    why(results, out / "why.png")

@@ -28,15 +28,6 @@ class Lane:
     numerator: float | None = None  # alpha_weak in x0_fake - x0_real alone
     denominator: float | None = None  # alpha_weak in |x_gen - x0_real| alone
 
-    def alphas(self, iteration):
-        """alpha_weak of an iteration in DMD's numerator, and in its denominator."""
-        alpha = w2svd.alpha_weak_at(self.config, iteration)
-        numerator, denominator = self.numerator, self.denominator
-        return (
-            alpha if numerator is None else numerator,
-            alpha if denominator is None else denominator,
-        )
-
 
 def along(numbers, x):
     """One number for each lane (lanes,), shaped to multiply x (lanes, ...)."""
@@ -46,6 +37,14 @@ def along(numbers, x):
 def for_samples(numbers, x):
     """One number for each lane (lanes,), shaped to multiply the samples x (lanes * B, ...)."""
     return along(numbers.repeat_interleave(len(x) // len(numbers)), x)
+
+
+def stacked(states):
+    """{name: (lanes, ...)}, trained, of one {name: (...)} for each lane."""
+    return {
+        name: torch.nn.Parameter(torch.stack([state[name] for state in states]))
+        for name in states[0]
+    }
 
 
 class StackedRoles:
@@ -58,29 +57,23 @@ class StackedRoles:
     def __init__(self, backbone, configs):
         first, self.n = configs[0], len(configs)
         self.one = Roles(backbone, first.lora_rank, 0.0, 1.0, first.generator, first.fake)
-        self.trained = {role: self._stacked(role) for role in self.one.trained}
+        draws = {role: [] for role in self.one.trained}
+        for _ in range(self.n):
+            for role, states in draws.items():
+                states.append(
+                    {name: p.detach().clone() for name, p in self.one.state(role).items()}
+                )
+                for layer in self.one.layers if role in self.one.adapters else ():
+                    layer.reset_lora_parameters(role, True)
+        self.trained = {role: stacked(states) for role, states in draws.items()}
         self.strong = [c.alpha_strong for c in configs]
         self.weak = self.weak_below = [c.alpha_weak for c in configs]  # Stack.iterate() sets them
         self.alpha_weak = None  # distil() sets it; each lane has its own in `weak`
         self.x0_below = None  # the denominator's x0_real, where it has an alpha_weak of its own
-        self.discriminator = None
         names = {m: name for name, m in backbone.module.named_modules()}
         for layer in self.one.layers:
             layer.register_forward_hook(self._hook(names[layer]))
         self.weights = None  # of the role that is being evaluated: {name: (lanes, ...)}
-
-    def _stacked(self, role):
-        """{name: (lanes, ...)}: the role's parameters, drawn anew for each further lane."""
-        draws = []
-        for k in range(self.n):
-            if k > 0 and role in self.one.adapters:
-                for layer in self.one.layers:
-                    layer.reset_lora_parameters(role, True)
-            draws.append({name: p.detach().clone() for name, p in self.one.state(role).items()})
-        return {
-            name: torch.nn.Parameter(torch.stack([draw[name] for draw in draws]))
-            for name in draws[0]
-        }
 
     def lane(self, k, role):
         """The weights of one lane, as Roles.load() takes them."""
@@ -150,11 +143,7 @@ class StackedDiscriminator(Discriminator):
     def __init__(self, roles, weights):
         heads = [Discriminator(roles.one).head for _ in range(roles.n)]
         self.roles, self.head, self.weights = roles, heads[0], weights
-        states = [head.state_dict() for head in heads]
-        self.stacked = {
-            name: torch.nn.Parameter(torch.stack([state[name] for state in states]))
-            for name in states[0]
-        }
+        self.stacked = stacked([head.state_dict() for head in heads])
         roles.discriminator, roles.trained["discriminator"] = self, self.stacked
 
     def logit(self, x_t, sigma, cond):
@@ -178,18 +167,8 @@ class Stack(State):
     written for all lanes at once.
     """
 
-    OWN = (
-        "generator_lr",
-        "fake_lr",
-        "lr_schedule",
-        "alpha_weak",
-        "alpha_weak_schedule",
-        "alpha_strong",
-        "fake_weight_decay",
-        "gt_weight",
-        "gan_weight",
-        "ema",
-    )
+    OWN = {"generator_lr", "fake_lr", "lr_schedule", "fake_weight_decay", "ema"}
+    OWN |= {"alpha_weak", "alpha_weak_schedule", "alpha_strong", "gt_weight", "gan_weight"}
 
     def __init__(self, task, lanes, loop=distil, roles=StackedRoles):
         self.lanes = [Lane(lane) if isinstance(lane, Config) else lane for lane in lanes]
@@ -202,17 +181,15 @@ class Stack(State):
         n = len(configs) * configs[0].batch
         assert task.config.batch == n, f"the task's batch is {task.config.batch}, the lanes' {n}"
         torch.manual_seed(configs[0].seed)
-        stacked = roles(task.backbone, configs)
+        made = roles(task.backbone, configs)
         self.gt_weights = self.each(lambda c: c.gt_weight)
         weights = self.each(lambda c: c.gan_weight)
         if weights.any():
-            StackedDiscriminator(stacked, weights)
-        config = dataclasses.replace(  # a loss of any lane is made; each lane weighs its own
-            task.config,
-            gt_weight=float(self.gt_weights.any()),
-            gan_weight=float(weights.any()),
-        )
-        super().__init__(config, stacked, task.device)
+            StackedDiscriminator(made, weights)
+        # a second loss is made where any lane has it, and each lane weighs its own
+        on = {"gt_weight": float(self.gt_weights.any()), "gan_weight": float(weights.any())}
+        config = dataclasses.replace(task.config, **on)
+        super().__init__(config, made, task.device)
         self.task = task
         trained = self.roles.trained
         self.squares = {r: [torch.zeros_like(p) for p in trained[r].values()] for r in trained}
@@ -226,8 +203,12 @@ class Stack(State):
 
     def iterate(self):
         """One iteration of every lane; numbers that are means over all of them."""
-        alphas = [lane.alphas(self.iteration) for lane in self.lanes]
-        self.roles.weak, self.roles.weak_below = map(list, zip(*alphas))
+        self.roles.weak, self.roles.weak_below = [], []  # in DMD's numerator, and its denominator
+        for lane in self.lanes:
+            alpha = w2svd.alpha_weak_at(lane.config, self.iteration)
+            above, below = (alpha if x is None else x for x in (lane.numerator, lane.denominator))
+            self.roles.weak.append(above)
+            self.roles.weak_below.append(below)
         own = {"dmd_gradient": self.dmd_gradient, "gt_gradient": self.gt_gradient}
         with mock.patch.multiple(w2svd, **own):
             return next(self.loop)

@@ -58,6 +58,7 @@ def controls(alpha, lr):
     """What might do the same as the shift: a smaller step, or half of the shift."""
     left = 1 - alpha
     return {
+        "alpha 0": {"alpha_weak": 0.0},
         "gradient scaled": {"alpha_weak": 0.0, "dmd_scale": left},
         "rate scaled": {"alpha_weak": 0.0, "generator_lr": lr * left},
         "numerator alone": {"alpha_weak": 0.0, "numerator": alpha},
@@ -77,7 +78,7 @@ class Group:
     training: int = 0  # iterations of the backbone; the recipe's if 0
     mixture: tuple = ()  # arguments of the data's
     moved: float = 0.0  # how far the data lie from those that the backbone learnt
-    probed: int = 0  # on so many backbones the scores' errors are measured along the runs
+    probed: bool = False  # are the errors of both scores measured along the runs?
 
 
 SMALL = {"batch": 64}  # in place of 1,536: the study is to be run on one core
@@ -88,15 +89,16 @@ ONE = {"generator_lr": 1.5e-3, "fake_updates": 1, "reuse": 1}
 GROUPS = {  # in the order in which they run
     "gt": Group(beside("gt_weight", (0.0, 0.05, 0.2), (0.0, 0.5, 0.75)), PAIRED, replicas=2),
     "lagging": Group(alphas(), SMALL | LAGGING),
-    "fast": Group(alphas() | controls(0.5, 4e-3), SMALL | FAST, probed=3),
+    "fast": Group(alphas(), SMALL | FAST, probed=True),
     "one": Group(alphas(), SMALL | ONE),
-    "ladder": Group({}, SMALL, replicas=2),
+    "controls": Group(controls(0.5, 4e-3), SMALL | FAST, replicas=2),
+    "small": Group(alphas(), SMALL),
     "videos": Group(
         beside("gt_weight", (0.05, 1.0), (0.0, 0.5)), CLIPS, "videos", 1, seeds=range(40, 45)
     ),
     "narrow": Group(alphas(), SMALL, replicas=2, mixture=(8, 2**0.5, 0.05)),
     "gan": Group(beside("gan_weight", (3.0,), (0.0, 0.5)), SMALL, replicas=2),
-    "small": Group(alphas(), SMALL),
+    "ladder": Group({}, SMALL, replicas=1),
     "step": Group(alphas(), SMALL | {"steps": 1}, replicas=2),
     "weak": Group(alphas(), SMALL, replicas=2, training=150),
     "moved": Group(alphas(), SMALL, replicas=2, moved=0.5**0.5),
@@ -140,7 +142,7 @@ def run(group, seed, quick=False):
     iterations = stack.config.iterations
     while stack.iteration < iterations:
         stack.iterate()
-        if seed in group.seeds[: group.probed] and stack.iteration % (iterations // 8) == 0:
+        if group.probed and stack.iteration % (iterations // 8) == 0:
             for name, row in zip(names, probes.errors(stack, seed)):
                 along.append({"cell": name, "iteration": stack.iteration, **rounded(row)})
     samples, _ = probes.students(stack, SAMPLES[group.data], seed + 1_000_000)
