@@ -283,11 +283,11 @@ def _paste(page, pictures, corners):
 LINES = [(INK, "o", "-"), (DOT, "s", "--"), ("#2f6f9f", "^", "-."), ("#7a7a7a", "D", ":")]
 
 
-def curves(path, panels, xlabel, ylabels, log=False, yticks=None):
+def curves(path, panels, xlabel, ylabels, log=False, yticks=None, sharey=False):
     """PNG of panels (title, lines), lines (name, x, mean, low, high), in one row."""
     xlabels = [xlabel] * len(panels) if isinstance(xlabel, str) else xlabel
     figure = Figure((0.6 + 3.6 * len(panels), 3.7), dpi=130)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=sharey)[0]
     for ax, (title, lines), xlabel, ylabel in zip(axes, panels, xlabels, ylabels):
         for (name, x, mean, low, high), (colour, marker, style) in zip(lines, LINES):
             ax.plot(x, mean, style, marker=marker, color=colour, label=name, markersize=5)

@@ -7,6 +7,7 @@ difference is a ratio of geometric means.
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -193,39 +194,82 @@ def table(results, groups):
 ERRORS = ("real_unshifted", "real", "fake", "difference", "exact_difference", "cosine")
 
 
-def errors(results, alpha, key):
-    """An error in `fake`'s runs at alpha_weak: {iteration: [one number for each backbone]}."""
+def errors(results, key, chosen):
+    """An error in `fast`'s runs: {iteration: [one number for each backbone]}.
+
+    chosen(alpha_weak, whether the run will have drifted at its end): which runs count.
+    """
     found = {}
     for job in results["fast"].values():
-        rows = [row for row in job["along"] if row["cell"] == f"alpha {alpha:g}"]
-        for iteration in sorted({row["iteration"] for row in rows}):
-            at = [row[key] for row in rows if row["iteration"] == iteration]
-            found.setdefault(iteration, []).append(statistics.mean(at))
+        ends = [run["kl"] > DRIFT for runs in job["lanes"].values() for run in runs]
+        for iteration in sorted({row["iteration"] for row in job["along"]}):
+            rows = [row for row in job["along"] if row["iteration"] == iteration]
+            values = [
+                row[key]
+                for row, drifted in zip(rows, ends, strict=True)
+                if chosen(float(row["cell"].split()[1]), drifted)
+            ]
+            if values:
+                found.setdefault(iteration, []).append(statistics.mean(values))
     return found
 
 
 def errors_table(results):
-    """The errors at the end of a run, by alpha_weak."""
-    lines = ["alpha_weak | " + " | ".join(name.replace("_", " ") for name in ERRORS)]
-    lines.append("---|" * len(ERRORS) + "---")
-    for alpha in (0, 0.25, 0.5, 0.75):
-        last = [list(errors(results, alpha, key).values())[-1] for key in ERRORS]
-        cells = [f"{e.mean:.3f} ± {e.half:.3f}" for e in map(estimate, last)]
-        lines.append(f"{alpha} | " + " | ".join(cells))
-    return "\n".join(f"| {text} |" for text in lines)
+    """The errors early and at the end of a run, by alpha_weak, and by whether it will drift."""
+    rows = {f"alpha_weak {a:g}": lambda alpha, _, a=a: alpha == a for a in (0, 0.25, 0.5, 0.75)}
+    rows |= {"will drift": lambda _, drifted: drifted, "will not": lambda _, drifted: not drifted}
+    head = ["runs", "iteration", *(name.replace("_", " ") for name in ERRORS)]
+    lines = [head, ["---"] * len(head)]
+    for name, chosen in rows.items():
+        found = {key: errors(results, key, chosen) for key in ERRORS}
+        iterations = [i for i, values in found["real"].items() if len(values) > 1]
+        for iteration in iterations[:1] + iterations[-1:]:
+            cells = [estimate(found[key][iteration]) for key in ERRORS]
+            lines.append([name, str(iteration), *(f"{e.mean:.3f} ± {e.half:.3f}" for e in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def stability_table(results):
+    """Drifts by regime and alpha_weak, and the mean KL of the runs that did not drift."""
+    lines = ["| regime | alpha_weak 0 | .25 | .5 | .75 |", "|---|---|---|---|---|"]
+    for group in (group for group in REGIMES if group in results):
+        cells = []
+        for alpha in (0, 0.25, 0.5, 0.75):
+            jobs = results[group].values()
+            kls = [run["kl"] for job in jobs for run in job["lanes"][f"alpha {alpha:g}"]]
+            rest = [kl for kl in kls if kl <= DRIFT]
+            mean = f", {statistics.mean(rest):.3f}" if rest else ""
+            cells.append(f"{len(kls) - len(rest)} of {len(kls)}{mean}")
+        lines.append(f"| `{group}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def numbers(results):
+    """{name: a number of the README's sentences}, with its interval."""
+    slope, found = logistic(results), comparisons(results)
+    made = {
+        "scaled": pooled(results, "DMD").ratio(),
+        "same": pooled(results, "alpha 0").ratio(),
+        "slope": f"{slope.mean:z.1f} ± {slope.half:.1f}, p {slope.p:.2f}",
+    }
+    for (group, cell, _), (ratio, _) in found.items():
+        if group in ("controls", "ladder", "narrow", "step", "fast", "weak"):
+            made["_".join([group, *cell.split()])] = ratio.ratio()
+    return {re.sub(r"\W", "", f"n_{name}"): text for name, text in made.items()}
 
 
 def parts(results):
-    """{name: table}, for the places of these names in a README."""
-    made = {f"study_{name}": table(results, groups) for name, (groups, _) in TABLES.items()}
-    return made | {"study_errors": errors_table(results)}
+    """{name: table or number}, for the places of these names in a README."""
+    made = {"study_stability": stability_table(results), "study_errors": errors_table(results)}
+    return made | numbers(results)
 
 
 def write_tables(out):
     results, made = json.loads((out / "study.json").read_text()), []
     for name, (groups, about) in TABLES.items():
         made.append(f"## {name.capitalize()}: {about}\n\n{table(results, groups)}\n")
-    made.append(f"## Errors of both scores in `fast`\n\n{errors_table(results)}\n")
+    if "fast" in results:
+        made.append(f"## Errors of both scores in `fast`\n\n{errors_table(results)}\n")
     head = "# The study's tables\n\nA drift: a KL above .2. See [README](../README.md)."
     (out / "tables.md").write_text("\n\n".join([head, *made]), encoding="utf-8")
 
@@ -246,7 +290,10 @@ def reweighting(results, path):
     """KL beside the GT loss, against its weight w and against w / (1 - alpha_weak)."""
     jobs, panels = results["gt"], []
     xlabels = ["weight w of the GT loss", "w / (1 - alpha_weak)"]
-    for title, along in (("By the weight: three methods", False), ("Re-weighted: nearly one", True)):
+    for title, along in (
+        ("By the weight: three methods", False),
+        ("Re-weighted: nearly one", True),
+    ):
         lines = []
         for alpha in (0, 0.5, 0.75):
             points = {}
@@ -266,20 +313,24 @@ def reweighting(results, path):
 def why(results, path):
     """The errors of both scores and of their difference along the runs, by alpha_weak."""
     panels = []
-    names = {"real": "x0_real", "fake": "x0_fake", "difference": "their difference"}
-    for key, name in names.items():
+    names = {"real": "of x0_real", "fake": "of x0_fake", "difference": "of their difference"}
+    for alpha in (0, 0.25, 0.5, 0.75):
         lines = []
-        for alpha in (0, 0.25, 0.5, 0.75):
-            points = {i: estimate(values) for i, values in errors(results, alpha, key).items()}
+        for key, name in names.items():
+            found = errors(results, key, lambda a, _, alpha=alpha: a == alpha)
+            points = {i: estimate(values) for i, values in found.items()}
             low, mean, high = ([e.mean + s * e.half for e in points.values()] for s in (-1, 0, 1))
-            lines.append((f"alpha_weak {alpha}", list(points), mean, low, high))
-        panels.append((f"error of {name}", lines))
-    return plots.curves(path, panels, "iteration", ["rms, units of the plane", "", ""])
+            lines.append((name, list(points), mean, low, high))
+        panels.append((f"alpha_weak {alpha}", lines))
+    labels = ["error against exact scores, rms", "", "", ""]
+    return plots.curves(path, panels, "iteration", labels, sharey=True)
 
 
 def write(out):
     """tables.md and the figures, beside study.json."""
     results = json.loads((out / "study.json").read_text())
     write_tables(out)
-    reweighting(results, out / "reweighting.png")
-    why(results, out / "why.png")
+    if "gt" in results:
+        reweighting(results, out / "reweighting.png")
+    if "fast" in results:
+        why(results, out / "why.png")

@@ -30,12 +30,13 @@ from toy.tasks import RECIPES, Task, preset
 ALPHAS = (0.0, 0.25, 0.5, 0.75)
 KNOBS = {"dmd_scale", "numerator", "denominator"}  # of a Lane, not of a Config
 SAMPLES = {"ring": 8192, "videos": 2048}  # of a lane, measured
+QUICK = {"iterations": 8, "batch": 32}
 KEYS = ("kl", "weight_tv", "clip_frechet", "dynamic_degree")  # kept
 
 
-def alphas(values=ALPHAS, **more):
+def alphas(values=ALPHAS):
     """A cell for each alpha_weak."""
-    return {f"alpha {alpha:g}": {"alpha_weak": alpha, **more} for alpha in values}
+    return {f"alpha {alpha:g}": {"alpha_weak": alpha} for alpha in values}
 
 
 def beside(loss, weights, shifts):
@@ -106,6 +107,15 @@ GROUPS = {  # in the order in which they run
 }
 
 
+RUNGS = {  # of the ladder, above particles: settings, and what evaluates the roles
+    "exact scores": ({}, probes.ExactScores),
+    "exact real": ({}, probes.ExactReal),
+    "full fake": ({"fake": "full", "fake_weight_decay": 0.0}, StackedRoles),
+    "LoRA fake (DMD)": ({}, StackedRoles),
+    "W2SVD": ({"alpha_weak": 0.25}, StackedRoles),
+}
+
+
 def task_of(group, config, quick=False):
     """The group's data and backbone as a task of w2svd."""
     recipe = RECIPES[group.data]
@@ -133,8 +143,7 @@ def run(group, seed, quick=False):
     for name, cell in group.cells.items():
         settings = {**preset(group.data), **group.shared, "seed": seed}
         settings.update((k, v) for k, v in cell.items() if k not in KNOBS)
-        if quick:
-            settings.update(iterations=8, batch=32)
+        settings.update(QUICK if quick else {})
         knobs = {k: v for k, v in cell.items() if k in KNOBS}
         names += [name] * replicas
         lanes += [Lane(w2svd.Config(**settings), **knobs)] * replicas
@@ -145,39 +154,32 @@ def run(group, seed, quick=False):
         if group.probed and stack.iteration % (iterations // 8) == 0:
             for name, row in zip(names, probes.errors(stack, seed)):
                 along.append({"cell": name, "iteration": stack.iteration, **rounded(row)})
+    return {"lanes": measured(stack, group, names, seed), "along": along}
+
+
+def measured(stack, group, names, seed):
+    """{name: [metrics of each lane]} of the averaged generators, each by noise of its own."""
     samples, _ = probes.students(stack, SAMPLES[group.data], seed + 1_000_000)
     measure, found = Metrics(stack.task.mixture, samples.shape[1]), {}
     for name, own in zip(names, samples):
         found.setdefault(name, []).append(rounded(measure(own), KEYS))
-    return {"lanes": found, "along": along}
+    return found
 
 
 def climb(group, seed, quick=False):
     """The ladder's job: from samples that exact scores move to W2SVD, each rung's KL."""
     settings = {**preset("ring"), **group.shared, "seed": seed, "alpha_weak": 0.0}
-    if quick:
-        settings.update(iterations=8, batch=32)
-    full = {"fake": "full", "fake_weight_decay": 0.0}
-    rungs = {
-        "exact scores": ({}, probes.ExactScores),
-        "exact real": ({}, probes.ExactReal),
-        "full fake": (full, StackedRoles),
-        "LoRA fake (DMD)": ({}, StackedRoles),
-        "W2SVD": ({"alpha_weak": 0.25}, StackedRoles),
-    }
-    config = w2svd.Config(**settings)
+    config = w2svd.Config(**settings | (QUICK if quick else {}))
     mixture = task_of(group, config, quick).mixture
     moved = probes.particles(mixture, config, seed)
     found = {"particles": [rounded(Metrics(mixture, len(moved))(moved), KEYS)]}
-    for name, (more, roles) in rungs.items():
-        lanes = [Lane(dataclasses.replace(config, **more))] * (1 if quick else group.replicas)
-        stack = stacked(group, lanes, quick, roles)
+    for name, (more, roles) in RUNGS.items():
+        lane = Lane(dataclasses.replace(config, **more))
+        stack = stacked(group, [lane] * group.replicas, quick, roles)
         stack.roles.mixture, stack.roles.sigmas = mixture, stack.task.sigmas
         while stack.iteration < stack.config.iterations:
             stack.iterate()
-        samples, _ = probes.students(stack, SAMPLES["ring"], seed + 1_000_000)
-        measure = Metrics(mixture, samples.shape[1])
-        found[name] = [rounded(measure(own), KEYS) for own in samples]
+        found |= measured(stack, group, [name] * group.replicas, seed)
     return {"lanes": found, "along": []}
 
 
