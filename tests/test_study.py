@@ -12,7 +12,8 @@ import torch
 from scipy import stats
 
 import w2svd
-from toy.study import moved, report, study
+from toy import mixtures
+from toy.study import moved, probes, report, study
 from toy.study.stack import Lane
 from toy.study.study import Group
 
@@ -73,6 +74,32 @@ def test_stored_tables_and_figures_are_those_of_the_stored_results(tmp_path):
     for name in ("reweighting.png", "why.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     assert sum(path.stat().st_size for path in report.STORED.iterdir()) < 2e6
+
+
+def test_the_readme_s_words_follow_from_the_stored_results():
+    results = report.stored()
+    same, scaled = (report.pooled(results, against) for against in ("alpha 0", "DMD"))
+    assert scaled.apart and 0 < scaled.mean < 0.2 * same.mean  # 'most of what the shift does'
+    found = report.comparisons(results)
+    for (group, cell, other), (ratio, p) in found.items():
+        if group == "gt" and not cell.startswith("gt_weight 0 "):
+            assert (p < 0.05) == other.endswith("alpha 0")
+        if group in report.REGIMES:
+            assert p > 0.05 and (not ratio.apart or (group, cell) == ("lagging", "alpha 0.25"))
+    assert not report.logistic(results).apart
+    early = {key: report.errors(results, key, lambda a, _: a == 0)[30] for key in report.ERRORS}
+    assert 20 * max(early["real"]) < min(early["fake"]) * 2
+
+
+def test_a_cloud_s_own_error_is_what_the_readme_says():
+    rng, mixture = torch.Generator().manual_seed(0), mixtures.ring()
+    density, x = probes.cloud(mixture.sample(probes.CLOUD, rng)), mixture.sample(512, rng)
+    off = []
+    for level in probes.LEVELS:
+        x_t = w2svd.add_noise(x, torch.randn(x.shape, generator=rng), level)
+        exact = mixture.posterior_mean(x_t, level)
+        off.append(probes.rms(density.posterior_mean(x_t, level) - exact))
+    assert sum(off) / 2 == pytest.approx(0.024, abs=0.004)
 
 
 def test_a_merged_backbone_is_the_generator_without_an_adapter(new_backbone, new_roles, draw):

@@ -79,6 +79,29 @@ def errors(stack, seed, n=256):
     return rows
 
 
+@torch.no_grad()
+def linearity(stack, seed, n=256):
+    """What the shift makes of DMD's difference x0_fake - x0_real, at each lane's own samples.
+
+    Its length over DMD's, 1 - alpha_weak where the velocity is linear in the adapter, and the
+    cosine of the two, over LEVELS together.
+    """
+    samples, cond = students(stack, n, seed, averaged=False)
+    rng, pairs = torch.Generator().manual_seed(seed), []
+    for level in LEVELS:
+        x = samples.flatten(0, 1)
+        x_t = add_noise(x, torch.randn(x.shape, generator=rng), level)
+        sigma = torch.full((len(x),), level)
+        fake = stack.roles.fake(x_t, sigma, cond)
+        shifted = fake - stack.roles.real(x_t, sigma, cond)
+        plain = fake - stack.roles.plain(x_t, sigma, cond)
+        pairs.append([level * v.reshape(len(samples), -1) for v in (shifted, plain)])
+    shifted, plain = (torch.cat(parts, dim=1) for parts in zip(*pairs))
+    length = shifted.norm(dim=1) / plain.norm(dim=1)
+    cosine = torch.cosine_similarity(shifted, plain)
+    return [{"length": a, "cosine": b} for a, b in zip(length.tolist(), cosine.tolist())]
+
+
 # ---- the ladder: from exact scores to learnt ones ------------------------------------------------
 
 

@@ -21,10 +21,17 @@ STORED = Path(__file__).parent / "results"
 DRIFT = 0.2  # a run with a larger KL has drifted
 TABLES = {  # the groups of each, and what it is about
     "beside": (("gt", "gan", "videos"), "W2SVD beside a second loss of weight w"),
-    "stability": (("small", "fast", "lagging", "one", "paired", "preset"), "no second loss"),
-    "off": (("narrow", "step", "weak", "moved"), "where the real score is wrong, and in one step"),
+    "stability": (
+        ("small", "fast", "lagging", "again", "one", "preset"),
+        "no second loss, on the ring",
+    ),
+    "controls": (("controls",), "the shift by .5, or a smaller step; settings of `fast`"),
+    "off": (("narrow", "weak", "moved", "step"), "where the real score is wrong, and in one step"),
+    "clips": (("clips", "rollout"), "no second loss, on clips, by paired input and by rollout"),
     "ladder": (("ladder",), "from exact scores to learnt ones, each over the rung before"),
 }
+CLIPS = ("videos", "clips", "rollout")
+FAR = (*CLIPS, "gt", "narrow", "step", "weak", "moved")  # where DMD itself is farther than a drift
 REGIMES = ("small", "fast", "lagging", "one")
 
 
@@ -51,6 +58,9 @@ class Estimate(NamedTuple):
         """Of a difference of logarithms: the ratio, and its interval."""
         low, high = (math.exp(self.mean + sign * self.half) for sign in (-1, 1))
         return f"{math.exp(self.mean):.2f} [{low:.2f}, {high:.2f}]"
+
+    def text(self, places):
+        return f"{self.mean:z.{places}f} ± {self.half:.{places}f}"
 
 
 def estimate(values):
@@ -168,27 +178,41 @@ def comparisons(results):
 
 
 def table(results, groups):
-    """Every cell of the groups: drifts, KL, and the KL over what it is compared with."""
-    found, motion = comparisons(results), "videos" in groups and "videos" in results
+    """Every cell of the groups: drifts, KL, and the KL over what it is compared with.
+
+    Of clips the motion too; and what the shift makes of DMD's difference, where it was measured.
+    """
+    found, groups = comparisons(results), [group for group in groups if group in results]
     head = ["runs", "cell", "drifts", "KL", "compared with", "KL / its KL", "p by Holm"]
-    lines = [head + ["motion - its motion"] * motion]
-    for group in (group for group in groups if group in results):
+    lines = [[*head, "motion - its motion", "length, cosine of the difference"]]
+    for group in groups:
         jobs = results[group]
         for cell in next(iter(jobs.values()))["lanes"]:
             runs = [run for job in jobs.values() for run in job["lanes"][cell]]
             drifts = f"{sum(run['kl'] > DRIFT for run in runs)} of {len(runs)}"
+            drifts = "" if group in FAR else drifts
             start = [group, cell, drifts, estimate(of_cell(jobs, cell, log_kl)).ratio()]
-            rows = [key for key in found if key[:2] == (group, cell)]
-            lines += [start + [""] * (len(lines[0]) - 4)] * (not rows)
-            for key in rows:
-                ratio, p = found[key]
-                row = [*start, key[2], ratio.ratio(), "" if p is None else f"{p:.3f}"]
-                if motion:
-                    moves = compare(jobs, cell, key[2], degree) if group == "videos" else None
-                    row.append(f"{moves.mean:+.3f} ± {moves.half:.3f}" if moves else "")
+            for other in [key[2] for key in found if key[:2] == (group, cell)] or [None]:
+                row = [*start, *[""] * 5]
+                if other:
+                    ratio, p = found[group, cell, other]
+                    row[4:7] = other, ratio.ratio(), "" if p is None else f"{p:.3f}"
+                if other and group in CLIPS:
+                    row[7] = compare(jobs, cell, other, degree).text(3)
+                row[8] = linear(jobs, cell)
                 lines.append(row)
+    used = [k for k in range(len(lines[0])) if any(line[k] for line in lines[1:])]
+    lines = [[line[k] for k in used] for line in lines]
     texts = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([texts[0], "|---" * len(lines[0]) + "|", *texts[1:]])
+    return "\n".join([texts[0], "|---" * len(used) + "|", *texts[1:]])
+
+
+def linear(jobs, cell):
+    """By how much the shift shortens DMD's difference, and their cosine; as text."""
+    rows = [row for job in jobs.values() for row in job.get("linear", {}).get(cell, ())]
+    return ", ".join(
+        f"{statistics.mean(row[k] for row in rows):.2f}" for k in (rows[0] if rows else ())
+    )
 
 
 ERRORS = ("real_unshifted", "real", "fake", "difference", "exact_difference", "cosine")
@@ -225,7 +249,7 @@ def errors_table(results):
         iterations = [i for i, values in found["real"].items() if len(values) > 1]
         for iteration in iterations[:1] + iterations[-1:]:
             cells = [estimate(found[key][iteration]) for key in ERRORS]
-            lines.append([name, str(iteration), *(f"{e.mean:.3f} ± {e.half:.3f}" for e in cells)])
+            lines.append([name, str(iteration), *(e.text(3) for e in cells)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -250,11 +274,11 @@ def numbers(results):
     made = {
         "scaled": pooled(results, "DMD").ratio(),
         "same": pooled(results, "alpha 0").ratio(),
-        "slope": f"{slope.mean:z.1f} ± {slope.half:.1f}, p {slope.p:.2f}",
+        "slope": f"{slope.text(1)}, p {slope.p:.2f}",
     }
-    for (group, cell, _), (ratio, _) in found.items():
-        if group in ("controls", "ladder", "narrow", "step", "fast", "weak"):
-            made["_".join([group, *cell.split()])] = ratio.ratio()
+    for (group, cell, other), (ratio, _) in found.items():
+        over = f" over {other}" if "weight" in other else ""
+        made[f"{group} {cell}{over}".replace(" ", "_")] = ratio.ratio()
     return {re.sub(r"\W", "", f"n_{name}"): text for name, text in made.items()}
 
 

@@ -84,7 +84,8 @@ class Group:
 
 SMALL = {"batch": 64}  # in place of 1,536: the study is to be run on one core
 PAIRED = {**SMALL, "generator_input": "paired", "fake_samples": "all"}
-CLIPS = {**PAIRED, "batch": 16, "iterations": 120}
+SHORT = {"batch": 16, "iterations": 120}
+CLIPS = {**PAIRED, **SHORT}
 FAST, LAGGING = {"generator_lr": 4e-3, "fake_lr": 4e-3}, {"generator_lr": 4e-3, "fake_lr": 1e-3}
 ONE = {"generator_lr": 1.5e-3, "fake_updates": 1, "reuse": 1}
 GROUPS = {  # in the order in which they run
@@ -92,11 +93,14 @@ GROUPS = {  # in the order in which they run
     "lagging": Group(alphas(), SMALL | LAGGING),
     "fast": Group(alphas(), SMALL | FAST, probed=True),
     "one": Group(alphas(), SMALL | ONE),
-    "controls": Group(controls(0.5, 4e-3), SMALL | FAST, replicas=2),
+    "controls": Group(controls(0.5, 4e-3), SMALL | FAST, replicas=2, seeds=range(201, 213)),
     "small": Group(alphas(), SMALL),
     "videos": Group(
         beside("gt_weight", (0.05, 1.0), (0.0, 0.5)), CLIPS, "videos", 1, seeds=range(40, 45)
     ),
+    "clips": Group(alphas((0.0, 0.25, 0.5)), CLIPS, "videos", 1, seeds=range(40, 45)),
+    "again": Group(alphas((0.0, 0.25)), SMALL | LAGGING, seeds=range(207, 213)),
+    "rollout": Group(alphas((0.0, 0.25, 0.5)), SHORT, "videos", 1, seeds=range(40, 45)),
     "narrow": Group(alphas(), SMALL, replicas=2, mixture=(8, 2**0.5, 0.05)),
     "gan": Group(beside("gan_weight", (3.0,), (0.0, 0.5)), SMALL, replicas=2),
     "ladder": Group({}, SMALL, replicas=1),
@@ -154,7 +158,10 @@ def run(group, seed, quick=False):
         if group.probed and stack.iteration % (iterations // 8) == 0:
             for name, row in zip(names, probes.errors(stack, seed)):
                 along.append({"cell": name, "iteration": stack.iteration, **rounded(row)})
-    return {"lanes": measured(stack, group, names, seed), "along": along}
+    done = {"lanes": measured(stack, group, names, seed), "along": along, "linear": {}}
+    for name, row in zip(names, probes.linearity(stack, seed)):
+        done["linear"].setdefault(name, []).append(rounded(row))
+    return done
 
 
 def measured(stack, group, names, seed):
