@@ -26,12 +26,23 @@ TABLES = {  # the groups of each, and what it is about
         "no second loss, on the ring",
     ),
     "controls": (("controls",), "the shift by .5, or a smaller step; settings of `fast`"),
-    "off": (("narrow", "weak", "moved", "step"), "where the real score is wrong, and in one step"),
+    "off": (
+        ("narrow", "narrow again", "weak", "moved", "step"),
+        "where the real score is wrong, and in one step",
+    ),
     "clips": (("clips", "rollout"), "no second loss, on clips, by paired input and by rollout"),
     "ladder": (("ladder",), "from exact scores to learnt ones, each over the rung before"),
 }
 CLIPS = ("videos", "clips", "rollout")
-FAR = (*CLIPS, "gt", "narrow", "step", "weak", "moved")  # where DMD itself is farther than a drift
+FAR = (
+    *CLIPS,
+    "gt",
+    "narrow",
+    "narrow again",
+    "step",
+    "weak",
+    "moved",
+)  # where DMD itself is farther than a drift
 REGIMES = ("small", "fast", "lagging", "one")
 
 
@@ -145,7 +156,7 @@ def pairs(results):
         for before, cell in zip([None, *cells], cells):
             start, _, alpha = cell.rpartition("alpha ")
             if group == "ladder":
-                yield from [(group, cell, before)] if before else ()
+                yield from [(group, cell, before)] if before not in (None, "particles") else ()
             elif cell == f"{start}alpha 0" or "DMD times" in cell:
                 continue  # DMD itself
             elif start and not cell.startswith("gt_weight 0 "):  # beside a second loss

@@ -88,6 +88,7 @@ SHORT = {"batch": 16, "iterations": 120}
 CLIPS = {**PAIRED, **SHORT}
 FAST, LAGGING = {"generator_lr": 4e-3, "fake_lr": 4e-3}, {"generator_lr": 4e-3, "fake_lr": 1e-3}
 ONE = {"generator_lr": 1.5e-3, "fake_updates": 1, "reuse": 1}
+NARROW = (8, 2**0.5, 0.05)  # modes a quarter as wide as the ring's
 GROUPS = {  # in the order in which they run
     "gt": Group(beside("gt_weight", (0.0, 0.05, 0.2), (0.0, 0.5, 0.75)), PAIRED, replicas=2),
     "lagging": Group(alphas(), SMALL | LAGGING),
@@ -100,10 +101,11 @@ GROUPS = {  # in the order in which they run
     ),
     "clips": Group(alphas((0.0, 0.25, 0.5)), CLIPS, "videos", 1, seeds=range(40, 45)),
     "again": Group(alphas((0.0, 0.25)), SMALL | LAGGING, seeds=range(207, 213)),
+    "narrow again": Group(alphas(), SMALL, replicas=2, mixture=NARROW, seeds=range(207, 213)),
     "rollout": Group(alphas((0.0, 0.25, 0.5)), SHORT, "videos", 1, seeds=range(40, 45)),
-    "narrow": Group(alphas(), SMALL, replicas=2, mixture=(8, 2**0.5, 0.05)),
+    "narrow": Group(alphas(), SMALL, replicas=2, mixture=NARROW),
     "gan": Group(beside("gan_weight", (3.0,), (0.0, 0.5)), SMALL, replicas=2),
-    "ladder": Group({}, SMALL, replicas=1),
+    "ladder": Group({}, SMALL, replicas=1, seeds=range(201, 205)),
     "step": Group(alphas(), SMALL | {"steps": 1}, replicas=2),
     "weak": Group(alphas(), SMALL, replicas=2, training=150),
     "moved": Group(alphas(), SMALL, replicas=2, moved=0.5**0.5),
