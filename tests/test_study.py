@@ -17,6 +17,13 @@ from toy.study import moved, probes, report, study
 from toy.study.stack import Lane
 from toy.study.study import Group
 
+APART = {
+    ("lagging", "alpha 0.25"),
+    ("weak", "alpha 0.75"),
+    ("controls", "rate scaled"),
+}  # as it says
+MOTION = "gt_weight 0.05 alpha 0.5", "gt_weight 0.05 alpha 0"
+
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
@@ -82,13 +89,23 @@ def test_the_readme_s_words_follow_from_the_stored_results():
     assert scaled.apart and 0 < scaled.mean < 0.2 * same.mean  # 'most of what the shift does'
     found = report.comparisons(results)
     for (group, cell, other), (ratio, p) in found.items():
-        if group == "gt" and not cell.startswith("gt_weight 0 "):
-            assert (p < 0.05) == other.endswith("alpha 0")
-        if group in report.REGIMES:
-            assert p > 0.05 and (not ratio.apart or (group, cell) == ("lagging", "alpha 0.25"))
+        second = group in ("gt", "videos") and "weight 0 " not in cell and "DMD" not in other
+        weak = group == "videos" and "weight 1 " in cell
+        assert p is None or (p < 0.05) == (second and not weak), cell
+        if group in (*report.REGIMES, "again", "rollout", "step", "weak", "controls", "gan"):
+            assert not ratio.apart or (group, cell) in APART, (group, cell)
+        if group.startswith("narrow"):
+            assert ratio.mean < 0
+        if group == "clips":
+            assert ratio.apart and ratio.mean > 0
+        if group == "ladder":
+            assert ratio.apart == (cell == "exact real")
     assert not report.logistic(results).apart
-    early = {key: report.errors(results, key, lambda a, _: a == 0)[30] for key in report.ERRORS}
-    assert 20 * max(early["real"]) < min(early["fake"]) * 2
+    gaps = {key: report.before_a_drift(results, key) for key in ("exact_difference", "fake")}
+    assert [gaps["fake"][i].apart for i in (60, 120)] == [False, True]
+    assert all(gaps["exact_difference"][i].apart for i in (60, 120))
+    motion = report.compare(results["videos"], *MOTION, report.degree)
+    assert motion.text(2) == "0.09 ± 0.05"
 
 
 def test_a_cloud_s_own_error_is_what_the_readme_says():

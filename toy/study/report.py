@@ -5,6 +5,7 @@ backbones, and two cells are compared on the same ones. KLs are compared by thei
 difference is a ratio of geometric means.
 """
 
+import itertools
 import json
 import math
 import re
@@ -43,6 +44,7 @@ FAR = (
     "weak",
     "moved",
 )  # where DMD itself is farther than a drift
+AGAIN = (("lagging", "again", (0.25,)), ("narrow", "narrow again", (0.25, 0.5, 0.75)))  # new seeds
 REGIMES = ("small", "fast", "lagging", "one")
 
 
@@ -249,6 +251,14 @@ def errors(results, key, chosen):
     return found
 
 
+def before_a_drift(results, key):
+    """{iteration: an error of the runs that will have drifted - of the others}."""
+    drifts = errors(results, key, lambda _, drifted: drifted)
+    others = errors(results, key, lambda _, drifted: not drifted)
+    pairs = {i: [a - b for a, b in zip(drifts[i], others[i])] for i in drifts if i in others}
+    return {i: estimate(values) for i, values in pairs.items() if len(drifts[i]) == len(others[i])}
+
+
 def errors_table(results):
     """The errors early and at the end of a run, by alpha_weak, and by whether it will drift."""
     rows = {f"alpha_weak {a:g}": lambda alpha, _, a=a: alpha == a for a in (0, 0.25, 0.5, 0.75)}
@@ -287,6 +297,18 @@ def numbers(results):
         "same": pooled(results, "alpha 0").ratio(),
         "slope": f"{slope.text(1)}, p {slope.p:.2f}",
     }
+    for key, iteration in itertools.product(("exact_difference", "fake"), (60, 120)):
+        gap = before_a_drift(results, key).get(iteration)
+        made[f"before_{key}_{iteration}"] = gap.text(3) if gap else ""
+    for first, second, alphas in AGAIN:
+        both = {**results[first], **results[second]}
+        for alpha in alphas:
+            ratio = compare(both, f"alpha {alpha:g}", "alpha 0").ratio()
+            made[f"{first} both {alpha}".replace(" ", "_")] = ratio
+    for cell in next(iter(results["ladder"].values()))["lanes"]:
+        made[f"rung_{cell}".replace(" ", "_")] = estimate(
+            of_cell(results["ladder"], cell, log_kl)
+        ).ratio()
     for (group, cell, other), (ratio, _) in found.items():
         over = f" over {other}" if "weight" in other else ""
         made[f"{group} {cell}{over}".replace(" ", "_")] = ratio.ratio()
