@@ -30,11 +30,10 @@ import w2svd  # noqa: E402
 from toy import small_table, table, tasks  # noqa: E402
 from toy.study import moved, report, side_by_side  # noqa: E402
 
-STUDY = ROOT / "toy/study/README.md"
-READMES = [ROOT / "README.md", ROOT / "toy/README.md", ROOT / "tests/README.md"]
+PLACES = ("README.md", "toy/README.md", "toy/study/README.md", "tests/README.md")
+READMES = [ROOT / place for place in PLACES]
 STORED = ROOT / "toy/results/table.json"
 METHODS = ROOT / "toy/results/methods.json"
-MOVED = ROOT / "toy/results/moved.json"
 DEFAULT = ROOT / "toy/results/default.json"  # the two runs without a --seed
 RUNS = {"ring": ("--log-every", "5"), "videos": ()}  # of the toy: for the first page, the pictures
 COSTS = ("GiB in all", "GiB of disk", "seconds an iteration on an H100", "hours on an H100")
@@ -79,7 +78,8 @@ def parts():
         "expect": table.summary(results).rstrip(),
         "table": table.markdown(results).rstrip(),
         "methods": table.methods(json.loads(METHODS.read_text())),
-        "moved": in_short(moved.markdown(json.loads(MOVED.read_text()))),
+        "moved": in_short(moved.markdown(json.loads(moved.STORED.read_text()))),
+        **report.parts(report.stored()),
     }
 
 
@@ -123,7 +123,7 @@ def tables():
     made = parts()
     for path in READMES:
         write(path, filled(path.read_text(encoding="utf-8"), made))
-    for path in [*READMES, STUDY, *sorted((ROOT / "notebooks").glob("*.ipynb"))]:
+    for path in [*READMES, *sorted((ROOT / "notebooks").glob("*.ipynb"))]:
         write(path, linked(path.read_text(encoding="utf-8"), path.parent))
 
 

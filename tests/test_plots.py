@@ -13,10 +13,7 @@ from toy import plots
 from toy.metrics import Metrics
 from toy.mixtures import ring, videos
 
-ROWS = [("alpha .25, rate 1e-3", 0.1, -0.1, 0.3), ("alpha .5, rate 1e-3", 0.2, 0.1, 0.3)]
 LINE = ("backbone", [0.1, 0.5, 0.9], [1.0, 2.0, 3.0], [0.5, 1.5, 2.5], [1.5, 2.5, 3.5])
-DOTS = [("0", (0.9, 0.8, 1.0), (1.0, 0.9, 1.1)), ("1", (0.5, 0.4, 0.6), (0.6, 0.5, 0.7))]
-CELLS = [[0.0, 1.0], [0.5, 0.25]], [["0/8", "8/8"], ["4/8", "2/8"]]
 POINTS = ("step 1", ring().sample(300, torch.Generator().manual_seed(0)))
 CLIPS = ("step 1", videos().sample(9, torch.Generator().manual_seed(0)))
 PICTURES = [
@@ -27,10 +24,7 @@ PICTURES = [
     (plots.race_gif_2d, "a.gif", ring(), [("a", [POINTS] * 2, [0, 1], [1, 0.1], 9)], [("b", 0.1)]),
     (plots.videos, "a.png", Metrics(videos(), 64), [CLIPS, CLIPS]),
     (plots.training_gif_videos, "a.gif", [CLIPS, CLIPS]),
-    (plots.heatmaps, "a.png", [("ring", "rate", ["1", "2"], ["0", ".5"], *CELLS)], "alpha", "note"),
-    (plots.forest, "a.png", [("ring", ROWS), ("weak", ROWS)], "difference"),
     (plots.curves, "a.png", [("ring", [LINE])], "sigma", ["error"]),
-    (plots.trade, "a.png", [("videos", [("at all levels", DOTS)])], "motion", "quality"),
 ]
 
 

@@ -1,64 +1,122 @@
-"""The study's machinery and its stored results.
+"""The study's machinery, its stored results, and what its README says of them.
 
-Against: closed forms, and what its READMEs say. Run with `python -m pytest tests/test_study.py`;
-half a minute.
+Against: closed forms, scipy, and the stored results. Run with
+`python -m pytest tests/test_study.py`; a quarter of a minute.
 """
 
-import itertools
 import json
-import shutil
-from pathlib import Path
+import math
 
-import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from toy.study import cases, moved, report, study
-from toy.study.cases import CASES
-from toy.tasks import Recipe
+import w2svd
+from toy import mixtures
+from toy.study import moved, probes, report, study
+from toy.study.stack import Lane
+from toy.study.study import Group
+
+APART = {
+    ("lagging", "alpha 0.25"),
+    ("weak", "alpha 0.75"),
+    ("controls", "rate scaled"),
+}  # as it says
+MOTION = "gt_weight 0.05 alpha 0.5", "gt_weight 0.05 alpha 0"
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """A backbone of seconds, few samples, and a cache of its own."""
-    monkeypatch.setattr(cases, "RECIPES", {"ring": Recipe(width=8, batch=64, iterations=20)})
-    monkeypatch.setattr(study, "SAMPLES", {"ring": 3000})
+def quick(monkeypatch, tmp_path):
+    """Few samples, and a cache of its own."""
+    monkeypatch.setattr(study, "SAMPLES", {"ring": 512})
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["dmd-4", "lcm", "dmd2-1", "gt-0.05"])
-def test_a_job_trains_and_measures_all_of_its_lanes(tiny, kind):
-    done = study.run("ring", kind, 0, small=90)
-    lanes = [report.settings_of(lane) for lane in done["lanes"]]
-    assert lanes == list(study.KINDS[kind][1](CASES["ring"])) and json.dumps(done)
-    for lane in done["lanes"]:
-        assert set(lane["metrics"]) == {"lcm": {"1", "4"}, "dmd2-1": {"1"}}.get(kind, {"4"})
-        assert all(np.isfinite(list(m.values())).all() for m in lane["metrics"].values())
-    probes = [lane["late"] for lane in done["lanes"] if "late" in lane]
-    assert len(probes) == (2 if kind == "dmd-4" else 0)
-    for row in itertools.chain(*probes):
-        assert row["alphas"][0]["length"] == pytest.approx(1)
+def test_a_job_trains_and_measures_every_lane(quick):
+    group = Group(study.controls(0.5, 1e-3), {"fake_updates": 2}, probed=True)
+    done = study.run(group, 0, quick=True)
+    assert list(done["lanes"]) == list(group.cells) and json.dumps(done)
+    assert all(math.isfinite(run["kl"]) for runs in done["lanes"].values() for run in runs)
+    assert set(done["along"][-1]) == {"cell", "iteration", *report.ERRORS}
 
 
-def test_a_sign_flip_s_p_is_the_share_of_flips_as_far_from_0():
-    assert report.sign_flip([1.0, 2.0, 0.5, 3.0]) == 2 / 2**4
-    assert report.sign_flip([1.0, 2.0, 3.0, -0.5]) == 4 / 2**4
-    assert report.sign_flip([0.1, 0.1, -0.1]) == 1  # |+.1| is the least sum that there is
+def test_dmd_scaled_beside_a_loss_is_dmd_beside_more_of_it(quick):
+    shared = {**study.preset("ring"), **study.PAIRED, "batch": 8}
+    lanes = [
+        Lane(w2svd.Config(**shared, gt_weight=0.1, alpha_weak=0.0), dmd_scale=0.5),
+        Lane(w2svd.Config(**shared, gt_weight=0.2, alpha_weak=0.0)),
+    ]
+    stack = study.stacked(Group({}), lanes, quick=True)
+    same = [torch.randn(8, 2).repeat(2, 1) for _ in range(4)]  # of both lanes
+    both = stack.dmd_gradient(*same[:3]) + stack.gt_gradient(same[2], same[3])
+    torch.testing.assert_close(2 * both[:8], both[8:])
+    stack.roles.x0_below = same[3]  # another x0_real in the denominator
+    wanted = (same[2] - same[1]) / w2svd.mean_abs(same[0] - same[3])
+    torch.testing.assert_close(stack.dmd_gradient(*same[:3])[8:], wanted[8:])
 
 
-def test_a_share_s_interval_is_clopper_and_pearson_s():
-    assert report.share_interval(4, 10) == pytest.approx((0.4, 0.1216, 0.7376), abs=1e-4)
+def test_an_interval_is_student_s_and_a_corrected_p_holm_s():
+    values = [0.1, 0.4, -0.2, 0.5]
+    found, wanted = report.estimate(values), stats.ttest_1samp(values, 0)
+    assert found.p == pytest.approx(wanted.pvalue)
+    assert found.mean + found.half == pytest.approx(wanted.confidence_interval().high)
+    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
-def test_the_stored_tables_and_figures_are_those_of_the_stored_results(tmp_path):
-    shutil.copy(report.STORED / "study.json", tmp_path)
+def test_the_logistic_fit_s_slope_is_a_log_odds_ratio():
+    def runs(drifts):
+        return [{"kl": 1.0 if k < drifts else 0.1} for k in range(16)]
+
+    jobs = {
+        s: {"lanes": {"alpha 0": runs(k), "alpha 1": runs(2 * k)}} for s, k in enumerate([3, 5])
+    }
+    assert report.logistic({"fast": jobs}).mean == pytest.approx(math.log(3), rel=0.02)
+
+
+def test_stored_tables_and_figures_are_those_of_the_stored_results(tmp_path):
+    text = (report.STORED / "study.json").read_text()
+    (tmp_path / "study.json").write_text(text)
     report.write(tmp_path)
-    tables = (tmp_path / "tables.md").read_text()
-    assert tables == (report.STORED / "tables.md").read_text()
-    readme = (report.STORED.parent / "README.md").read_text(encoding="utf-8")
-    assert report.filled(readme, report.sections(report.stored())) == readme
-    for name in ("phase", "controls", "scores", "gt"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert (tmp_path / "tables.md").read_text() == (report.STORED / "tables.md").read_text()
+    for name in ("reweighting.png", "why.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    assert sum(path.stat().st_size for path in report.STORED.iterdir()) < 2e6
+
+
+def test_the_readme_s_words_follow_from_the_stored_results():
+    results = report.stored()
+    same, scaled = (report.pooled(results, against) for against in ("alpha 0", "DMD"))
+    assert scaled.apart and 0 < scaled.mean < 0.2 * same.mean  # 'most of what the shift does'
+    found = report.comparisons(results)
+    for (group, cell, other), (ratio, p) in found.items():
+        second = group in ("gt", "videos") and "weight 0 " not in cell and "DMD" not in other
+        weak = group == "videos" and "weight 1 " in cell
+        assert p is None or (p < 0.05) == (second and not weak), cell
+        if group in (*report.REGIMES, "again", "rollout", "step", "weak", "controls", "gan"):
+            assert not ratio.apart or (group, cell) in APART, (group, cell)
+        if group.startswith("narrow"):
+            assert ratio.mean < 0
+        if group == "clips":
+            assert ratio.apart and ratio.mean > 0
+        if group == "ladder":
+            assert ratio.apart == (cell == "exact real")
+    assert not report.logistic(results).apart
+    gaps = {key: report.before_a_drift(results, key) for key in ("exact_difference", "fake")}
+    assert [gaps["fake"][i].apart for i in (60, 120)] == [False, True]
+    assert all(gaps["exact_difference"][i].apart for i in (60, 120))
+    motion = report.compare(results["videos"], *MOTION, report.degree)
+    assert motion.text(2) == "0.09 ± 0.05"
+
+
+def test_a_cloud_s_own_error_is_what_the_readme_says():
+    rng, mixture = torch.Generator().manual_seed(0), mixtures.ring()
+    density, x = probes.cloud(mixture.sample(probes.CLOUD, rng)), mixture.sample(512, rng)
+    off = []
+    for level in probes.LEVELS:
+        x_t = w2svd.add_noise(x, torch.randn(x.shape, generator=rng), level)
+        exact = mixture.posterior_mean(x_t, level)
+        off.append(probes.rms(density.posterior_mean(x_t, level) - exact))
+    assert sum(off) / 2 == pytest.approx(0.024, abs=0.004)
 
 
 def test_a_merged_backbone_is_the_generator_without_an_adapter(new_backbone, new_roles, draw):
@@ -71,8 +129,7 @@ def test_a_merged_backbone_is_the_generator_without_an_adapter(new_backbone, new
 
 
 def test_the_stored_results_on_moved_data_meet_what_the_readme_claims():
-    stored = Path(moved.__file__).parents[1] / "results/moved.json"
-    results = json.loads(stored.read_text())
+    results = json.loads(moved.STORED.read_text())
     assert list(results) == [str(seed) for seed in moved.SEEDS]
     for result in results.values():
         kl = {name: result[name]["kl"] for name in moved.METHODS}

@@ -403,47 +403,19 @@ def _paste(page, pictures, corners):
 LINES = [(INK, "o", "-"), (DOT, "s", "--"), ("#2f6f9f", "^", "-."), ("#7a7a7a", "D", ":")]
 
 
-def heatmaps(path, panels, ylabel, note, columns=4):
-    """PNG of panels (title, xlabel, columns, rows, shares in [0, 1], texts); the last two 2-D."""
-    rows = -(-len(panels) // columns)
-    figure = Figure((0.6 + 3.3 * min(columns, len(panels)), 3.6 * rows + 0.3), dpi=130)
-    for k, (title, xlabel, across, up, shares, texts) in enumerate(panels):
-        ax = figure.add_subplot(rows, min(columns, len(panels)), k + 1)
-        ax.imshow(shares, cmap="Oranges", vmin=0, vmax=1.6, aspect="auto", origin="lower")
-        for i, j in np.ndindex(len(up), len(across)):
-            ax.text(j, i, texts[i][j], ha="center", va="center", fontsize=11, color=INK)
-        ax.set_xticks(range(len(across)), across)
-        ax.set_yticks(range(len(up)), up)
-        _label(ax, title, xlabel, ylabel if k % columns == 0 else "")
-    figure.text(0.01, 0.01, note, fontsize=9, color=INK)
-    return _save(path, figure, bottom=0.1 / rows)
-
-
-def forest(path, panels, xlabel):
-    """PNG of panels (title, rows), rows (name, mean, low, high): intervals beside a line at 0."""
-    figure = Figure((1.8 + 4.3 * len(panels), 1.3 + 0.3 * max(len(r) for _, r in panels)), dpi=130)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, rows) in zip(axes, panels):
-        ax.axvline(0, color="#999999", linewidth=1)
-        for i, (_, mean, low, high) in enumerate(rows):
-            sure = low > 0 or high < 0
-            ax.plot([low, high], [i, i], color=INK, linewidth=1.5)
-            ax.plot(mean, i, "o", color=INK, markerfacecolor=DOT if sure else "white", markersize=7)
-        ax.set_yticks(range(len(rows)), [row[0] for row in rows])
-        ax.set_ylim(len(rows) - 0.5, -0.5)
-        _label(ax, title, xlabel, "")
-    return _save(path, figure)
-
-
-def curves(path, panels, xlabel, ylabels, log=False):
+def curves(path, panels, xlabel, ylabels, log=False, yticks=None, sharey=False):
     """PNG of panels (title, lines), lines (name, x, mean, low, high), in one row."""
+    xlabels = [xlabel] * len(panels) if isinstance(xlabel, str) else xlabel
     figure = Figure((0.6 + 3.6 * len(panels), 3.7), dpi=130)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, lines), ylabel in zip(axes, panels, ylabels):
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=sharey)[0]
+    for ax, (title, lines), xlabel, ylabel in zip(axes, panels, xlabels, ylabels):
         for (name, x, mean, low, high), (colour, marker, style) in zip(lines, LINES):
             ax.plot(x, mean, style, marker=marker, color=colour, label=name, markersize=5)
             ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         ax.set_yscale("log" if log else "linear")
+        if yticks:
+            ax.set_yticks(yticks, yticks)
+            ax.minorticks_off()
         ax.legend(fontsize=9, frameon=False)
         _label(ax, title, xlabel, ylabel)
     return _save(path, figure)
@@ -454,26 +426,6 @@ def spread(name, x, runs):
     return name, x, runs.mean(0), runs.amin(0), runs.amax(0)
 
 
-def trade(path, panels, xlabel, ylabel):
-    """PNG of panels (title, series), series (name, points), points (text, x, y), with x and y
-    (mean, low, high): intervals on both axes, the points of a series joined in their order."""
-    figure = Figure((0.8 + 5.0 * len(panels), 4.4), dpi=130)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, series) in zip(axes, panels):
-        for (name, points), (colour, marker, style) in zip(series, LINES):
-            x, y = ([point[k][0] for point in points] for k in (1, 2))
-            ax.plot(x, y, style, marker=marker, color=colour, label=name, markersize=6)
-            for text, across, up in points:
-                ax.plot(across[1:], [up[0]] * 2, color=colour, linewidth=1)
-                ax.plot([across[0]] * 2, up[1:], color=colour, linewidth=1)
-                ax.annotate(
-                    text, (across[0], up[0]), (6, 5), textcoords="offset points", fontsize=9
-                )
-        ax.legend(fontsize=9, frameon=False)
-        _label(ax, title, xlabel, ylabel)
-    return _save(path, figure)
-
-
 def _label(ax, title, xlabel, ylabel):
     ax.set_title(title, fontsize=11, color=INK)
     ax.set_xlabel(xlabel, fontsize=11)
@@ -482,8 +434,8 @@ def _label(ax, title, xlabel, ylabel):
     ax.spines[:].set_color("#999999")
 
 
-def _save(path, figure, bottom=0.0):
-    figure.tight_layout(rect=(0, bottom, 1, 1))
+def _save(path, figure):
+    figure.tight_layout()
     return _write_png(path, _pixels(figure))
 
 

@@ -8,7 +8,6 @@ sum. Beside it W2SVD of the backbone as it is. Every setting is the toy's preset
 toy/results/moved.json, seed by seed.
 """
 
-import argparse
 import copy
 import json
 from pathlib import Path
@@ -17,14 +16,14 @@ import torch
 from tqdm import tqdm
 
 import w2svd
-from toy import baselines, mixtures
+from toy import baselines
 from toy.metrics import Metrics
+from toy.study.study import GROUPS, task_of
 from toy.table import PLACES, spread
-from toy.tasks import RECIPES, Task
 
 SEEDS = range(50, 53)  # no trial used them since the random streams changed
-MOVED = 0.5**0.5  # half of the ring's radius, as in the study
 FINETUNE = {"iterations": 720, "generator_lr": 3e-3}  # by seed 100
+STORED = Path(__file__).parent.parent / "results/moved.json"
 METHODS = {  # as the table names them, with their evaluations
     "backbone": ("backbone, Euler", 28),
     "finetuned": ("fine-tuned backbone, Euler", 28),
@@ -32,14 +31,6 @@ METHODS = {  # as the table names them, with their evaluations
     "finetuned, distilled": ("W2SVD of the fine-tuned backbone", 4),
     "floor": ("exact samples", ""),
 }
-
-
-def task_of(config):
-    """The preset's ring, moved; the backbone has learnt the ring as it was."""
-    learnt = mixtures.ring()
-    means = learnt.means + torch.tensor([MOVED, 0.0])
-    moved = mixtures.GaussianMixture(learnt.weights, means, learnt.rest)
-    return Task(config, RECIPES["ring"], moved, learnt)
 
 
 def train(task, config, loop=w2svd.distil):
@@ -63,34 +54,29 @@ def merge(roles, module):
     module.load_state_dict({name.replace(".base_layer", ""): merged[name] for name in names})
 
 
-def run(seed, cache=""):
+def run(seed):
     """The metrics of every method on one seed."""
-    config = w2svd.resolve({"model": "toy", "seed": seed, "cache": cache})
-    task = task_of(config)
+    config = w2svd.resolve({"model": "toy", "seed": seed})
+    task = task_of(GROUPS["moved"], config)
     task.load()
     measure, result = Metrics(task.mixture, 16384), {}
-    exact = task.mixture.sample(measure.n, torch.Generator().manual_seed(5))
-    result["floor"] = measure(exact)
+    result["floor"] = measure.floor(torch.Generator().manual_seed(5))
 
     def euler():
         shift = task.best_shift(measure, 28)
         return {"shift": shift, **measure(task.euler(28, shift, measure.n))}
 
-    def student(config):
-        roles = train(task, config)
-        return measure(task.few_step(roles.generator, task.sigmas, measure.n, seed=2))
+    def student():
+        generator = train(task, config).generator
+        return measure(task.few_step(generator, task.sigmas, measure.n, seed=2))
 
     plain = copy.deepcopy(task.backbone.module)
-    result["backbone"] = euler()
-    result["distilled"] = student(config)
-
+    result["backbone"], result["distilled"] = euler(), student()
     task.backbone.module = copy.deepcopy(plain)
     longer = w2svd.resolve({"model": "toy", "seed": seed, **FINETUNE})
-    roles = train(task, longer, baselines.finetune)
-    merge(roles, plain)
+    merge(train(task, longer, baselines.finetune), plain)
     task.backbone.module = plain.requires_grad_(False)
-    result["finetuned"] = euler()
-    result["finetuned, distilled"] = student(config)
+    result["finetuned"], result["finetuned, distilled"] = euler(), student()
     return result
 
 
@@ -105,19 +91,11 @@ def markdown(results):
     return "\n".join(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("toy/results/moved.json"))
-    parser.add_argument("--cache", default="", help="where the toy's backbones are kept")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    for seed in SEEDS:
-        if str(seed) not in results:
-            results[str(seed)] = run(seed, options.cache)
-            w2svd.write_json(options.out, results)
-    print(markdown(results))
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    found = json.loads(STORED.read_text()) if STORED.exists() else {}
+    for seed in SEEDS:
+        if str(seed) not in found:
+            found[str(seed)] = run(seed)
+            w2svd.write_json(STORED, found)
+    print(markdown(found))

@@ -1,634 +1,393 @@
-"""Tables and figures of the study.
+"""Tables and figures of the study's stored results, toy/study/results/study.json.
 
-    python -m toy.study.report       reads study.json; writes tables.md and PNG files beside it
-
-Every number is a mean over seeds with a 95 % interval by Student's t, which knows no bounds: that
-of a share may pass 1. Two methods are compared by paired differences over the same seeds, which
-share the backbone, the data and the order of exits; p is that of the exact sign-flip test, whose
-least value is 2 / 2^seeds (.008 for 8, .125 for 4). No p is corrected for the number of tests.
-Shares of runs that collapsed have Clopper-Pearson intervals. Learning rates are the best of the
-grid on the tuning seeds.
+A backbone is the unit: a cell's runs on it become one number, intervals are Student's t over
+backbones, and two cells are compared on the same ones. KLs are compared by their logarithms, so a
+difference is a ratio of geometric means.
 """
 
-import argparse
-import functools
 import itertools
 import json
+import math
 import re
+import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest, t
+from scipy import optimize, stats
 
 from toy import plots
-from toy.study.cases import BASE, CASES, DMD, TWO, W2S
 
-ROOT = Path(__file__).resolve().parents[2]
-STORED = ROOT / "toy/study/results"
-COLLAPSE_TV = 0.1  # weight_tv beyond this, or a mode without samples, is a collapse; 25 modes are
-# never that even, so on the grid only a lost mode is
-METRIC = {"2d": "sliced_w2", "videos": "clip_frechet"}  # chooses the rates; lower is better
-FROZEN = 0.5  # a dynamic_degree below this is a collapse too
-NOTE = (
-    f"In a cell: runs that collapsed of all runs (a mode lost, or, but for the grid, weight_tv "
-    f"above {COLLAPSE_TV:g}; videos: clip_frechet above that of 4 Euler steps,\nor "
-    f"dynamic_degree below {FROZEN:g}); below, the mean sliced_w2 or clip_frechet of all runs."
-)
-COLUMNS = {
-    "2d": ("sliced_w2", "precision", "coverage", "weight_tv"),
-    "videos": ("clip_frechet", "frame_frechet", "dynamic_degree", "motion_smoothness"),
+STORED = Path(__file__).parent / "results"
+DRIFT = 0.2  # a run with a larger KL has drifted
+TABLES = {  # the groups of each, and what it is about
+    "beside": (("gt", "gan", "videos"), "W2SVD beside a second loss of weight w"),
+    "stability": (
+        ("small", "fast", "lagging", "again", "one", "preset"),
+        "no second loss, on the ring",
+    ),
+    "controls": (("controls",), "the shift by .5, or a smaller step; settings of `fast`"),
+    "off": (
+        ("narrow", "narrow again", "weak", "moved", "step"),
+        "where the real score is wrong, and in one step",
+    ),
+    "clips": (("clips", "rollout"), "no second loss, on clips, by paired input and by rollout"),
+    "ladder": (("ladder",), "from exact scores to learnt ones, each over the rung before"),
 }
-METHODS = [  # name, evaluations, kind of job, what its lanes have
-    ("LCM", 1, "lcm", {}),
-    ("LCM, 8 times the updates", 1, "lcm-long", {}),
-    ("DMD, full fake", 1, "dmd2-1", {}),
-    ("DMD, LoRA fake", 1, "dmd-1", DMD),
-    ("W2SVD", 1, "dmd-1", W2S),
-    ("LCM", 4, "lcm", {}),
-    ("LCM, 8 times the updates", 4, "lcm-long", {}),
-    ("DMD, full fake", 4, "dmd2-4", {}),
-    ("DMD, LoRA fake", 4, "dmd-4", DMD),
-    ("W2SVD", 4, "dmd-4", W2S),
-    ("W2SVD, GT loss .05", 4, "gt-0.05", W2S),
-]
-GT_TUNED = "gt-0.05"
-PLACES = {"sliced_w2": 3, "clip_frechet": 1, "frame_frechet": 2}
-
-
-def interval(values):
-    """(mean, low, high): 95 % interval of the mean over seeds, by Student's t."""
-    values = np.asarray(list(values), float)
-    mean, n = values.mean(), len(values)
-    half = t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5
-    return float(mean), float(mean - half), float(mean + half)
-
-
-def sign_flip(values):
-    """Exact two-sided p of paired differences around 0: of all 2^n flips of their signs, the share
-    whose sum is at least as far from 0 as theirs."""
-    values = np.asarray(list(values), float)
-    signs = np.array(list(itertools.product((1, -1), repeat=len(values))))  # none flipped, first
-    sums, rounding = np.abs(signs @ values), 1e-9 * np.abs(values).sum()
-    return float(np.mean(sums >= sums[0] - rounding))
-
-
-def share_interval(k, n):
-    """(share, low, high): k of n with the 95 % Clopper-Pearson interval.
-
-    It takes the runs as independent. Those of a seed share a backbone, so it may be too narrow:
-    two shares are compared by `sign_flip` over seeds.
-    """
-    found = binomtest(k, n).proportion_ci(0.95, "exact")
-    return k / n, float(found.low), float(found.high)
-
-
-def bracketed(mean, low, high, places, sign=""):
-    mean, low, high = (f"{x:{sign}.{places}f}" for x in (mean, low, high))
-    return f"{mean} [{low}, {high}]"
-
-
-def written(values, places=3):
-    """'mean [low, high]'."""
-    return bracketed(*interval(values), places)
-
-
-def paired(values, places=3):
-    """'mean [low, high], p' of paired differences."""
-    values = list(values)
-    return f"{bracketed(*interval(values), places, '+')}, p {sign_flip(values):.3f}"
-
-
-def side(case):
-    return "videos" if CASES[case].data == "videos" else "2d"
-
-
-class Study:
-    """The content of study.json, read by case, kind of job, seed and lane."""
-
-    def __init__(self, results):
-        self.results = results
-
-    def seeds(self, case, kind):
-        done = self.results.get(case, {}).get(kind, {})
-        return [seed for seed in CASES[case].seeds if str(seed) in done]
-
-    def settings(self, case, kind="dmd-4"):
-        """What the lanes of a job are, each as its settings."""
-        seed = self.seeds(case, kind)[0]
-        return [settings_of(lane) for lane in self.results[case][kind][str(seed)]["lanes"]]
-
-    def lane(self, case, kind, seed, settings):
-        """The lane with exactly these settings."""
-        for lane in self.results[case][kind][str(seed)]["lanes"]:
-            if settings_of(lane) == settings:
-                return lane
-        raise KeyError(f"{case} {kind} {seed}: no lane {settings}")
-
-    def values(self, case, kind, settings, metric, steps=4):
-        """{seed: metric} of a lane."""
-        return {
-            seed: self.lane(case, kind, seed, settings)["metrics"][str(steps)][metric]
-            for seed in self.seeds(case, kind)
-        }
-
-    def chosen(self, case, kind, having, steps):
-        """The settings that are best on the tuning seeds, among lanes with `having`."""
-        found, metric = {}, METRIC[side(case)]
-        for seed in CASES[case].tuning:
-            for lane in self.results[case][kind].get(str(seed), {"lanes": ()})["lanes"]:
-                if having.items() <= lane.items():
-                    key = json.dumps(settings_of(lane))
-                    found.setdefault(key, []).append(lane["metrics"][str(steps)][metric])
-        return json.loads(min(found, key=lambda key: np.mean(found[key])))
-
-    def method(self, case, name, nfe, metric):
-        """{seed: metric} of a row of the table, at its best rate."""
-        _, steps, kind, having = next(m for m in METHODS if m[:2] == (name, nfe))
-        return self.values(case, kind, self.chosen(case, kind, having, steps), metric, steps)
-
-    def backbone(self, case, row, metric):
-        done = self.results[case]["backbone"]
-        return {s: done[str(s)]["methods"][row][metric] for s in self.seeds(case, "backbone")}
+CLIPS = ("videos", "clips", "rollout")
+FAR = (
+    *CLIPS,
+    "gt",
+    "narrow",
+    "narrow again",
+    "step",
+    "weak",
+    "moved",
+)  # where DMD itself is farther than a drift
+AGAIN = (("lagging", "again", (0.25,)), ("narrow", "narrow again", (0.25, 0.5, 0.75)))  # new seeds
+REGIMES = ("small", "fast", "lagging", "one")
 
 
 def stored():
-    """The study of toy/study/results."""
-    return Study(json.loads((STORED / "study.json").read_text()))
+    return json.loads((STORED / "study.json").read_text())
 
 
-def needed(results, case, kind, seed):
-    """The lanes of a job that a table shows, which are those at the chosen rates; None: all."""
-    methods = [m for m in METHODS if m[2] == kind and kind != "dmd-4"]
-    if seed in CASES[case].tuning or CASES[case].off or not methods:
-        return None
-    lanes = [Study(results).chosen(case, kind, having, nfe) for _, nfe, _, having in methods]
-    if kind == GT_TUNED:  # the sweep of its weight is at one rate
-        lanes.append({**W2S, "generator_lr": CASES[case].middle})
-    return lanes
+# ---- statistics ----------------------------------------------------------------------------------
 
 
-def settings_of(lane):
-    return {k: v for k, v in lane.items() if k not in ("metrics", "early", "late")}
+class Estimate(NamedTuple):
+    """A mean over backbones, half of its 95 % interval, and the p of its being 0."""
+
+    mean: float
+    half: float
+    p: float
+
+    @property
+    def apart(self):
+        """Is 0 outside of the interval?"""
+        return abs(self.mean) > self.half
+
+    def ratio(self):
+        """Of a difference of logarithms: the ratio, and its interval."""
+        low, high = (math.exp(self.mean + sign * self.half) for sign in (-1, 1))
+        return f"{math.exp(self.mean):.2f} [{low:.2f}, {high:.2f}]"
+
+    def text(self, places):
+        return f"{self.mean:z.{places}f} ± {self.half:.{places}f}"
 
 
-def differences(a, b):
-    """a - b over the seeds that both have."""
-    return [a[seed] - b[seed] for seed in a if seed in b]
+def estimate(values):
+    """Of one number for each backbone, at least two, by Student's t."""
+    mean, n = statistics.mean(values), len(values)
+    error = max(statistics.stdev(values) / n**0.5, 1e-12)
+    p = 2 * stats.t.sf(abs(mean) / error, n - 1)
+    return Estimate(mean, stats.t.ppf(0.975, n - 1) * error, float(p))
 
 
-def markdown(head, rows):
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
+def share(runs):
+    """Of runs, how many drifted."""
+    return statistics.mean(run["kl"] > DRIFT for run in runs)
 
 
-# -------------------------------------------------------------------- the tables
+def log_kl(runs):
+    return statistics.mean(math.log(max(run["kl"], 1e-3)) for run in runs)
 
 
-def table(study, case):
-    """The paper's table."""
-    columns, rows = COLUMNS[side(case)], []
-
-    def row(name, nfe, values, rate=""):
-        cells = [written(values(c).values(), PLACES.get(c, 3)) for c in columns]
-        rows.append([name, nfe, rate, *cells])
-
-    for nfe in (1, 4, 28):
-        row("Euler", nfe, lambda c, k=nfe: study.backbone(case, str(k), c))
-        if nfe == 4:
-            row("backbone, predict and renoise", 4, lambda c: study.backbone(case, "renoised", c))
-        for name, steps, kind, having in METHODS:
-            if steps != nfe or not study.seeds(case, kind):
-                continue
-            best = study.chosen(case, kind, having, steps)
-            rates = [f"{best[key]:g}" for key in ("generator_lr", "fake_lr") if key in best]
-            values = functools.partial(study.method, case, name, nfe)
-            row(name, nfe, values, ", ".join(rates))
-    row("exact samples", "", lambda c: study.backbone(case, "floor", c))
-    return markdown(["method", "NFE", "rate (fake's)", *columns], rows)
+def degree(runs):
+    """How much clips move, over the data."""
+    return statistics.mean(run["dynamic_degree"] for run in runs)
 
 
-def claims(study, case):
-    """W2SVD, and DMD with the same LoRA fake, minus each other method, paired, at best rates."""
-    columns, rows = COLUMNS[side(case)], []
-    for nfe in (1, 4):
-        names = [m[0] for m in METHODS if m[1] == nfe and study.seeds(case, m[2])]
-        pairs = [("W2SVD", name) for name in names if name != "W2SVD"]
-        others = [name for name in names if name.startswith(("LCM", "DMD, full"))]
-        for one, other in pairs + [("DMD, LoRA fake", name) for name in others]:
-            cells = []
-            for column in columns:
-                values = [study.method(case, name, nfe, column) for name in (one, other)]
-                cells.append(paired(differences(*values), PLACES.get(column, 3)))
-            rows.append([f"{one} - {other}", nfe, *cells])
-    return markdown(["paired difference", "NFE", *columns], rows)
+def of_cell(jobs, cell, of):
+    """of(a cell's runs on a backbone), a list over backbones."""
+    return [of(job["lanes"][cell]) for job in jobs.values()]
 
 
-def collapsed(study, case, seed, metrics):
-    if side(case) == "2d":
-        uneven = metrics["weight_tv"] > COLLAPSE_TV and CASES[case].data != "grid"
-        return metrics["coverage"] < 1 or uneven
-    euler = study.backbone(case, "4", "clip_frechet")[seed]
-    return metrics["clip_frechet"] > euler or metrics["dynamic_degree"] < FROZEN
+def compare(jobs, cell, other, of=log_kl):
+    """cell - other, on the same backbones."""
+    pairs = zip(of_cell(jobs, cell, of), of_cell(jobs, other, of), strict=True)
+    return estimate([a - b for a, b in pairs])
 
 
-def exact_table(study, case):
-    """How much of a miss is the real score's: DMD with the mixture's own score in its place."""
-    metric, rows = METRIC[side(case)], []
-    for exact in study.settings(case, "exact"):
-        ideal = study.values(case, "exact", exact, metric)
-        dmd = study.values(case, "dmd-4", exact, metric)
-        w2s = study.values(case, "dmd-4", {**exact, **W2S}, metric)
-        cells = [written(x.values()) for x in (ideal, dmd, w2s)]
-        cells += [paired(differences(x, ideal)) for x in (dmd, w2s)]
-        rows.append([f"{exact['generator_lr']:g}", *cells])
-    head = ["rate", f"{metric}: exact real score", "DMD", "W2S .25"]
-    return markdown([*head, "DMD - exact", "W2S .25 - exact"], rows)
+def holm(ps):
+    """Holm's corrected p of each of several tests."""
+    order, corrected, worst = sorted(range(len(ps)), key=lambda i: ps[i]), [0.0] * len(ps), 0.0
+    for place, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(ps) - place) * ps[i]))
+        corrected[i] = worst
+    return corrected
 
 
-def maps(study, case):
-    """(title, lanes, axis, kind) of each map of alpha_weak against a learning rate."""
-    lanes = study.settings(case)
-    base = [x for x in lanes if set(x) == {"alpha_weak", "generator_lr"}]
-    plain = [x for x in lanes if "lr_schedule" in x]
-    fakes = [x for x in lanes if "fake_lr" in x]
-    fakes += [x for x in base if fakes and x["generator_lr"] == TWO[0]]
-    yield f"{case}, base settings", base, "generator_lr", "dmd-4"
-    if plain:
-        yield f"{case}, constant rates, no decay", plain, "generator_lr", "dmd-4"
-    if fakes:
-        yield f"{case}, generator_lr {TWO[0]:g}", fakes, "fake_lr", "dmd-4"
-    for kind, title in (("ratio-1", "one fake update, not five"), ("rank-4", "rank 4, not 16")):
-        if study.seeds(case, kind):
-            yield f"{case}, {title}", study.settings(case, kind), "generator_lr", kind
+def logistic(results):
+    """How the log odds of a drift change for each unit of alpha_weak, in all regimes together.
+
+    An intercept for each regime, one slope; errors by the sandwich over the backbones of a regime,
+    so that runs on one backbone may resemble each other.
+    """
+    groups, rows = [group for group in REGIMES if group in results], []
+    for group in groups:
+        for seed, job in results[group].items():
+            for cell in (c for c in job["lanes"] if c.startswith("alpha")):
+                x = [*(float(group == other) for other in groups), float(cell.split()[1])]
+                rows += [(x, run["kl"] > DRIFT, (group, seed)) for run in job["lanes"][cell]]
+    x, y = np.array([row[0] for row in rows]), np.array([float(row[1]) for row in rows])
+
+    def loss(beta):  # a weak pull to 0: without one drift in a regime there is no maximum
+        return np.logaddexp(0, x @ beta).sum() - y @ x @ beta + 0.005 * beta @ beta
+
+    beta = optimize.minimize(loss, np.zeros(x.shape[1])).x
+    p = 1 / (1 + np.exp(-x @ beta))
+    bread = np.linalg.inv((x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(x.shape[1]))
+    scores = {}
+    for row, score in zip(rows, x * (y - p)[:, None]):
+        scores[row[2]] = scores.get(row[2], 0) + score
+    meat, n = sum(np.outer(score, score) for score in scores.values()), len(scores)
+    error = math.sqrt((bread @ meat @ bread)[-1, -1] * n / (n - 1))
+    free = n - len(groups)
+    p_value = 2 * stats.t.sf(abs(beta[-1]) / error, free)
+    return Estimate(float(beta[-1]), float(stats.t.ppf(0.975, free) * error), float(p_value))
 
 
-def bad_runs(study, case, kind, lanes):
-    """{seed: how many of the lanes' runs collapsed}."""
-    bad = {}
-    for seed in study.seeds(case, kind):
-        runs = [study.lane(case, kind, seed, x)["metrics"]["4"] for x in lanes]
-        bad[seed] = sum(collapsed(study, case, seed, run) for run in runs)
-    return bad
+# ---- comparisons and tables ----------------------------------------------------------------------
 
 
-def collapse_cells(bad, base, lanes):
-    """'k of n', the share, and how many more than `base`, paired by seed; `lanes` runs a seed."""
-    k, n = sum(bad.values()), lanes * len(bad)
-    shift = np.array(differences(bad, base)) / lanes
-    against = "" if bad is base else f"{shift.mean():+.2f}, p {sign_flip(shift):.3f}"
-    return [f"{k} of {n}", bracketed(*share_interval(k, n), 2), against]
+def pairs(results):
+    """(group, cell, other) of every comparison: what a cell's KL is divided by."""
+    for group, jobs in results.items():
+        cells = list(next(iter(jobs.values()))["lanes"])
+        for before, cell in zip([None, *cells], cells):
+            start, _, alpha = cell.rpartition("alpha ")
+            if group == "ladder":
+                yield from [(group, cell, before)] if before not in (None, "particles") else ()
+            elif cell == f"{start}alpha 0" or "DMD times" in cell:
+                continue  # DMD itself
+            elif start and not cell.startswith("gt_weight 0 "):  # beside a second loss
+                yield group, cell, f"{start}DMD times {1 - float(alpha):g}"
+                yield group, cell, f"{start}alpha 0"
+            else:
+                yield group, cell, f"{start}alpha 0"
 
 
-def collapse_table(study, case):
-    """How many runs collapsed, over all rates of a map; against alpha_weak 0."""
-    rows = []
-    for title, lanes, _, kind in maps(study, case):
-        base = None
-        for alpha in sorted({lane["alpha_weak"] for lane in lanes}):
-            own = [lane for lane in lanes if lane["alpha_weak"] == alpha]
-            bad = bad_runs(study, case, kind, own)
-            base = bad if base is None else base
-            rows.append([title, f"{alpha:g}", *collapse_cells(bad, base, len(own))])
-    return markdown(["setting", "alpha_weak", "collapsed", "share", "against 0"], rows)
+def pooled(results, against):
+    """W2SVD beside the GT loss over DMD, in log KL, all weights and alphas of a backbone as one.
 
-
-def collapse_in_the_plane(study):
-    """The same over all maps but that of videos, every run counted once."""
-    cases = [c for c in study.results if side(c) == "2d" and study.seeds(c, "dmd-4")]
-    every = {}
-    for case in cases:
-        for _, lanes, _, kind in maps(study, case):
-            every |= {(case, kind, json.dumps(lane, sort_keys=True)): lane for lane in lanes}
-    rows, base = [], None
-    for alpha in sorted({lane["alpha_weak"] for lane in every.values()}):
-        own = [(key, lane) for key, lane in every.items() if lane["alpha_weak"] == alpha]
-        parts = [bad_runs(study, case, kind, [lane]) for (case, kind, _), lane in own]
-        bad = {seed: sum(part[seed] for part in parts) for seed in parts[0]}
-        base = bad if base is None else base
-        rows.append([f"{alpha:g}", *collapse_cells(bad, base, len(own))])
-    return markdown(["alpha_weak", "collapsed", "share", "against 0"], rows)
-
-
-def equal_rates(study):
-    """W2SVD against DMD with the same LoRA fake, in 4 steps, at every rate that both had."""
-    rows = []
-    for case in [case for case in study.results if study.seeds(case, "dmd-4")]:
-        metric = METRIC[side(case)]
-        places = PLACES[metric]
-        base = [x for x in study.settings(case) if set(x) == {"alpha_weak", "generator_lr"}]
-        for lane in sorted(base, key=lambda x: (x["alpha_weak"], x["generator_lr"])):
-            if not lane["alpha_weak"]:
-                continue
-            w2s = study.values(case, "dmd-4", lane, metric)
-            dmd = study.values(case, "dmd-4", {**lane, **DMD}, metric)
-            change = differences(w2s, dmd)
-            percent = 100 * np.mean(change) / np.mean(list(dmd.values()))
-            cells = [written(dmd.values(), places), written(w2s.values(), places)]
-            cells += [paired(change, places), f"{percent:+.0f} %"]
-            settings = [f"{lane['generator_lr']:g}", f"{lane['alpha_weak']:g}"]
-            rows.append([case, metric, *settings, *cells])
-    head = ["data", "distance", "rate", "alpha_weak", "DMD, LoRA fake", "W2SVD"]
-    return markdown([*head, "W2SVD - DMD", "of DMD's"], rows)
-
-
-def phase(study, case, title, lanes, axis, kind):
-    """A heat map of the collapse rate, for plots.heatmaps."""
-    default = {"generator_lr": None, "fake_lr": BASE["ring"]["fake_lr"]}[axis]
-
-    def place(x):
-        return x["alpha_weak"], x.get(axis, default)
-
-    alphas, rates = (sorted({place(x)[k] for x in lanes}) for k in (0, 1))
-    shares, texts = ([[None] * len(rates) for _ in alphas] for _ in range(2))
-    for x in lanes:
-        i, j = alphas.index(place(x)[0]), rates.index(place(x)[1])
-        bad = bad_runs(study, case, kind, [x]).values()
-        shares[i][j] = sum(bad) / len(bad)
-        mean = np.mean(list(study.values(case, kind, x, METRIC[side(case)]).values()))
-        texts[i][j] = f"{sum(bad)}/{len(bad)}\n{mean:.{PLACES[METRIC[side(case)]]}f}"
-    return title, axis, [f"{r:g}" for r in rates], [f"{a:g}" for a in alphas], shares, texts
-
-
-def control_rows(study, case, metric):
-    """(name, W2S - control, paired, by seed), for each alpha and rate."""
-    for scaled in (x for x in study.settings(case) if "scaled" in x):
-        what, left = scaled["scaled"]
-        lr = scaled["generator_lr"] / (left if what == "rate" else 1)
-        lr = min(CASES[case].rates, key=lambda rate: abs(rate - lr))
-        ours = study.values(case, "dmd-4", {"alpha_weak": 1 - left, "generator_lr": lr}, metric)
-        plain = study.values(case, "dmd-4", {**DMD, "generator_lr": lr}, metric)
-        theirs = study.values(case, "dmd-4", scaled, metric)
-        yield 1 - left, lr, what, differences(ours, theirs), differences(ours, plain)
-
-
-def controls(study, case):
-    """W2S against DMD, and against DMD with a smaller gradient or a smaller rate."""
-    metrics = {"2d": ("sliced_w2", "weight_tv"), "videos": ("clip_frechet", "dynamic_degree")}
-    metrics, cells = metrics[side(case)], {}
-    for metric in metrics:
-        for alpha, lr, what, scaled, plain in control_rows(study, case, metric):
-            places = PLACES.get(metric, 3)
-            cells.setdefault((lr, alpha), {})[metric, what] = paired(scaled, places)
-            cells[lr, alpha][metric, "plain"] = paired(plain, places)
-    order = [(m, w) for m in metrics for w in ("plain", "gradient", "rate")]
-    names = {"plain": "DMD", "gradient": "gradient scaled", "rate": "rate scaled"}
-    rows = [
-        [f"{lr:g}", f"{alpha:g}", *(cell[key] for key in order)]
-        for (lr, alpha), cell in sorted(cells.items())
+    against: 'DMD', of weight w / (1 - alpha_weak), or 'alpha 0', of weight w.
+    """
+    jobs = results["gt"]
+    keys = [key for key in pairs({"gt": jobs}) if against in key[2] and " 0 " not in key[1]]
+    values = [
+        [a - b for a, b in zip(of_cell(jobs, cell, log_kl), of_cell(jobs, other, log_kl))]
+        for _, cell, other in keys
     ]
-    return markdown(["rate", "alpha_weak", *(f"{m}: against {names[w]}" for m, w in order)], rows)
+    return estimate([statistics.mean(column) for column in zip(*values)])
 
 
-def probed(study, case, when, key, alpha, lane_alpha=0.25):
-    """(sigmas, [one list over seeds for each sigma]) of a number of the probes."""
-    settings = {"alpha_weak": lane_alpha, "generator_lr": CASES[case].middle}
-    runs = [study.lane(case, "dmd-4", seed, settings)[when] for seed in study.seeds(case, "dmd-4")]
-    sigmas = [row["sigma"] for row in runs[0]]
-    if key == "error_at_data":
-        return sigmas, [[run[i][key] for run in runs] for i in range(len(sigmas))]
-    return sigmas, [
-        [next(a for a in run[i]["alphas"] if a["alpha"] == alpha)[key] for run in runs]
-        for i in range(len(sigmas))
-    ]
+def comparisons(results):
+    """{(group, cell, other): (the estimate in log KL, p by Holm over W2SVD against DMD)}."""
+    found = {key: compare(results[key[0]], *key[1:]) for key in pairs(results)}
+    ours = [key for key in found if "alpha" in key[1]]
+    corrected = dict(zip(ours, holm([found[key].p for key in ours])))
+    return {key: (estimate, corrected.get(key)) for key, estimate in found.items()}
 
 
-def scores(study, case):
-    """Is the real score wrong where the generator is, and does the weak shift mend it?"""
-    rows = []
-    for when in ("early", "late"):
-        for alpha in (0.0, 0.25, 0.5, 0.75):
-            keys = ("error", "length", "cos_dmd", "cos_exact")
-            error, *others = (np.mean(probed(study, case, when, k, alpha)[1], axis=0) for k in keys)
-            away = error - probed_backbone(study, case, when)
-            cells = [written(error), paired(away) if alpha else "", *map(written, others)]
-            rows.append([when, f"{alpha:g}", *cells])
-        data = np.mean(probed(study, case, when, "error_at_data", 0)[1], axis=0)
-        rows.append([when, "backbone at real data", written(data), "", "", "", ""])
-    head = ["when", "alpha_weak", "error of x0_real", "minus the backbone's"]
-    return markdown([*head, "length / DMD's", "cos with DMD's", "cos with the exact"], rows)
+def table(results, groups):
+    """Every cell of the groups: drifts, KL, and the KL over what it is compared with.
+
+    Of clips the motion too; and what the shift makes of DMD's difference, where it was measured.
+    """
+    found, groups = comparisons(results), [group for group in groups if group in results]
+    head = ["runs", "cell", "drifts", "KL", "compared with", "KL / its KL", "p by Holm"]
+    lines = [[*head, "motion - its motion", "length, cosine of the difference"]]
+    for group in groups:
+        jobs = results[group]
+        for cell in next(iter(jobs.values()))["lanes"]:
+            runs = [run for job in jobs.values() for run in job["lanes"][cell]]
+            drifts = f"{sum(run['kl'] > DRIFT for run in runs)} of {len(runs)}"
+            drifts = "" if group in FAR else drifts
+            start = [group, cell, drifts, estimate(of_cell(jobs, cell, log_kl)).ratio()]
+            for other in [key[2] for key in found if key[:2] == (group, cell)] or [None]:
+                row = [*start, *[""] * 5]
+                if other:
+                    ratio, p = found[group, cell, other]
+                    row[4:7] = other, ratio.ratio(), "" if p is None else f"{p:.3f}"
+                if other and group in CLIPS:
+                    row[7] = compare(jobs, cell, other, degree).text(3)
+                row[8] = linear(jobs, cell)
+                lines.append(row)
+    used = [k for k in range(len(lines[0])) if any(line[k] for line in lines[1:])]
+    lines = [[line[k] for k in used] for line in lines]
+    texts = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([texts[0], "|---" * len(used) + "|", *texts[1:]])
 
 
-def probed_backbone(study, case, when):
-    return np.mean(probed(study, case, when, "error", 0.0)[1], axis=0)
+def linear(jobs, cell):
+    """By how much the shift shortens DMD's difference, and their cosine; as text."""
+    rows = [row for job in jobs.values() for row in job.get("linear", {}).get(cell, ())]
+    return ", ".join(
+        f"{statistics.mean(row[k] for row in rows):.2f}" for k in (rows[0] if rows else ())
+    )
 
 
-GT = [  # 'not at sigma 1' is of stored results alone
-    ("0", "gt-0"),
-    (".05", "gt-0.05"),
-    (".2", "gt-0.2"),
-    ("1", "gt-1"),
-    ("5", "gt-5"),
-    ("20", "gt-20"),
-    (".05, not at sigma 1", "gt-0.05-skip"),
-    (".2, not at sigma 1", "gt-0.2-skip"),
-    ("1, not at sigma 1", "gt-1-skip"),
-    ("20, not at sigma 1", "gt-20-skip"),
-]
+ERRORS = ("real_unshifted", "real", "fake", "difference", "exact_difference", "cosine")
 
 
-def gt_values(study, case, kind, metric, alpha=W2S):
-    return study.values(case, kind, {**alpha, "generator_lr": CASES[case].middle}, metric)
+def errors(results, key, chosen):
+    """An error in `fast`'s runs: {iteration: [one number for each backbone]}.
+
+    chosen(alpha_weak, whether the run will have drifted at its end): which runs count.
+    """
+    found = {}
+    for job in results["fast"].values():
+        ends = [run["kl"] > DRIFT for runs in job["lanes"].values() for run in runs]
+        for iteration in sorted({row["iteration"] for row in job["along"]}):
+            rows = [row for row in job["along"] if row["iteration"] == iteration]
+            values = [
+                row[key]
+                for row, drifted in zip(rows, ends, strict=True)
+                if chosen(float(row["cell"].split()[1]), drifted)
+            ]
+            if values:
+                found.setdefault(iteration, []).append(statistics.mean(values))
+    return found
 
 
-def gt_table(study, case="videos"):
-    """The GT loss: picture quality against motion."""
-    rows, against = [], ("frame_frechet", "dynamic_degree")
-    base = {c: gt_values(study, case, "gt-0", c) for c in against}
-    for name, kind in [(name, kind) for name, kind in GT if study.seeds(case, kind)]:
-        values = {c: gt_values(study, case, kind, c) for c in COLUMNS["videos"]}
-        cells = [written(v.values(), PLACES.get(c, 3)) for c, v in values.items()]
-        shifts = [
-            paired(differences(values[c], base[c]), PLACES.get(c, 3)) if kind != "gt-0" else ""
-            for c in against
-        ]
-        rows.append([name, *cells, *shifts])
-    return markdown(["GT weight", *COLUMNS["videos"], *(f"{c} against 0" for c in against)], rows)
+def before_a_drift(results, key):
+    """{iteration: an error of the runs that will have drifted - of the others}."""
+    drifts = errors(results, key, lambda _, drifted: drifted)
+    others = errors(results, key, lambda _, drifted: not drifted)
+    pairs = {i: [a - b for a, b in zip(drifts[i], others[i])] for i in drifts if i in others}
+    return {i: estimate(values) for i, values in pairs.items() if len(drifts[i]) == len(others[i])}
 
 
-def moved_table(study, case="moved"):
-    """Data that the backbone never saw: what pulls the student to them?"""
-    rows = []
-    for steps in ("4", "28"):
-        cells = [written(study.backbone(case, steps, c).values()) for c in COLUMNS["2d"]]
-        rows.append([f"backbone, Euler {steps}", "", *cells, ""])
-    for name, kind in [("0", "paired"), *GT]:
-        if not study.seeds(case, kind):
-            continue
-        for alpha in (DMD, W2S):
-            values = {c: gt_values(study, case, kind, c, alpha) for c in COLUMNS["2d"]}
-            base = gt_values(study, case, kind, "sliced_w2", DMD)
-            shift = paired(differences(values["sliced_w2"], base)) if alpha != DMD else ""
-            cells = [written(v.values()) for v in values.values()]
-            rows.append([f"GT weight {name}", f"{alpha['alpha_weak']:g}", *cells, shift])
-    return markdown(["student", "alpha_weak", *COLUMNS["2d"], "sliced_w2 against 0"], rows)
+def errors_table(results):
+    """The errors early and at the end of a run, by alpha_weak, and by whether it will drift."""
+    rows = {f"alpha_weak {a:g}": lambda alpha, _, a=a: alpha == a for a in (0, 0.25, 0.5, 0.75)}
+    rows |= {"will drift": lambda _, drifted: drifted, "will not": lambda _, drifted: not drifted}
+    head = ["runs", "iteration", *(name.replace("_", " ") for name in ERRORS)]
+    lines = [head, ["---"] * len(head)]
+    for name, chosen in rows.items():
+        found = {key: errors(results, key, chosen) for key in ERRORS}
+        iterations = [i for i, values in found["real"].items() if len(values) > 1]
+        for iteration in iterations[:1] + iterations[-1:]:
+            cells = [estimate(found[key][iteration]) for key in ERRORS]
+            lines.append([name, str(iteration), *(e.text(3) for e in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def variants(study, case="ring"):
-    """Our defaults against what else they could be, paired, all else equal."""
-    rows = []
-    names = {"schedule": "", "all-exits": "the fake learns all exits"}
-    for kind, name in {**names, "paired": "paired input, all exits"}.items():
-        for lane in study.settings(case, kind) if study.seeds(case, kind) else ():
-            default = {k: lane[k] for k in ("alpha_weak", "generator_lr")}
-            cells = []
-            for metric in ("sliced_w2", "weight_tv"):
-                values = study.values(case, kind, lane, metric)
-                base = study.values(case, "dmd-4", default, metric)
-                cells += [written(values.values()), paired(differences(values, base))]
-            title = name or f"alpha_weak falls to 0, {lane['alpha_weak_schedule']}"
-            rows.append([title, f"{lane['generator_lr']:g}", f"{lane['alpha_weak']:g}", *cells])
-    head = ["instead of the default", "rate", "alpha_weak"]
-    head += ["sliced_w2", "against the default", "weight_tv", "against the default"]
-    return markdown(head, rows)
+def stability_table(results):
+    """Drifts by regime and alpha_weak, and the mean KL of the runs that did not drift."""
+    lines = ["| regime | alpha_weak 0 | .25 | .5 | .75 |", "|---|---|---|---|---|"]
+    for group in (group for group in REGIMES if group in results):
+        cells = []
+        for alpha in (0, 0.25, 0.5, 0.75):
+            jobs = results[group].values()
+            kls = [run["kl"] for job in jobs for run in job["lanes"][f"alpha {alpha:g}"]]
+            rest = [kl for kl in kls if kl <= DRIFT]
+            mean = f", {statistics.mean(rest):.3f}" if rest else ""
+            cells.append(f"{len(kls) - len(rest)} of {len(kls)}{mean}")
+        lines.append(f"| `{group}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def turns(study, case):
-    """How alpha_weak turns and shrinks the gradient of the generator's parameters."""
-    rows, lane = [], {**W2S, "generator_lr": CASES[case].middle}
-    for when in ("early", "late"):
-        runs = [study.lane(case, "turn", seed, lane)[when] for seed in study.seeds(case, "turn")]
-        again = written([run["again"] for run in runs])
-        for k, row in enumerate(runs[0]["alphas"]):
-            every = [run["alphas"][k] for run in runs]
-            cells = [written([x[key] for x in every]) for key in ("length", "cosine")]
-            rows.append([when, f"{row['alpha']:g}", *cells, again])
-    head = ["when", "alpha_weak", "length / DMD's", "cos with DMD's"]
-    return markdown([*head, "DMD's with itself, other samples"], rows)
+def numbers(results):
+    """{name: a number of the README's sentences}, with its interval."""
+    slope, found = logistic(results), comparisons(results)
+    made = {
+        "scaled": pooled(results, "DMD").ratio(),
+        "same": pooled(results, "alpha 0").ratio(),
+        "slope": f"{slope.text(1)}, p {slope.p:.2f}",
+    }
+    for key, iteration in itertools.product(("exact_difference", "fake"), (60, 120)):
+        gap = before_a_drift(results, key).get(iteration)
+        made[f"before_{key}_{iteration}"] = gap.text(3) if gap else ""
+    for first, second, alphas in AGAIN:
+        both = {**results[first], **results[second]}
+        for alpha in alphas:
+            ratio = compare(both, f"alpha {alpha:g}", "alpha 0").ratio()
+            made[f"{first} both {alpha}".replace(" ", "_")] = ratio
+    for cell in next(iter(results["ladder"].values()))["lanes"]:
+        made[f"rung_{cell}".replace(" ", "_")] = estimate(
+            of_cell(results["ladder"], cell, log_kl)
+        ).ratio()
+    for (group, cell, other), (ratio, _) in found.items():
+        over = f" over {other}" if "weight" in other else ""
+        made[f"{group} {cell}{over}".replace(" ", "_")] = ratio.ratio()
+    return {re.sub(r"\W", "", f"n_{name}"): text for name, text in made.items()}
 
 
-def costs(study):
-    """Core-minutes of each case and kind, all seeds."""
-    rows = []
-    for case, kinds in study.results.items():
-        for kind, seeds in kinds.items():
-            minutes = sum(run["core_seconds"] for run in seeds.values()) / 60
-            lanes = sum(len(run["lanes"]) for run in seeds.values())
-            rows.append([case, kind, len(seeds), lanes, f"{minutes:.1f}"])
-    lanes, minutes = sum(row[3] for row in rows), sum(float(row[4]) for row in rows)
-    rows.append(["all", "", "", lanes, f"{minutes:.0f}"])
-    return markdown(["case", "kind", "seeds", "runs", "core-minutes"], rows)
+def parts(results):
+    """{name: table or number}, for the places of these names in a README."""
+    made = {"study_stability": stability_table(results), "study_errors": errors_table(results)}
+    return made | numbers(results)
 
 
-# -------------------------------------------------------------------- files
+def write_tables(out):
+    results, made = json.loads((out / "study.json").read_text()), []
+    for name, (groups, about) in TABLES.items():
+        made.append(f"## {name.capitalize()}: {about}\n\n{table(results, groups)}\n")
+    if "fast" in results:
+        made.append(f"## Errors of both scores in `fast`\n\n{errors_table(results)}\n")
+    head = "# The study's tables\n\nA drift: a KL above .2. See [README](../README.md)."
+    (out / "tables.md").write_text("\n\n".join([head, *made]), encoding="utf-8")
 
 
-def figures(study, out):
-    """phase.png, controls.png, scores.png, gt.png: what study.json has data for."""
-    cases = [case for case in study.results if study.seeds(case, "dmd-4")]
-    panels = [phase(study, case, *group) for case in cases for group in maps(study, case)]
-    plots.heatmaps(out / "phase.png", panels, "alpha_weak", NOTE)
-    groups = []
-    for case in cases:
-        metric = METRIC[side(case)]
-        rows = [
-            (f"W2S {alpha:g} at {lr:g}, {what}", *interval(scaled))
-            for alpha, lr, what, scaled, _ in control_rows(study, case, metric)
-        ]
-        groups += [(f"{case}: {metric}", rows)] if rows else []
-    plots.forest(out / "controls.png", groups, "W2S - scaled DMD\nbelow 0: W2S is better")
-    plots.curves(out / "scores.png", *score_panels(study, cases))
-    if study.seeds("videos", "gt-20"):
-        panels = [("videos, paired input", gt_series(study))]
-        labels = "dynamic degree (the data's is 1)", "frame Fréchet (lower is better)"
-        plots.trade(out / "gt.png", panels, *labels)
+# ---- figures -------------------------------------------------------------------------------------
 
 
-def score_panels(study, cases):
-    panels, labels = [], []
-    for case in cases:
-        lines = [("backbone at real data", "error_at_data", 0.0)]
-        lines += [(f"alpha_weak {a:g}", "error", a) for a in (0.0, 0.25, 0.75)]
-        drawn = []
-        for name, key, alpha in lines:
-            sigmas, values = probed(study, case, "late", key, alpha)
-            drawn.append((name, sigmas, *np.transpose([interval(v) for v in values])))
-        panels.append((f"{case}, end of training", drawn))
-        labels.append("" if labels else "rms error of x0_real at generator's samples")
-    return panels, "sigma", labels
+def line(name, points):
+    """A line of plots.curves through {x: an estimate in log KL}."""
+    x = sorted(points)
+    low, mean, high = (
+        [math.exp(points[k].mean + s * points[k].half) for k in x] for s in (-1, 0, 1)
+    )
+    return name, x, mean, low, high
 
 
-def gt_series(study, case="videos"):
-    def point(name, kind):
-        x, y = (gt_values(study, case, kind, m) for m in ("dynamic_degree", "frame_frechet"))
-        return name, interval(list(x.values())), interval(list(y.values()))
-
-    stored = [(name, kind) for name, kind in GT if study.seeds(case, kind)]
-    all_levels = [point(name, kind) for name, kind in stored if "skip" not in kind]
-    skipped = [point(name.split(",")[0], kind) for name, kind in stored if "skip" in kind]
-    series = [("at all levels", all_levels)]
-    if skipped:
-        series.append(("not at sigma 1", [all_levels[0], *skipped]))
-    return series
-
-
-def sections(study):
-    """{title: table} of everything that study.json has."""
-    parts = {}
-    for case in study.results:
-        if study.seeds(case, "lcm"):
-            parts[f"{case}: methods"] = table(study, case)
-            parts[f"{case}: paired differences"] = claims(study, case)
-        if study.seeds(case, "dmd-4"):
-            parts[f"{case}: collapse"] = collapse_table(study, case)
-            if list(control_rows(study, case, METRIC[side(case)])):
-                parts[f"{case}: W2S minus DMD and its controls"] = controls(study, case)
-            parts[f"{case}: the real score at the generator's samples"] = scores(study, case)
-        if study.seeds(case, "turn"):
-            parts[f"{case}: the generator's gradient"] = turns(study, case)
-        if study.seeds(case, "exact"):
-            parts[f"{case}: with the exact real score"] = exact_table(study, case)
-    if study.seeds("ring", "dmd-4"):
-        parts["all in the plane: collapse"] = collapse_in_the_plane(study)
-    parts["all: W2SVD minus DMD at equal rates"] = equal_rates(study)
-    if study.seeds("videos", "gt-20"):
-        parts["videos: the GT loss"] = gt_table(study)
-    if study.seeds("ring", "schedule"):
-        parts["ring: the defaults"] = variants(study)
-    if study.seeds("moved", "gt-20"):
-        parts["moved: the GT loss"] = moved_table(study)
-    return parts | {"cost": costs(study)}
+def reweighting(results, path):
+    """KL beside the GT loss, against its weight w and against w / (1 - alpha_weak)."""
+    jobs, panels = results["gt"], []
+    xlabels = ["weight w of the GT loss", "w / (1 - alpha_weak)"]
+    for title, along in (
+        ("By the weight: three methods", False),
+        ("Re-weighted: nearly one", True),
+    ):
+        lines = []
+        for alpha in (0, 0.5, 0.75):
+            points = {}
+            for w in (0.05, 0.2):
+                found = estimate(of_cell(jobs, f"gt_weight {w:g} alpha {alpha:g}", log_kl))
+                points[w / (1 - alpha) if along else w] = found
+            if along and not alpha:
+                for w, left in ((0.05, 0.5), (0.2, 0.5), (0.2, 0.25)):
+                    cell = f"gt_weight {w:g} DMD times {left:g}"
+                    points[w / left] = estimate(of_cell(jobs, cell, log_kl))
+            lines.append(line(f"W2SVD, alpha_weak {alpha}" if alpha else "DMD", points))
+        panels.append((title, lines))
+    labels, ticks = ["KL to the data, nats", ""], [0.4, 0.6, 1, 2, 3]
+    return plots.curves(path, panels, xlabels, labels, log=True, yticks=ticks)
 
 
-PLACE = r"(?<=<!-- )(?!end -->)([^/\n]+?)(?: / ([^\n]+?))?( -->\n).*?(?=<!-- end -->)"
+def why(results, path):
+    """The errors of both scores and of their difference along the runs, by alpha_weak."""
+    panels = []
+    names = {"real": "of x0_real", "fake": "of x0_fake", "difference": "of their difference"}
+    for alpha in (0, 0.25, 0.5, 0.75):
+        lines = []
+        for key, name in names.items():
+            found = errors(results, key, lambda a, _, alpha=alpha: a == alpha)
+            points = {i: estimate(values) for i, values in found.items()}
+            low, mean, high = ([e.mean + s * e.half for e in points.values()] for s in (-1, 0, 1))
+            lines.append((name, list(points), mean, low, high))
+        panels.append((f"alpha_weak {alpha}", lines))
+    labels = ["error against exact scores, rms", "", "", ""]
+    return plots.curves(path, panels, "iteration", labels, sharey=True)
 
 
-def filled(text, parts):
-    """Text whose '<!-- title / rows -->' ... '<!-- end -->' hold that table, or the rows of it in
-    which the regular expression `rows` is found."""
-
-    def table_of(place):
-        title, rows, _ = place.groups()
-        head, rule, *lines = parts[title].splitlines()
-        lines = [line for line in lines if re.search(rows or "", line)]
-        mark = f"{title} / {rows}" if rows else title
-        return "\n".join([f"{mark} -->", "", head, rule, *lines, "", ""])
-
-    return re.sub(PLACE, table_of, text, flags=re.S)
-
-
-def write_tables(folder):
-    """tables.md beside a study.json; for the stored one also the tables of its README."""
-    study = Study(json.loads((folder / "study.json").read_text()))
-    parts = sections(study)
-    text = "\n".join(f"## {title}\n\n{part}\n" for title, part in parts.items())
-    (folder / "tables.md").write_text(text, encoding="utf-8")
-    if folder.resolve() == STORED:
-        readme = STORED.parent / "README.md"
-        before = readme.read_text(encoding="utf-8")
-        readme.write_text(filled(before, parts), encoding="utf-8")
-    return study
-
-
-def write(folder):
-    """The tables, and the figures beside them."""
-    figures(write_tables(folder), folder)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("toy/study/results"))
-    write(parser.parse_args().out)
-
-
-if __name__ == "__main__":
-    main()
+def write(out):
+    """tables.md and the figures, beside study.json."""
+    results = json.loads((out / "study.json").read_text())
+    write_tables(out)
+    if "gt" in results:
+        reweighting(results, out / "reweighting.png")
+    if "fast" in results:
+        why(results, out / "why.png")

@@ -85,24 +85,19 @@ def planned(kind):
 def markdown(stored):
     """The table of the README."""
     methods = json.loads((RESULTS / "methods.json").read_text())
-    cells = {"": list(KINDS)}
-    found = [stored[name] for name in KINDS]
-    cells["weights, of which trained, M"] = [
-        f"{x['held'] / 1e6:.0f}, {x['trained'] / 1e6:.1f}" for x in found
-    ]
-    cells["peak memory, MB"] = [f"{x['mb']:.0f}" for x in found]
-    cells["CPU seconds an iteration"] = [f"{statistics.median(x['seconds']):.1f}" for x in found]
-    cells["GiB at 13B, 480x832x61, by the plan"] = [
-        f"{planned(kind):.0f}" for kind, _ in KINDS.values()
-    ]
-    rows = [methods[row] for _, row in KINDS.values()]
-    kls = [spread([run["student"]["kl"] for run in runs.values()], 2) for runs in rows]
-    seconds = [methods["seconds"][row] for _, row in KINDS.values()]
-    cells["KL on the ring, nats, in CPU seconds"] = [
-        f"{kl} in {s:.0f}" for kl, s in zip(kls, seconds)
-    ]
-    lines = [f"| {' | '.join([name, *row])} |" for name, row in cells.items()]
-    return "\n".join([lines[0], "|---" * (1 + len(KINDS)) + "|", *lines[1:]])
+    columns = []
+    for name, (kind, row) in KINDS.items():
+        x, kl = stored[name], spread([run["student"]["kl"] for run in methods[row].values()], 2)
+        cells = {"": name, "---": "---"}
+        cells["weights, of which trained, M"] = f"{x['held'] / 1e6:.0f}, {x['trained'] / 1e6:.1f}"
+        cells["peak memory, MB"] = f"{x['mb']:.0f}"
+        cells["CPU seconds an iteration"] = f"{statistics.median(x['seconds']):.1f}"
+        cells["GiB at 13B, 480x832x61, by the plan"] = f"{planned(kind):.0f}"
+        seconds = methods["seconds"][row]
+        cells["KL on the ring, nats, in CPU seconds"] = f"{kl} in {seconds:.0f}"
+        columns.append(cells)
+    lines = [f"| {name} | {' | '.join(cells[name] for cells in columns)} |" for name in columns[0]]
+    return "\n".join(lines).replace("| --- | --- | --- |", "|---|---|---|")
 
 
 def main():
@@ -120,9 +115,13 @@ def main():
     for name, both in runs.items():
         seconds = [s for run in both for s in run["seconds"]]
         stored[name] = both[0] | {"seconds": seconds, "mb": max(run["mb"] for run in both)}
-    head = {"date": str(date.today()), "torch": torch.__version__, "hardware": "one CPU core"}
-    stored |= {"made": head | {"command": "python -m toy.study.side_by_side"}}
-    STORED.write_text(json.dumps(stored, indent=1) + "\n")
+    stored["made"] = {
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "hardware": "one CPU core",
+        "command": "python -m toy.study.side_by_side",
+    }
+    w2svd.write_json(STORED, stored)
     print(markdown(stored))
 
 
