@@ -5,9 +5,8 @@ Against: numpy, scipy's square root of a matrix, diffusers' pipeline, `w2svd.py 
 """
 
 import json
-import sys
-from pathlib import Path
 
+import evaluate
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -18,9 +17,6 @@ from scipy.linalg import sqrtm
 
 import w2svd
 from toy.tiny_hunyuan import SIZE, TEMPLATE, film, save_tiny
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "notebooks"))
-import evaluate  # noqa: E402
 
 LEARN = "--lora-rank 2 --iterations 2 --save-every 1 --log-every 1 --fake-updates 1 --ema 0".split()
 LEARN += "--generator-lr .05 --fake-lr .05 --shift 4 --embedded-guidance 3".split()

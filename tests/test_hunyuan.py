@@ -21,8 +21,15 @@ from diffusers.models.transformers import transformer_hunyuan_video
 from helpers import lines, names, refused, run, said, tensors, watch
 from PIL import Image
 from safetensors import safe_open
-from torch.utils.flop_counter import FlopCounterMode
-from video_runs import SMALL, run_card, watch_films
+from video_runs import (
+    SMALL,
+    at_published_rates,
+    counted_flop,
+    gib_at_work,
+    random_adapters,
+    run_card,
+    watch_films,
+)
 
 import w2svd
 from toy.tiny_hunyuan import I2V_TEMPLATE, SIZE, TEMPLATE, clips, save_tiny
@@ -35,15 +42,6 @@ ATTEND = "dispatch_attention_fn"  # of diffusers
 LINEARS = 2 * (12 + 5)  # of two double and two single blocks
 FULL = "--generator full --fake full --gan-weight .003"  # DMD2
 ROLES = ("generator", "fake")
-
-
-def randomise(roles):
-    """Adapters that do something."""
-    rng = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in itertools.chain(*map(roles.parameters, ROLES)):
-            p.copy_(0.3 * torch.randn(p.shape, generator=rng))
-    return roles
 
 
 @pytest.fixture
@@ -84,7 +82,7 @@ def trained(fixed, tmp_path_factory):
     """A finished run, whose adapters do something from its beginning on; its films."""
     folder, build = tmp_path_factory.mktemp("runs") / "mine", w2svd.build_roles
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(w2svd, "build_roles", lambda *args: randomise(build(*args)))
+        patch.setattr(w2svd, "build_roles", lambda *args: random_adapters(build(*args)))
         films = watch_films(patch)
         run("train", *fixed, "--iterations", 4, "--out", folder)
     return folder, films
@@ -97,7 +95,7 @@ def transformer(folder, dtype=torch.float32):
 
 def new_roles(folder, dtype=torch.float32, **settings):
     config = Config(height=32, width=48, frames=9, **settings)
-    return randomise(Roles(HunyuanVideo(transformer(folder, dtype), config), 2, 0.25, 1.0))
+    return random_adapters(Roles(HunyuanVideo(transformer(folder, dtype), config), 2, 0.25, 1.0))
 
 
 def inputs(backbone):
@@ -109,9 +107,6 @@ def inputs(backbone):
     if backbone.form:
         cond["image"] = torch.randn(1, 4, 1, 4, 6, generator=rng)
     return x, torch.tensor([0.9375]), cond, torch.tensor([0.6]), eps
-
-
-# ---- the backbone --------------------------------------------------------------------------------
 
 
 def test_the_velocity_is_the_stock_transformer_s_with_padded_text_and_its_mask(tiny):
@@ -185,7 +180,9 @@ def test_checkpointing_and_offload_change_no_bit_of_a_gradient(
         model, machine = HunyuanVideo(transformer(tiny), config), Machine(offload=offload)
         for p in model.module.parameters():  # where a file's weights lie changes a product's bits
             p.data = p.data.clone()
-        roles = randomise(w2svd.build_roles(config, model, machine if checkpointing else Machine()))
+        roles = random_adapters(
+            w2svd.build_roles(config, model, machine if checkpointing else Machine())
+        )
         x = inputs(model)
         v = roles.fake(*x[:3])
         with roles.use("real"):  # the same adapter at another scale: no shape or dtype tells
@@ -240,8 +237,6 @@ def test_the_discriminator_s_features_are_the_sample_s_last_double_stream_tokens
     assert len(module.single_transformer_blocks) == 2
 
 
-# ---- the plan ------------------------------------------------------------------------------------
-
 COUNTED = json.loads(Path(__file__).with_name("counted_work.json").read_text())["rows"]
 SIMULATED = json.loads(Path(__file__).with_name("simulated_peaks.json").read_text())["peaks"]
 
@@ -257,15 +252,10 @@ def full_size():
 
 def test_the_plan_s_flops_are_those_that_torch_counts_in_the_13b_model(full_size):
     with torch.device("meta"):
-        x, sigma = torch.empty(1, *full_size.shape), torch.empty(1)
         cond = {"prompt_embeds": torch.empty(1, 256, 4096), "pooled": torch.empty(1, 768)}
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            full_size.velocity(x, sigma, cond)
-    counted = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
-    attention = counted["aten.bmm"]
-    linear = sum(counted.values()) - attention
-    assert full_size.flop() == pytest.approx((linear, attention), rel=1e-3)
-    assert linear + attention == pytest.approx(0.81e15, rel=0.01)
+    counted = counted_flop(full_size, cond)
+    assert full_size.flop() == pytest.approx(counted, rel=1e-3)
+    assert sum(counted) == pytest.approx(0.81e15, rel=0.01)
     config = Config(model="hunyuan", checkpointing=True, iterations=500)
     found = w2svd.plan(config, HunyuanVideo.outline(config))
     assert found["parameters: backbone, generator, fake"] == [12_821_012_544, *2 * [64 * 4_300_800]]
@@ -285,16 +275,12 @@ def test_the_plan_s_time_is_within_1_percent_of_the_work_counted_in_an_iteration
         model = HunyuanVideo(full_size.module, config)
         return w2svd.time_plan(config, model, Machine(), *w2svd.evaluations(config))
 
-    def seconds(work):  # at the rates that the plan takes: large products, attention, memory
-        linear, attention, moved = work["linear_flop"], work["attention_flop"], work["bytes"]
-        return linear / 650e12 + attention / 550e12 + moved / 3e12
-
     found, flop = planned(batch=1), row["linear_flop"] + row["attention_flop"]
     assert found["PFLOP an iteration"] == pytest.approx(flop / 1e15, rel=0.01)
     an_iteration = found["seconds an iteration on an H100"]
-    assert an_iteration == pytest.approx(seconds(row), rel=0.01)
+    assert an_iteration == pytest.approx(at_published_rates(row), rel=0.01)
     assert planned(batch=2)["seconds an iteration on an H100"] == pytest.approx(2 * an_iteration)
-    film = 4 * seconds(row["forward"]) + 40e6 * math.prod(size.values()) / 150e12
+    film = 4 * at_published_rates(row["forward"]) + 40e6 * math.prod(size.values()) / 150e12
     films = 4 if row["height"] == 480 else 1
     assert found["minutes of films, at each save"] == pytest.approx(films * film / 60, rel=0.01)
 
@@ -304,11 +290,9 @@ def test_the_plan_s_memory_is_within_5_percent_of_a_simulated_iteration_s(full_s
     settings = {n: x for n, x in row.items() if n not in ("allocated_gib", "offload")}
     config = Config(model="hunyuan", checkpointing=True, **settings)
     model, trained = HunyuanVideo(full_size.module, config), 4_300_800 * config.lora_rank
-    memory = w2svd.memory_plan(config, model, Machine(offload=row["offload"]), trained, trained)
-    found = sum(memory.values()) - memory["CUDA, fragments"] - memory["margin"]
-    if row["offload"]:  # on a GPU a third block is still there, which just ended
-        frozen = (p.numel() for p in model.blocks[0].parameters() if not p.requires_grad)
-        found -= 2 * sum(frozen) / 2**30
+    machine = Machine(offload=row["offload"])
+    lines = w2svd.memory_plan(config, model, machine, trained, trained)
+    found = gib_at_work(lines, model, machine)
     assert row["allocated_gib"] < found < 1.05 * row["allocated_gib"]  # rather too much
 
 
@@ -364,9 +348,6 @@ def test_what_does_not_fit_ends_with_1_and_the_cure(capsys, fixed):
     assert "--fp8-base" in sentence and "--frames" in sentence
     run(*flags, 2)
     assert "GiB in all" in capsys.readouterr().out and not list(Path().iterdir())
-
-
-# ---- train ---------------------------------------------------------------------------------------
 
 
 @EACH
@@ -426,9 +407,6 @@ def test_a_run_of_full_copies_goes_on_elsewhere_and_is_sampled_and_not_exported(
     (last,) = [name for name in drawn if name[:6] == "000003" and "a-dog" in name]
     torch.testing.assert_close(drawn["dog.mp4"], drawn[last])
     assert "full" in refused(capsys, ".", "export", "--run", tmp_path / "r", "--out", "lora")
-
-
-# ---- sample and export ---------------------------------------------------------------------------
 
 
 @EACH

@@ -1,10 +1,12 @@
-"""What the tests of video models share: settings of seconds, films watched, a card's code run."""
+"""What the tests of video models share: small runs, films, a card's code, a plan's references."""
 
+import itertools
 from pathlib import Path
 
 import torch
 from diffusers.schedulers import scheduling_flow_match_euler_discrete as scheduling
 from diffusers.utils.torch_utils import randn_tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from w2svd import VideoTask
 
@@ -54,3 +56,47 @@ def run_card(folder, monkeypatch, checkpoint, **given):
         exec(code, names)
         found.append(torch.as_tensor(names["video"]))
     return names["pipe"], *found
+
+
+def random_adapters(roles):
+    """The roles, with adapters that do something."""
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in itertools.chain(*map(roles.parameters, ("generator", "fake"))):
+            p.copy_(0.3 * torch.randn(p.shape, generator=rng))
+    return roles
+
+
+def tiny_wan_cond(sizes, size, rng):
+    """A cond of random numbers for toy/tiny_wan.py's transformer: its config, latent T, H, W."""
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    cond = {name: torch.randn(1, 512, sizes.text_dim, generator=rng) for name in names}
+    if sizes.image_dim:
+        cond["picture"] = torch.randn(1, 17, sizes.image_dim, generator=rng)
+        cond["image"] = torch.randn(1, 16, *size, generator=rng)
+    return cond
+
+
+def counted_flop(model, cond):
+    """FLOP of linear layers and of attention, as torch counts them in a forward without numbers."""
+    x, sigma = torch.empty(1, *model.shape, device="meta"), torch.empty(1, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.velocity(x, sigma, cond)
+    counted = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
+    attention = counted["aten.bmm"]
+    return sum(counted.values()) - attention, attention
+
+
+def at_published_rates(work):
+    """Seconds of counted work at the rates that the plan takes: products, attention, memory."""
+    linear, attention, moved = work["linear_flop"], work["attention_flop"], work["bytes"]
+    return linear / 650e12 + attention / 550e12 + moved / 3e12
+
+
+def gib_at_work(lines, model, machine):
+    """What a plan of memory says that tensors take, to hold against a simulation's peak."""
+    found = sum(lines.values()) - lines["CUDA, fragments"] - lines["margin"]
+    if machine.offload:  # on a GPU a third block is still there, which just ended
+        frozen = (p.numel() for p in model.blocks[0].parameters() if not p.requires_grad)
+        found -= 2 * sum(frozen) / 2**30
+    return found
