@@ -23,7 +23,9 @@ from PIL import Image
 from safetensors import safe_open
 from video_runs import (
     SMALL,
+    assert_head_reads,
     at_published_rates,
+    changed,
     counted_flop,
     gib_at_work,
     random_adapters,
@@ -222,19 +224,12 @@ def test_adapters_of_single_stream_blocks_alone_are_those_blocks(tiny):
 @EACH
 def test_the_discriminator_s_features_are_the_sample_s_last_double_stream_tokens(tiny, form):
     """Not the given frame's, of the backbone without an adapter; the late blocks do not run."""
-    roles, seen = new_roles(tiny), []
+    roles = new_roles(tiny)
     x, module = inputs(roles.backbone)[:3], roles.backbone.module
-    module.transformer_blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out[0]))
-    with torch.no_grad():
-        roles.plain(*x)
     given = 4 * 6 if form == "token_replace" else 0
-    module.single_transformer_blocks[0].register_forward_hook(lambda *_: 1 / 0)
-    judge = w2svd.Discriminator(roles)
-    with roles.use("generator"):
-        logit = judge.logit(*x)
-    assert seen[0].shape == (1, given + x[0][0, 0].numel(), 20)
-    torch.testing.assert_close(logit, judge.head(seen[0][:, given:]).mean(dim=(1, 2)))
-    assert len(module.single_transformer_blocks) == 2
+    last, later = module.transformer_blocks[-1], module.single_transformer_blocks
+    tokens = assert_head_reads(roles, x, last, later[0], given)
+    assert tokens.shape == (1, given + x[0][0, 0].numel(), 20) and len(later) == 2
 
 
 COUNTED = json.loads(Path(__file__).with_name("counted_work.json").read_text())["rows"]
@@ -463,10 +458,8 @@ def test_seed_iteration_steps_and_size_change_the_sample(trained, drawn):
     "change", [{"_class_name": "Wan"}, {"patch_size_t": 2}, {"in_channels": 9}]
 )
 def test_a_checkpoint_that_is_not_hunyuanvideo_is_refused(fixed, tiny, capsys, change):
-    stored = json.loads((tiny / "transformer/config.json").read_text())
-    Path("other/transformer").mkdir(parents=True)
-    Path("other/transformer/config.json").write_text(json.dumps({**stored, **change}))
-    assert "no HunyuanVideo" in refused(capsys, ".", "train", *fixed, "--checkpoint", "other")
+    other = changed(tiny, "transformer/config.json", change)
+    assert "no HunyuanVideo" in refused(capsys, ".", "train", *fixed, "--checkpoint", other)
 
 
 @IMAGE

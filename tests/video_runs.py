@@ -1,6 +1,8 @@
 """What the tests of video models share: small runs, films, a card's code, a plan's references."""
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -8,7 +10,7 @@ from diffusers.schedulers import scheduling_flow_match_euler_discrete as schedul
 from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from w2svd import VideoTask
+from w2svd import Discriminator, VideoTask
 
 # rates at which a few steps show; and no default where a default could hide that it is ignored
 SMALL = "--generator-lr .02 --fake-lr .02 --ema .5 --shift 4 --embedded-guidance 3".split()
@@ -100,3 +102,31 @@ def gib_at_work(lines, model, machine):
         frozen = (p.numel() for p in model.blocks[0].parameters() if not p.requires_grad)
         found -= 2 * sum(frozen) / 2**30
     return found
+
+
+def assert_head_reads(roles, x, block, later, first=0):
+    """The discriminator's logit is its head on a block's tokens from `first` on, without adapters.
+
+    A later block does not run. Returns the tokens (1, N, D).
+    """
+    seen = []
+    block.register_forward_hook(lambda m, args, out: seen.append(out))
+    with torch.no_grad():
+        roles.plain(*x)
+    later.register_forward_hook(lambda *_: 1 / 0)
+    judge = Discriminator(roles)
+    with roles.use("generator"):
+        logit = judge.logit(*x)
+    tokens = (
+        seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    )  # HunyuanVideo's have text beside
+    torch.testing.assert_close(logit, judge.head(tokens[:, first:]).mean(dim=(1, 2)))
+    return tokens
+
+
+def changed(folder, file, change):
+    """A copy of a pipeline, other/, with these entries in one of its files of JSON."""
+    shutil.copytree(folder, "other")
+    path = Path("other", file)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    return "other"
