@@ -29,7 +29,7 @@ from video_runs import (
     counted_flop,
     gib_at_work,
     random_adapters,
-    run_card,
+    sample_and_card,
     watch_films,
 )
 
@@ -413,13 +413,8 @@ def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(
     Image.merge("RGB", bands).resize((96, 32)).save(
         "a.png"
     )  # wide: cropped, not stretched, by both
-    image = ["--image", "a.png"] if form else []
-    run("sample", "--run", trained[0], *image, "--prompt", "a dog", "--out", "dog.mp4")
-    run("export", "--run", trained[0], "--out", "lora")
-    checkpoint = w2svd.read_run(trained[0]).checkpoint
-    given = {"prompt_template": template}
-    pipe, latents, shown = run_card("lora", monkeypatch, checkpoint, **given)
-    assert pipe.scheduler.sigmas.tolist() == few_step_sigmas(4, 4.0).tolist()
+    given = {"picture": "a.png" if form else None, "prompt_template": template}
+    latents, shown = sample_and_card(run, trained[0], monkeypatch, **given)
     lost = form == "latent_concat"  # of which the stock pipeline hands out no first latent frame
     assert (latents - drawn["dog.mp4"][0][:, int(lost) :]).abs().max() < 2e-5
     assert len(shown) == 9 - 4 * lost

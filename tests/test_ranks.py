@@ -2,8 +2,8 @@
 
 Against: one process, whose updates take every process's clips and noise in turn. On two processes a
 sum has one order, so weights are equal to the bit; on four, or with several forwards in an update,
-within 1e-4. One launch for each number of processes runs all of its cases. Run: `python -m pytest
-tests/test_ranks.py`, 25 seconds; with `-m slow` instead four processes and the commands, 90.
+within 1e-4. One launch for each number of processes runs all of its cases, Wan's too. Run: `python
+-m pytest tests/test_ranks.py`, 30 seconds; with `-m slow` four processes and the commands, 90.
 """
 
 import dataclasses
@@ -152,9 +152,6 @@ def reference(folder, name, ranks, monkeypatch):
         yield held, stats, state.taken
 
 
-PIPE = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-
-
 def processes(ranks, *command, **how):
     """Start a command in so many processes that know of each other."""
     with socket.socket() as free:
@@ -169,7 +166,8 @@ def processes(ranks, *command, **how):
 
 def finish(ranks, *command, **how):
     """The same, which must all end well; what they said."""
-    started = list(processes(ranks, *command, **PIPE, **how))
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = list(processes(ranks, *command, **piped, **how))
     said = [process.communicate(timeout=300)[0] for process in started]
     assert not any(process.returncode for process in started), "\n".join(said)
     return said

@@ -33,7 +33,7 @@ from video_runs import (
     counted_flop,
     gib_at_work,
     random_adapters,
-    run_card,
+    sample_and_card,
     tiny_wan_cond,
     watch_films,
 )
@@ -42,10 +42,9 @@ from wan import Wan
 import w2svd
 from toy import tiny_wan
 from toy.tiny_hunyuan import SIZE, clips
-from w2svd import Config, Machine, few_step_sigmas
+from w2svd import Config, Machine
 
 EACH = pytest.mark.parametrize("image", [False, True], indirect=True, scope="module")
-IMAGE = pytest.mark.parametrize("image", [True], indirect=True, scope="module")
 TINY = {"model": "wan", "height": 32, "width": 48, "frames": 9}
 
 
@@ -205,19 +204,6 @@ def test_bf16_keeps_the_difference_of_fake_and_real_and_the_noise_level():
     torch.testing.assert_close(found["ours"][1], level)  # float32 layers
 
 
-COMFYUI = {  # in order: parts of diffusers' names, and of the original's
-    "transformer.": "diffusion_model.",
-    "attn1": "self_attn",
-    "attn2": "cross_attn",
-    "to_out.0": "o",
-    "to_": "",
-    "add_k_proj": "k_img",
-    "add_v_proj": "v_img",
-    "net.0.proj": "0",
-    "net.2": "2",
-}
-
-
 @pytest.mark.parametrize(
     "file, change, word",
     [
@@ -232,6 +218,19 @@ def test_what_is_no_wan_2_1_is_refused(tiny, fixed, capsys, file, change, word):
     assert word in said(capsys)
 
 
+COMFYUI = {  # in order: parts of diffusers' names, and of the original's
+    "transformer.": "diffusion_model.",
+    "attn1": "self_attn",
+    "attn2": "cross_attn",
+    "to_out.0": "o",
+    "to_": "",
+    "add_k_proj": "k_img",
+    "add_v_proj": "v_img",
+    "net.0.proj": "0",
+    "net.2": "2",
+}
+
+
 @EACH
 def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(
     trained, image, stock, monkeypatch
@@ -239,12 +238,8 @@ def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(
     """From raw clips to a LoRA in the stock pipeline, which asks its scheduler for no grid."""
     films = watch_films(monkeypatch)
     Image.radial_gradient("L").resize((96, 32)).save("a.png")
-    picture = ["--image", "a.png"] if image else []
-    run("sample", "--run", trained[0], *picture, "--prompt", "a dog", "--out", "dog.mp4")
-    run("export", "--run", trained[0], "--out", "lora")
-    checkpoint = w2svd.read_run(trained[0]).checkpoint
-    pipe, latents, shown = run_card("lora", monkeypatch, checkpoint)
-    assert pipe.scheduler.sigmas.tolist() == few_step_sigmas(4, 4.0).tolist()
+    picture = "a.png" if image else None
+    latents, shown = sample_and_card(run, trained[0], monkeypatch, picture)
     assert (latents - films["dog.mp4"]).abs().max() < 2e-5 < shown.std()
     assert len(shown) == 9
     assert to_comfyui.main(["lora", "comfyui"]) == 0
@@ -280,7 +275,7 @@ def test_the_backbone_s_film_is_the_stock_pipeline_s_with_guidance(fixed, traine
     assert error(5.0) < 2e-5 and error(1.0) > 1e-2
 
 
-@IMAGE
+@pytest.mark.parametrize("image", [True], indirect=True, scope="module")
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(fixed, trained, capsys):
     run("train", *fixed, "--iterations", 2, "--out", "r")
     assert "python notebooks/wan.py sample" in capsys.readouterr().out

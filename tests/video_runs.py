@@ -10,7 +10,7 @@ from diffusers.schedulers import scheduling_flow_match_euler_discrete as schedul
 from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from w2svd import Discriminator, VideoTask
+from w2svd import Discriminator, VideoTask, few_step_sigmas, read_run
 
 # rates at which a few steps show; and no default where a default could hide that it is ignored
 SMALL = "--generator-lr .02 --fake-lr .02 --ema .5 --shift 4 --embedded-guidance 3".split()
@@ -29,24 +29,28 @@ def watch_films(monkeypatch):
     return films
 
 
-def run_card(folder, monkeypatch, checkpoint, **given):
-    """Run the code of an exported folder's card on the CPU: the pipeline, latents and frames.
+def sample_and_card(run, folder, monkeypatch, picture=None, **given):
+    """Sample dog.mp4 from a run, and run on the CPU the code of the card that it exports.
 
     Noise and the scheduler's renoising come from one stream of seed 0, as those of `sample` do.
-    given: more arguments of the pipeline's call.
+    given: more arguments of the pipeline's call. Returns its latents and frames.
     """
+    flags = ["--image", picture] if picture else []
+    run("sample", "--run", folder, *flags, "--prompt", "a dog", "--out", "dog.mp4")
+    run("export", "--run", folder, "--out", "lora")
     rng, found = torch.Generator(), []
 
     def draw(shape, **how):
         return randn_tensor(shape, **{**how, "generator": rng})
 
     monkeypatch.setattr(scheduling, "randn_tensor", draw)
-    card = (Path(folder) / "README.md").read_text().splitlines()
+    card = Path("lora/README.md").read_text().splitlines()
+    checkpoint = read_run(folder).checkpoint
     code = "\n".join(x[4:] for x in card if x.startswith("    ") and "export_to_video(" not in x)
     for old, new in {
         '"a woman talks"': '"a dog", output_type=output, **given',
         "torch.Generator().manual_seed(0)": "rng.manual_seed(0)",
-        "this folder": str(folder),
+        "this folder": "lora",
         f'"{Path(checkpoint).name}"': f'"{checkpoint}"',
         '.to("cuda")': "",
         "torch.bfloat16": "torch.float32",
@@ -57,7 +61,8 @@ def run_card(folder, monkeypatch, checkpoint, **given):
         names = {"rng": rng, "output": output, "given": given}
         exec(code, names)
         found.append(torch.as_tensor(names["video"]))
-    return names["pipe"], *found
+    assert names["pipe"].scheduler.sigmas.tolist() == few_step_sigmas(4, 4.0).tolist()
+    return found
 
 
 def random_adapters(roles):
