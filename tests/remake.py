@@ -46,9 +46,6 @@ def write(path, text):
         print(f"remade {path.relative_to(ROOT)}")
 
 
-# ---- what stands in the READMEs ------------------------------------------------------------------
-
-
 def hunyuan_plan():
     """The numbers that `train --model hunyuan --dry-run` shows."""
     config = w2svd.resolve({"model": "hunyuan"})
@@ -111,9 +108,6 @@ def linked(text, folder):
         return f"{found[1]}#L{line_of((folder / found[3]).resolve(), found[2])}"
 
     return re.sub(r"(\[`(\w+)`\]\(([\w./]+\.py))#L\d+", link, text)
-
-
-# ---- what takes seconds, and what takes minutes --------------------------------------------------
 
 
 def tables():

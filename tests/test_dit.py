@@ -6,13 +6,11 @@ tests/test_dit.py`; two seconds.
 
 import pytest
 import torch
-from conftest import gaussian, randn, seeded
+from conftest import VIDEO, gaussian, randn, seeded
 
 from toy.dit import DiT
 from toy.mixtures import GaussianMixture
 from toy.tasks import Recipe, build, start_at_principal_components
-
-VIDEO = (2, 4, 4, 4)
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.03, 0.5, 1.0])

@@ -5,9 +5,8 @@ Against: numpy, scipy's square root of a matrix, diffusers' pipeline, `w2svd.py 
 """
 
 import json
-import sys
-from pathlib import Path
 
+import evaluate
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -15,15 +14,11 @@ import torch
 from diffusers import HunyuanVideoPipeline
 from helpers import names, run, said
 from scipy.linalg import sqrtm
+from video_runs import SMALL
 
 import w2svd
 from toy.tiny_hunyuan import SIZE, TEMPLATE, film, save_tiny
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "notebooks"))
-import evaluate  # noqa: E402
-
-LEARN = "--lora-rank 2 --iterations 2 --save-every 1 --log-every 1 --fake-updates 1 --ema 0".split()
-LEARN += "--generator-lr .05 --fake-lr .05 --shift 4 --embedded-guidance 3".split()
 CAPTIONS = ["a dog", "a red/blue square?", "woman " + 200 * "é", "left"]
 METHODS = ["euler-4-shift-4", "euler-4-shift-7", "euler-28-shift-7", "student-4"]
 
@@ -41,7 +36,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(w2svd.HunyuanVideo, "prompt_template", TEMPLATE)
         patch.setattr(w2svd.VideoTask, "on_log", lambda *args: None)
-        run("train", *fixed, *SIZE, *LEARN, "--out", folder / "run")
+        run("train", *fixed, *SIZE, *SMALL, "--iterations", 2, "--out", folder / "run")
         yield folder
 
 

@@ -47,8 +47,6 @@ def go_on(out, *flags):
     resume(out) if Path(out, "config.json").exists() else train(out, *flags)
 
 
-# ---- numbers that are not finite -----------------------------------------------------------------
-
 # the nth call of a function returns, or leaves as a gradient, a number that is not finite, in the
 # third iteration, of six batches; which were read so far. test_updates.py has all stages of a step
 STAGES = {
@@ -85,8 +83,6 @@ def test_a_number_that_is_not_finite_stops_the_run_with_stage_iteration_clips_an
     resume("r")
     same_run(whole.with_name("paired"), "r")
 
-
-# ---- disks and damaged files ---------------------------------------------------------------------
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 TORN = safetensors.SafetensorError("I/O error: No space left on device")  # as save_file says it

@@ -1,8 +1,8 @@
 """Section 2 and the samplers: noise, velocity, score, grids, few-step and Euler sampling.
 
-References: numbers worked out by hand, torch.distributions' normals with autograd, exact Gaussians,
-and diffusers' FlowMatchEulerDiscreteScheduler step for step. Run: python -m pytest
-tests/test_flow_matching.py, 8 seconds on one core, most of it the import of diffusers.
+References: numbers worked out by hand, torch.distributions' normals with autograd, and diffusers'
+FlowMatchEulerDiscreteScheduler step for step. Run: python -m pytest tests/test_flow_matching.py, 8
+seconds on one core, most of it the import of diffusers.
 """
 
 import pytest
@@ -28,17 +28,6 @@ def test_noise_level_0_is_the_sample_1_is_the_noise_and_between_is_the_straight_
     assert torch.equal(add_noise(x0, eps, 0.0), x0)
     assert torch.equal(add_noise(x0, eps, 1.0), eps)
     torch.testing.assert_close(add_noise(x0, eps, 0.25), 0.75 * x0 + 0.25 * eps, rtol=1e-14, atol=0)
-
-
-@SHAPES
-def test_each_sample_has_its_own_noise_level_and_a_float_is_the_level_of_all(shape):
-    x, y = randn(3, *shape), randn(3, *shape, seed=1)
-    sigma = torch.tensor([0.125, 0.5, 1.0], dtype=torch.float64)
-    for function in (add_noise, x0_from_velocity, score_from_velocity):
-        together = function(x, y, sigma)
-        assert together.shape == x.shape
-        for i, level in enumerate(sigma.tolist()):  # 1/8, 1/2, 1: exact as float32 too
-            assert torch.equal(together[i : i + 1], function(x[i : i + 1], y[i : i + 1], level))
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 0.95, 1.0])
@@ -142,15 +131,3 @@ def test_samplers_build_no_graph():
     for sampler in (few_step_sample, euler_sample):
         x = sampler(lambda x, sigma, cond: scale * x, randn(3, 2), few_step_sigmas(2, 1.0))
         assert not x.requires_grad
-
-
-def test_euler_sampling_of_one_gaussian_converges_to_its_moments_at_first_order():
-    """Its flow is linear, so four noise points with the moments of N(0, I) are all it takes."""
-    eye = torch.eye(2, dtype=torch.float64)
-    noise, errors = 2**0.5 * torch.cat([eye, -eye]), []
-    for steps in (100, 200):
-        x = euler_sample(gaussian(MEAN, COVARIANCE).velocity, noise, few_step_sigmas(steps, 1.0))
-        covariance = (x - x.mean(0)).T @ (x - x.mean(0)) / 4
-        errors.append(torch.cat([x.mean(0) - MEAN, (covariance - COVARIANCE).flatten()]))
-    assert errors[1].abs().max() < 1e-2
-    assert (2 * errors[1] - errors[0]).abs().max() < 1e-4  # what the first order does not explain

@@ -21,8 +21,17 @@ from diffusers.models.transformers import transformer_hunyuan_video
 from helpers import lines, names, refused, run, said, tensors, watch
 from PIL import Image
 from safetensors import safe_open
-from torch.utils.flop_counter import FlopCounterMode
-from video_runs import SMALL, run_card, watch_films
+from video_runs import (
+    SMALL,
+    assert_head_reads,
+    at_published_rates,
+    changed,
+    counted_flop,
+    gib_at_work,
+    random_adapters,
+    sample_and_card,
+    watch_films,
+)
 
 import w2svd
 from toy.tiny_hunyuan import I2V_TEMPLATE, SIZE, TEMPLATE, clips, save_tiny
@@ -35,15 +44,6 @@ ATTEND = "dispatch_attention_fn"  # of diffusers
 LINEARS = 2 * (12 + 5)  # of two double and two single blocks
 FULL = "--generator full --fake full --gan-weight .003"  # DMD2
 ROLES = ("generator", "fake")
-
-
-def randomise(roles):
-    """Adapters that do something."""
-    rng = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in itertools.chain(*map(roles.parameters, ROLES)):
-            p.copy_(0.3 * torch.randn(p.shape, generator=rng))
-    return roles
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def trained(fixed, tmp_path_factory):
     """A finished run, whose adapters do something from its beginning on; its films."""
     folder, build = tmp_path_factory.mktemp("runs") / "mine", w2svd.build_roles
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(w2svd, "build_roles", lambda *args: randomise(build(*args)))
+        patch.setattr(w2svd, "build_roles", lambda *args: random_adapters(build(*args)))
         films = watch_films(patch)
         run("train", *fixed, "--iterations", 4, "--out", folder)
     return folder, films
@@ -97,7 +97,7 @@ def transformer(folder, dtype=torch.float32):
 
 def new_roles(folder, dtype=torch.float32, **settings):
     config = Config(height=32, width=48, frames=9, **settings)
-    return randomise(Roles(HunyuanVideo(transformer(folder, dtype), config), 2, 0.25, 1.0))
+    return random_adapters(Roles(HunyuanVideo(transformer(folder, dtype), config), 2, 0.25, 1.0))
 
 
 def inputs(backbone):
@@ -109,9 +109,6 @@ def inputs(backbone):
     if backbone.form:
         cond["image"] = torch.randn(1, 4, 1, 4, 6, generator=rng)
     return x, torch.tensor([0.9375]), cond, torch.tensor([0.6]), eps
-
-
-# ---- the backbone --------------------------------------------------------------------------------
 
 
 def test_the_velocity_is_the_stock_transformer_s_with_padded_text_and_its_mask(tiny):
@@ -185,7 +182,9 @@ def test_checkpointing_and_offload_change_no_bit_of_a_gradient(
         model, machine = HunyuanVideo(transformer(tiny), config), Machine(offload=offload)
         for p in model.module.parameters():  # where a file's weights lie changes a product's bits
             p.data = p.data.clone()
-        roles = randomise(w2svd.build_roles(config, model, machine if checkpointing else Machine()))
+        roles = random_adapters(
+            w2svd.build_roles(config, model, machine if checkpointing else Machine())
+        )
         x = inputs(model)
         v = roles.fake(*x[:3])
         with roles.use("real"):  # the same adapter at another scale: no shape or dtype tells
@@ -225,22 +224,13 @@ def test_adapters_of_single_stream_blocks_alone_are_those_blocks(tiny):
 @EACH
 def test_the_discriminator_s_features_are_the_sample_s_last_double_stream_tokens(tiny, form):
     """Not the given frame's, of the backbone without an adapter; the late blocks do not run."""
-    roles, seen = new_roles(tiny), []
+    roles = new_roles(tiny)
     x, module = inputs(roles.backbone)[:3], roles.backbone.module
-    module.transformer_blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out[0]))
-    with torch.no_grad():
-        roles.plain(*x)
     given = 4 * 6 if form == "token_replace" else 0
-    module.single_transformer_blocks[0].register_forward_hook(lambda *_: 1 / 0)
-    judge = w2svd.Discriminator(roles)
-    with roles.use("generator"):
-        logit = judge.logit(*x)
-    assert seen[0].shape == (1, given + x[0][0, 0].numel(), 20)
-    torch.testing.assert_close(logit, judge.head(seen[0][:, given:]).mean(dim=(1, 2)))
-    assert len(module.single_transformer_blocks) == 2
+    last, later = module.transformer_blocks[-1], module.single_transformer_blocks
+    tokens = assert_head_reads(roles, x, last, later[0], given)
+    assert tokens.shape == (1, given + x[0][0, 0].numel(), 20) and len(later) == 2
 
-
-# ---- the plan ------------------------------------------------------------------------------------
 
 COUNTED = json.loads(Path(__file__).with_name("counted_work.json").read_text())["rows"]
 SIMULATED = json.loads(Path(__file__).with_name("simulated_peaks.json").read_text())["peaks"]
@@ -257,15 +247,10 @@ def full_size():
 
 def test_the_plan_s_flops_are_those_that_torch_counts_in_the_13b_model(full_size):
     with torch.device("meta"):
-        x, sigma = torch.empty(1, *full_size.shape), torch.empty(1)
         cond = {"prompt_embeds": torch.empty(1, 256, 4096), "pooled": torch.empty(1, 768)}
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            full_size.velocity(x, sigma, cond)
-    counted = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
-    attention = counted["aten.bmm"]
-    linear = sum(counted.values()) - attention
-    assert full_size.flop() == pytest.approx((linear, attention), rel=1e-3)
-    assert linear + attention == pytest.approx(0.81e15, rel=0.01)
+    counted = counted_flop(full_size, cond)
+    assert full_size.flop() == pytest.approx(counted, rel=1e-3)
+    assert sum(counted) == pytest.approx(0.81e15, rel=0.01)
     config = Config(model="hunyuan", checkpointing=True, iterations=500)
     found = w2svd.plan(config, HunyuanVideo.outline(config))
     assert found["parameters: backbone, generator, fake"] == [12_821_012_544, *2 * [64 * 4_300_800]]
@@ -285,16 +270,12 @@ def test_the_plan_s_time_is_within_1_percent_of_the_work_counted_in_an_iteration
         model = HunyuanVideo(full_size.module, config)
         return w2svd.time_plan(config, model, Machine(), *w2svd.evaluations(config))
 
-    def seconds(work):  # at the rates that the plan takes: large products, attention, memory
-        linear, attention, moved = work["linear_flop"], work["attention_flop"], work["bytes"]
-        return linear / 650e12 + attention / 550e12 + moved / 3e12
-
     found, flop = planned(batch=1), row["linear_flop"] + row["attention_flop"]
     assert found["PFLOP an iteration"] == pytest.approx(flop / 1e15, rel=0.01)
     an_iteration = found["seconds an iteration on an H100"]
-    assert an_iteration == pytest.approx(seconds(row), rel=0.01)
+    assert an_iteration == pytest.approx(at_published_rates(row), rel=0.01)
     assert planned(batch=2)["seconds an iteration on an H100"] == pytest.approx(2 * an_iteration)
-    film = 4 * seconds(row["forward"]) + 40e6 * math.prod(size.values()) / 150e12
+    film = 4 * at_published_rates(row["forward"]) + 40e6 * math.prod(size.values()) / 150e12
     films = 4 if row["height"] == 480 else 1
     assert found["minutes of films, at each save"] == pytest.approx(films * film / 60, rel=0.01)
 
@@ -304,11 +285,9 @@ def test_the_plan_s_memory_is_within_5_percent_of_a_simulated_iteration_s(full_s
     settings = {n: x for n, x in row.items() if n not in ("allocated_gib", "offload")}
     config = Config(model="hunyuan", checkpointing=True, **settings)
     model, trained = HunyuanVideo(full_size.module, config), 4_300_800 * config.lora_rank
-    memory = w2svd.memory_plan(config, model, Machine(offload=row["offload"]), trained, trained)
-    found = sum(memory.values()) - memory["CUDA, fragments"] - memory["margin"]
-    if row["offload"]:  # on a GPU a third block is still there, which just ended
-        frozen = (p.numel() for p in model.blocks[0].parameters() if not p.requires_grad)
-        found -= 2 * sum(frozen) / 2**30
+    machine = Machine(offload=row["offload"])
+    lines = w2svd.memory_plan(config, model, machine, trained, trained)
+    found = gib_at_work(lines, model, machine)
     assert row["allocated_gib"] < found < 1.05 * row["allocated_gib"]  # rather too much
 
 
@@ -364,9 +343,6 @@ def test_what_does_not_fit_ends_with_1_and_the_cure(capsys, fixed):
     assert "--fp8-base" in sentence and "--frames" in sentence
     run(*flags, 2)
     assert "GiB in all" in capsys.readouterr().out and not list(Path().iterdir())
-
-
-# ---- train ---------------------------------------------------------------------------------------
 
 
 @EACH
@@ -428,9 +404,6 @@ def test_a_run_of_full_copies_goes_on_elsewhere_and_is_sampled_and_not_exported(
     assert "full" in refused(capsys, ".", "export", "--run", tmp_path / "r", "--out", "lora")
 
 
-# ---- sample and export ---------------------------------------------------------------------------
-
-
 @EACH
 def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(
     trained, form, template, monkeypatch, drawn, capsys
@@ -440,13 +413,8 @@ def test_sample_draws_what_the_exported_card_s_code_draws_in_diffusers(
     Image.merge("RGB", bands).resize((96, 32)).save(
         "a.png"
     )  # wide: cropped, not stretched, by both
-    image = ["--image", "a.png"] if form else []
-    run("sample", "--run", trained[0], *image, "--prompt", "a dog", "--out", "dog.mp4")
-    run("export", "--run", trained[0], "--out", "lora")
-    checkpoint = w2svd.read_run(trained[0]).checkpoint
-    given = {"prompt_template": template}
-    pipe, latents, shown = run_card("lora", monkeypatch, checkpoint, **given)
-    assert pipe.scheduler.sigmas.tolist() == few_step_sigmas(4, 4.0).tolist()
+    given = {"picture": "a.png" if form else None, "prompt_template": template}
+    latents, shown = sample_and_card(run, trained[0], monkeypatch, **given)
     lost = form == "latent_concat"  # of which the stock pipeline hands out no first latent frame
     assert (latents - drawn["dog.mp4"][0][:, int(lost) :]).abs().max() < 2e-5
     assert len(shown) == 9 - 4 * lost
@@ -485,10 +453,8 @@ def test_seed_iteration_steps_and_size_change_the_sample(trained, drawn):
     "change", [{"_class_name": "Wan"}, {"patch_size_t": 2}, {"in_channels": 9}]
 )
 def test_a_checkpoint_that_is_not_hunyuanvideo_is_refused(fixed, tiny, capsys, change):
-    stored = json.loads((tiny / "transformer/config.json").read_text())
-    Path("other/transformer").mkdir(parents=True)
-    Path("other/transformer/config.json").write_text(json.dumps({**stored, **change}))
-    assert "no HunyuanVideo" in refused(capsys, ".", "train", *fixed, "--checkpoint", "other")
+    other = changed(tiny, "transformer/config.json", change)
+    assert "no HunyuanVideo" in refused(capsys, ".", "train", *fixed, "--checkpoint", other)
 
 
 @IMAGE

@@ -11,7 +11,7 @@ import torch
 from conftest import gaussian, randn, seeded
 
 import toy.metrics
-from toy.metrics import Metrics, annulus, frame_moments, frechet, kl_to_mixture, moments, square
+from toy.metrics import Metrics, annulus, frechet, kl_to_mixture, square
 from toy.mixtures import GaussianMixture, grid, ring, videos
 
 N_CLIPS = 2048
@@ -57,12 +57,6 @@ def test_exact_clips_reach_the_floor(on_videos, exact):
     assert exact["motion_smoothness"] == pytest.approx(1, abs=0.03)
 
 
-def test_a_seed_fixes_the_numbers(on_ring):
-    x = on_ring.mixture.sample(on_ring.n, seeded())
-    assert on_ring(x) == Metrics(ring())(x)
-    assert on_ring(x)["sliced_w2"] != Metrics(ring(), seed=1)(x)["sliced_w2"]
-
-
 def test_the_reference_shares_no_noise_with_samples_of_the_same_seed():
     one = gaussian(torch.zeros(2), 1.0)
     floors = [Metrics(one, seed=0).floor(seeded(seed))["sliced_w2"] for seed in range(4)]
@@ -105,10 +99,7 @@ def test_kl_of_two_mixtures_is_the_mean_log_ratio_of_their_densities(on_ring):
     assert 0.3 < known < 3 and on_ring(x)["kl"] == pytest.approx(known, abs=0.03)
 
 
-def test_half_of_the_modes_is_a_kl_of_log_2(on_ring, on_videos):
-    labels = torch.arange(on_ring.n) % 4
-    x = on_ring.mixture.sample(on_ring.n, seeded(), labels)
-    assert on_ring.kl(x) == pytest.approx(math.log(2), abs=0.03)
+def test_half_of_the_modes_is_a_kl_of_log_2(on_videos):
     looks = torch.zeros(2 * N_CLIPS, dtype=torch.long)  # one of two
     x = on_videos.mixture.sample(2 * N_CLIPS, seeded(), looks)
     assert on_videos.kl(x) == pytest.approx(math.log(2), abs=0.2)
@@ -147,7 +138,6 @@ def test_a_shift_and_a_scale_are_measured_in_closed_form():
     shifted, scaled = metrics(x + shift), metrics(1.5 * x)
     along = metrics.directions @ (metrics.basis.T @ shift.double())
     assert shifted["sliced_w2"] == pytest.approx((along**2).mean().sqrt().item(), rel=0.02)
-    assert shifted["sliced_w2"] == pytest.approx(shift.norm().item() / math.sqrt(2), rel=0.1)
     assert shifted["frechet"] == pytest.approx(13, rel=0.02)
     assert scaled["sliced_w2"] == pytest.approx(0.5, rel=0.05)
     assert scaled["frechet"] == pytest.approx(2 * 0.5**2, rel=0.05)
@@ -186,15 +176,6 @@ def test_flicker_lowers_the_smoothness(on_videos, clips):
     flicker = 1 + 0.2 * (-1.0) ** torch.arange(8).reshape(8, 1, 1)
     values = on_videos(clips * flicker)
     assert values["motion_smoothness"] < 0.8 and values["dynamic_degree"] > 1
-
-
-def test_frame_moments_are_those_of_all_frames(on_videos, clips):
-    mixture = on_videos.mixture
-    mean, cov = frame_moments(mixture.mean().flatten(), mixture.covariance(), mixture.shape)
-    frames = clips.transpose(1, 2).reshape(-1, 4 * 8 * 8).double()
-    sample_mean, sample_cov = moments(frames)
-    assert (sample_mean - mean).norm() < 0.05 * mean.norm()
-    assert (sample_cov - cov).norm() < 0.05 * cov.norm()
 
 
 def test_samples_that_are_not_finite_or_not_n_are_refused(on_ring):

@@ -2,8 +2,8 @@
 
 Against: one process, whose updates take every process's clips and noise in turn. On two processes a
 sum has one order, so weights are equal to the bit; on four, or with several forwards in an update,
-within 1e-4. One launch for each number of processes runs all of its cases. Run: `python -m pytest
-tests/test_ranks.py`, 25 seconds; with `-m slow` instead four processes and the commands, 90.
+within 1e-4. One launch for each number of processes runs all of its cases, Wan's too. Run: `python
+-m pytest tests/test_ranks.py`, 30 seconds; with `-m slow` four processes and the commands, 90.
 """
 
 import dataclasses
@@ -21,9 +21,12 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
-from diffusers import HunyuanVideoTransformer3DModel
+from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
+from video_runs import tiny_wan_cond
+from wan import Wan
 
 import w2svd
+from toy import tiny_wan
 from toy.tiny_hunyuan import SIZE, clips, save_tiny
 from w2svd import Clip, Config, HunyuanVideo, Machine, State
 
@@ -32,25 +35,30 @@ RATES = {"generator_lr": 1e-2, "fake_lr": 1e-2, "ema": 0.9, "shift": 3.0}
 SMALL = Config(model="hunyuan", fake_updates=2, lora_rank=2, iterations=3, **RATES)
 FINAL = {"generator_input": "rollout", "fake_samples": "final", "gan_weight": 0.1}
 FULL = {"generator": "full", "fake": "full", "alpha_weak": 0.0}
-# name: settings, image-to-video's form, is the backbone split
+GUIDED = {"guidance": 5.0, "iterations": 2}
+# name: settings, image-to-video's form or "wan", is the backbone split
 CASES = {
     "ground truth, split": ({"gt_weight": 0.3, "accumulate": 2, "checkpointing": True}, None, True),
     "rollout, discriminator": ({**FINAL, "reuse": 2}, None, False),
     "rollout, split": ({"generator_input": "rollout", "checkpointing": True}, None, True),
     "first image, split": ({"checkpointing": True, "gan_weight": 0.1}, "token_replace", True),
     "bf16, split": ({}, None, True),
+    "Wan": (GUIDED, "wan", False),
+    "Wan, bf16, split": ({**GUIDED, "checkpointing": True}, "wan", True),
     "full copies": ({**FULL, "generator_lr": 1e-4, "fake_lr": 1e-4}, None, False),
 }
 
 
 def new_roles(folder, name, alone=False):
-    """A case's Roles on a tiny HunyuanVideo, always the same; adapters with random weights."""
+    """A case's Roles on a tiny model, always the same; adapters with random weights."""
     settings, form, split = CASES[name]
     config = dataclasses.replace(SMALL, **settings)
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
-    load = HunyuanVideoTransformer3DModel.from_pretrained
-    module = load(folder / str(form) / "transformer", dtype=dtype)
-    backbone = HunyuanVideo(module.requires_grad_(False), config)
+    model, kind = HunyuanVideo, HunyuanVideoTransformer3DModel
+    if form == "wan":
+        model, kind = Wan, WanTransformer3DModel
+    module = kind.from_pretrained(folder / str(form) / "transformer", dtype=dtype)
+    backbone = model(module.requires_grad_(False), config)
     roles = w2svd.build_roles(config, backbone, Machine(shard=split and not alone))
     torch.manual_seed(5)
     with torch.no_grad():
@@ -64,11 +72,15 @@ def endless(form, first=0, step=1):
     """Clips `first`, `first` + step, ... of an endless list, as batches of one."""
     for count in itertools.count(first, step):
         rng = torch.Generator().manual_seed(700 + count)
-        cond = {"prompt_embeds": torch.randn(1, 3 + count % 3, 16, generator=rng)}
-        cond["pooled"] = torch.randn(1, 8, generator=rng)
-        if form:
-            cond["image"] = torch.randn(1, 4, 1, 4, 4, generator=rng)
-        yield {"x0": torch.randn(1, 4, 2, 4, 4, generator=rng), "cond": cond, "name": str(count)}
+        if form == "wan":
+            cond = tiny_wan_cond(tiny_wan.transformer(image=True).config, (2, 4, 4), rng)
+        else:
+            cond = {"prompt_embeds": torch.randn(1, 3 + count % 3, 16, generator=rng)}
+            cond["pooled"] = torch.randn(1, 8, generator=rng)
+            if form:
+                cond["image"] = torch.randn(1, 4, 1, 4, 4, generator=rng)
+        x0 = torch.randn(1, 16 if form == "wan" else 4, 2, 4, 4, generator=rng)
+        yield {"x0": x0, "cond": cond, "name": str(count)}
 
 
 def work(folder, names):
@@ -140,9 +152,6 @@ def reference(folder, name, ranks, monkeypatch):
         yield held, stats, state.taken
 
 
-PIPE = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-
-
 def processes(ranks, *command, **how):
     """Start a command in so many processes that know of each other."""
     with socket.socket() as free:
@@ -151,13 +160,14 @@ def processes(ranks, *command, **how):
     for rank in range(ranks):
         env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1", TQDM_DISABLE="1")
-        env = {**os.environ, **env, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, **env, "PYTHONPATH": f"{ROOT}:{ROOT / 'notebooks'}"}
         yield subprocess.Popen([sys.executable, *map(str, command)], env=env, **how)
 
 
 def finish(ranks, *command, **how):
     """The same, which must all end well; what they said."""
-    started = list(processes(ranks, *command, **PIPE, **how))
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = list(processes(ranks, *command, **piped, **how))
     said = [process.communicate(timeout=300)[0] for process in started]
     assert not any(process.returncode for process in started), "\n".join(said)
     return said
@@ -169,6 +179,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for form in (None, "token_replace"):
         save_tiny(folder / str(form), form)
+    tiny_wan.transformer(image=True).save_pretrained(folder / "wan/transformer")
     clips(folder / "clips", **{name: f"the red square {name}" for name in "abcde"})
     (folder / "clips/f.mp4").write_bytes(b"no film")
     return folder

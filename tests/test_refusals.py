@@ -108,8 +108,6 @@ def test_a_generator_or_backbone_that_does_not_fit_is_refused(capsys, tmp_path):
     assert "toy" in refused(capsys, tmp_path, "export", "--run", "r", "--out", "lora")
 
 
-# ---- what is nobody's mistake --------------------------------------------------------------------
-
 ENDS = [
     (w2svd.Refused("no", status=1), 1, "no"),
     (torch.OutOfMemoryError("CUDA out of memory"), 2, "--dry-run"),

@@ -22,13 +22,6 @@ def inputs(draw, shape=POINT):
     return given["x_in"], given["sigma"], given["cond"]
 
 
-def assert_frozen(roles, plain):
-    """Every tensor that is no adapter's is the plain module's; peft renames those of layers."""
-    expected = plain.state_dict()
-    for name, x in roles.backbone.module.state_dict().items():
-        assert "lora_" in name or torch.equal(x, expected[name.replace(".base_layer", "")]), name
-
-
 def train(roles, draws, count):
     """So many steps of Adam for both roles in turn."""
     optimizers = {role: torch.optim.Adam(roles.parameters(role), 1e-2) for role in STEPS}
@@ -101,18 +94,6 @@ def test_roles_nest_and_the_one_before_comes_back_also_after_an_exception(new_ro
     assert roles.role is None and active() == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_both_adapters_and_nothing_else_are_trained_and_in_float32(new_backbone, new_roles, dtype):
-    backbone = new_backbone()
-    backbone.module.to(dtype)
-    roles = new_roles(backbone=backbone)
-    trained = [p for role in ("generator", "fake") for p in roles.parameters(role)]
-    assert trained and all(p.requires_grad and p.dtype == torch.float32 for p in trained)
-    assert len({id(p) for p in trained}) == len(trained)  # no parameter has two roles
-    rest = [p for p in backbone.module.parameters() if id(p) not in map(id, trained)]
-    assert rest and not any(p.requires_grad for p in rest) and {p.dtype for p in rest} == {dtype}
-
-
 @pytest.mark.parametrize("kinds", KINDS, ids=str)
 def test_each_step_gives_gradients_to_its_own_role_alone(new_roles, draw, kinds):
     roles = new_roles(VIDEO, **kinds)
@@ -136,7 +117,9 @@ def test_the_backbone_does_not_move_in_training(
         roles.use_checkpointing()
     sum_before = w2svd.base_sum(roles)
     train(roles, draw(VIDEO), 3)
-    assert_frozen(roles, plain)
+    expected = plain.state_dict()
+    for name, x in roles.backbone.module.state_dict().items():  # peft renames those of layers
+        assert "lora_" in name or torch.equal(x, expected[name.replace(".base_layer", "")]), name
     assert w2svd.base_sum(roles) == sum_before
 
 
@@ -184,18 +167,6 @@ def test_no_gradient_depends_on_where_the_backward_is_nor_on_checkpointing(
     for plain, recomputed, exact in zip(*found, expected):
         assert exact.abs().sum() > 0
         assert torch.equal(plain, exact) and torch.equal(recomputed, exact)
-
-
-def test_checkpointing_does_recompute_the_blocks(new_roles, draw):
-    """Otherwise the equalities above would say nothing."""
-    roles, runs = new_roles(), []
-    block = roles.backbone.module.single_blocks[0]
-    block.register_forward_pre_hook(lambda *args: runs.append(roles.role))
-    roles.use_checkpointing()
-    loss = roles.generator(*inputs(draw)).sum()
-    with roles.use("fake"):
-        loss.backward()
-    assert runs == ["generator"] * 2
 
 
 def test_adapters_have_diffusers_names_of_the_backbones_layers(new_roles, new_backbone):

@@ -36,9 +36,6 @@ def drawn(*flags):
     return tensors("drawn.safetensors")["samples"]
 
 
-# ---- what a run leaves ---------------------------------------------------------------------------
-
-
 def test_a_run_leaves_the_files_that_the_readme_names(monkeypatch, capsys, tmp_path):
     run("train", "--dry-run", "--cache", "cache")
     assert "parameters" in capsys.readouterr().out and not list(tmp_path.iterdir())
@@ -86,9 +83,6 @@ def test_a_run_folder_belongs_to_one_process_at_a_time():
     assert not os.path.exists("runs")
 
 
-# ---- bits ----------------------------------------------------------------------------------------
-
-
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(monkeypatch):
     monkeypatch.setattr(toy.tasks.Task, "finish", helpers.FINISH)
     for out, seed, cache in (("a", 0, "c1"), ("b", 0, "c2"), ("c", 1, "c1")):
@@ -134,9 +128,6 @@ def test_what_a_resume_may_change_also_in_a_folder_that_moved(tmp_path):
     resume("moved", "--iterations", 6, "--generator-lr", 0.01)
     assert w2svd.read_run("moved").generator_lr == 0.01
     assert not same_generator("whole", "moved")
-
-
-# ---- sample --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data", ["ring", "videos"])
