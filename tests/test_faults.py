@@ -50,7 +50,7 @@ def go_on(out, *flags):
 # the nth call of a function returns, or leaves as a gradient, a number that is not finite, in the
 # third iteration, of six batches; which were read so far. test_updates.py has all stages of a step
 STAGES = {
-    "the data": (GaussianMixture, "sample", 13, ["12"]),
+    "the data": (GaussianMixture, "sample", 14, ["12"]),
     "gradient of the fake": (w2svd, "fake_step", 9, ["12", "13"]),
     "the generator's gradient": (w2svd, "dmd_gradient", 5, ["16"]),
 }
