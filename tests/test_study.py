@@ -1,7 +1,7 @@
 """The study's machinery, its stored results, and what its README says of them.
 
 Against: closed forms, scipy, and the stored results. Run with
-`python -m pytest tests/test_study.py`; a quarter of a minute.
+`python -m pytest tests/test_study.py`; half a minute.
 """
 
 import json
@@ -104,6 +104,9 @@ def test_the_readme_s_words_follow_from_the_stored_results():
     gaps = {key: report.before_a_drift(results, key) for key in ("exact_difference", "fake")}
     assert [gaps["fake"][i].apart for i in (60, 120)] == [False, True]
     assert all(gaps["exact_difference"][i].apart for i in (60, 120))
+    tables = (report.STORED / "tables.md").read_text()
+    for cell, drifts in (("alpha 0", 14), ("rate scaled", 0), ("gradient scaled", 7)):
+        assert f"| controls | {cell} | {drifts} of 24 |" in tables
     motion = report.compare(results["videos"], *MOTION, report.degree)
     assert motion.text(2) == "0.09 ± 0.05"
 

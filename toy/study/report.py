@@ -84,11 +84,6 @@ def estimate(values):
     return Estimate(mean, stats.t.ppf(0.975, n - 1) * error, float(p))
 
 
-def share(runs):
-    """Of runs, how many drifted."""
-    return statistics.mean(run["kl"] > DRIFT for run in runs)
-
-
 def log_kl(runs):
     return statistics.mean(math.log(max(run["kl"], 1e-3)) for run in runs)
 
