@@ -8,7 +8,7 @@ No download. Each case adds a line of JSON to --out. On a small checkpoint it al
 
 Measured is an iteration of `distil` on clips of random numbers, with captions of two lengths in
 turns; and what only a GPU can tell of bf16: the gap of real and fake beside that of rounding alone,
-and the norms of the gradients.
+the norms, and the share of gradients below 1e-8.
 """
 
 import argparse
@@ -57,6 +57,18 @@ def batches(model, place):
         yield {"x0": x0, "cond": {"prompt_embeds": text, "pooled": pooled}}
 
 
+class Watched(w2svd.State):
+    """A State that keeps, for each role, the share of its last gradients below 1e-8."""
+
+    small = {}
+
+    def update(self, role, lr):
+        gradients = [p.grad for p in self.roles.parameters(role)]
+        below = sum(int((g.abs() < 1e-8).sum()) for g in gradients)
+        self.small[f"below_1e-8_{role}"] = below / sum(g.numel() for g in gradients)
+        return super().update(role, lr)
+
+
 def measure(size, option, checkpoint):
     """The numbers of one case, a dictionary."""
     settings, place = {"checkpointing": True, **OPTIONS[option]}, w2svd.device()
@@ -66,7 +78,7 @@ def measure(size, option, checkpoint):
     planned = w2svd.plan(config, HunyuanVideo.outline(config), machine)
     model = random_weights(HunyuanVideo.outline(config), place)
     roles = w2svd.build_roles(config, model, machine)
-    state, ticks = w2svd.State(config, roles, place), []
+    state, ticks = Watched(config, roles, place), []
     with w2svd.prefer_cudnn(machine):
         floor = w2svd.gap_floor(roles, next(batches(model, place)), config.fake_lr)
         iterations = w2svd.distil(config, roles, state, batches(model, place))
@@ -78,6 +90,7 @@ def measure(size, option, checkpoint):
     seconds = ticks[1] - ticks[0]
     numbers = {"iteration_s": seconds, "gap_floor": floor}
     numbers.update({n: stats[n] for n in ("relative_gap", "grad_norm", "fake_grad_norm")})
+    numbers.update(state.small)
     numbers["planned_s"] = planned["seconds an iteration on an H100"]
     numbers["planned_gib"] = planned["GiB in all"]
     numbers["tflops"] = 1e3 * planned["PFLOP an iteration"] / seconds

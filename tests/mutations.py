@@ -185,7 +185,7 @@ nothing is offloaded @ Roles.checkpoint: if self.offload ==> if False
 a block is read from where it waited @ HostedBackbone.begin: self.put(i, self.here[i]) ==> pass
 blocks that came stay @ HostedBackbone.begin: keys() - {i, ahead} ==> keys() & set()
 # test_hunyuan.py -k flops or forwards or disk
-the plan's hours are minutes @ time_plan: / 3600 ==> / 60
+the plan's hours are minutes @ time_plan: saves)) / 3600 ==> saves)) / 60
 the plan's clips are those of the fake @ plan: c.batch * c.accumulate * ranks(), ==> c.fake_updates,
 the plan's disk holds two checkpoints @ plan: 13 * generator + 9 * fake ==> 9 * generator + 6 * fake
 the plan's rollouts all end at the last exit @ evaluations: (c.steps - 1) / 2 ==> (c.steps - 1)

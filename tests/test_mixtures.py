@@ -1,4 +1,4 @@
-"""The exact mixtures, against independent references.
+"""The exact mixtures and the DiT, against independent references.
 
 References: torch.distributions' dense normals, and sampling; autograd's score: test_first_frame.py.
 Run: python -m pytest tests/test_mixtures.py, a few seconds on one core.
@@ -8,10 +8,12 @@ import math
 
 import pytest
 import torch
-from conftest import randn, relative, seeded
+from conftest import VIDEO, gaussian, randn, relative, seeded
 from torch.distributions import MultivariateNormal
 
+from toy.dit import DiT
 from toy.mixtures import GaussianMixture, LowRank, clip, grid, ring, videos
+from toy.tasks import Recipe, build, start_at_principal_components
 
 SHAPE, D, K = (2, 3), 6, 3
 SIGMAS = (1e-4, 1e-3, 0.02, 0.3, 0.7, 0.99)
@@ -212,3 +214,34 @@ def test_a_clip_moves_at_its_speed_along_its_direction():
     blob = clip(torch.zeros(6), look=0, angle=0.0, speed=1.0)[0]  # (T, H, W)
     for t in range(7):
         assert torch.allclose(blob[t].roll(1, dims=1), blob[t + 1])
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.03, 0.5, 1.0])
+def test_blocks_that_predict_the_mean_give_the_exact_velocity_of_a_gaussian(sigma):
+    mean = torch.tensor([0.7, -1.2])
+    module = DiT((2,), 8, 2, double=1, single=1, rest=0.05)
+    with torch.no_grad():
+        module.final.bias.copy_(mean)  # its weight is 0 at the start
+        x_t = randn(6, 2, dtype=torch.float32)
+        v = module(x_t, torch.full((6,), sigma))
+    exact = gaussian(mean, 0.05**2).velocity(x_t, sigma)
+    torch.testing.assert_close(v, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_patches_of_whole_frames_and_back_are_the_identity():
+    module = DiT(VIDEO, 8, 2, double=1, single=1, patch=(2, 4, 4))
+    x = randn(3, *VIDEO)
+    tokens = module.patches(x)
+    assert tokens.shape == (3, 2, 64)
+    assert torch.equal(module.unpatch(tokens), x)
+    assert torch.equal(tokens[:, 1].sort().values, x[:, :, 2:].flatten(1).sort().values)
+
+
+def test_data_of_few_dimensions_pass_from_embed_to_final_unchanged_at_the_start():
+    rng, few = seeded(1), randn(5, *VIDEO)
+    mixture = GaussianMixture(torch.ones(5), few, torch.full((5,), 1e-12))
+    module = build(mixture, Recipe(width=16, patch=(2, 4, 4), precondition=True))
+    start_at_principal_components(module, mixture, rng)
+    tokens = module.patches(mixture.sample(8, rng))
+    through = tokens @ module.embed.weight.T @ module.final.weight.T
+    torch.testing.assert_close(through, tokens, rtol=1e-3, atol=1e-3)

@@ -20,9 +20,7 @@ REFUSED = {
     "": "--help",
     "train --sed 3": "--seed",
     "train --iter 3": "--iter",  # not taken for --iterations
-    "train --steps 0": "--steps",
     "train --alpha-weak nan": "--alpha-weak",
-    "train --generator half": "--generator",
     "train --alpha-weak .5 --alpha-strong .4": "--alpha-strong",
     "train --fake full --alpha-weak .25": "--alpha-weak",
     "train --gt-weight .1 --generator-input rollout": "paired",
