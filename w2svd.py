@@ -59,7 +59,9 @@ Deviations from the paper, as far as we know it: the generator is an adapter by 
 default are the GT loss, which trades motion for picture quality in the paper's table, and the
 discriminator, which reads the frozen backbone; a first image is read where the checkpoint is
 image-to-video; alpha_strong (not printed there), denominators, average and optimizer are peers',
-the author's later code's or ours; on the toy: rollouts, a fake of final samples only, with a decay.
+the author's later code's or ours; the toy's preset trains from rollouts, its fake on final samples
+alone and with a decay. On our toys the weak shift was a re-weighting: beside a ground-truth loss it
+acted nearly as that loss's weight over 1 - alpha_weak, alone nothing was resolved (toy/study).
 """
 
 import argparse
