@@ -234,7 +234,7 @@ def videos(path, measure, rows):
     exact, panels = travel_of(measure.mixture), []
     framed = [measure.astray(clips) for _, clips in rows]
     for (title, clips), marks in zip(rows, framed):
-        title = f"{title}\n{100 * marks.double().mean():.0f} % like no data"
+        title = f"{title}\n{100 * marks.double().mean():.0f} % unlike any data"
         panels.append((title, travel(clips)))
     axes = "pixels to the right", "pixels up"
     top = _pixels(
