@@ -116,15 +116,15 @@ def holm(ps):
 def logistic(results):
     """How the log odds of a drift change for each unit of alpha_weak, in all regimes together.
 
-    An intercept for each regime, one slope; errors by the sandwich over the backbones of a regime,
-    so that runs on one backbone may resemble each other.
+    An intercept for each regime, one slope; errors by the sandwich over backbones, which the
+    regimes share, so that runs on one backbone may resemble each other.
     """
     groups, rows = [group for group in REGIMES if group in results], []
     for group in groups:
         for seed, job in results[group].items():
             for cell in (c for c in job["lanes"] if c.startswith("alpha")):
                 x = [*(float(group == other) for other in groups), float(cell.split()[1])]
-                rows += [(x, run["kl"] > DRIFT, (group, seed)) for run in job["lanes"][cell]]
+                rows += [(x, run["kl"] > DRIFT, seed) for run in job["lanes"][cell]]
     x, y = np.array([row[0] for row in rows]), np.array([float(row[1]) for row in rows])
 
     def loss(beta):  # a weak pull to 0: without one drift in a regime there is no maximum
@@ -138,9 +138,8 @@ def logistic(results):
         scores[row[2]] = scores.get(row[2], 0) + score
     meat, n = sum(np.outer(score, score) for score in scores.values()), len(scores)
     error = math.sqrt((bread @ meat @ bread)[-1, -1] * n / (n - 1))
-    free = n - len(groups)
-    p_value = 2 * stats.t.sf(abs(beta[-1]) / error, free)
-    return Estimate(float(beta[-1]), float(stats.t.ppf(0.975, free) * error), float(p_value))
+    p_value = 2 * stats.t.sf(abs(beta[-1]) / error, n - 1)
+    return Estimate(float(beta[-1]), float(stats.t.ppf(0.975, n - 1) * error), float(p_value))
 
 
 # ---- comparisons and tables ----------------------------------------------------------------------
