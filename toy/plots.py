@@ -517,5 +517,7 @@ def curves_of(run):
 
 
 if __name__ == "__main__":
-    for folder in sys.argv[1:]:
+    if not all(Path(folder, "metrics.jsonl").exists() for folder in sys.argv[1:]):
+        sys.exit(f"no run with a metrics.jsonl: {' '.join(sys.argv[1:])}")
+    for folder in sys.argv[1:] or sys.exit("python -m toy.plots RUN: name a run folder"):
         print(f"wrote {curves_of(folder)}")
