@@ -21,7 +21,6 @@ import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
@@ -30,7 +29,6 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import (
-    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionConfig,
@@ -165,7 +163,10 @@ def save_pipeline(folder, vae, transformer):
     llama, clip = text_encoders()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     parts = transformer.eval(), vae.eval(), scheduler, clip, tokenizer()
-    if first_frame:
+    if first_frame:  # this import complains of no torchvision
+        from diffusers import HunyuanVideoImageToVideoPipeline
+        from transformers import CLIPImageProcessor
+
         sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
         eyes = CLIPImageProcessor(**sides)
         pipe = HunyuanVideoImageToVideoPipeline(reader(llama), tokenizer(MARKS), *parts, eyes)
