@@ -1094,8 +1094,8 @@ class HunyuanVideo(VideoModel):
                 encoder_hidden_states=text,
                 encoder_attention_mask=torch.ones(text.shape[:2], device=x_t.device),
                 pooled_projections=cond["pooled"].to(self.dtype),
-                guidance=text.new_full((len(x_t),), self.guidance)
-                * 1000,  # in bf16 6016, as in diffusers
+                # as diffusers does it: 6016 in bf16
+                guidance=text.new_full((len(x_t),), self.guidance) * 1000,
                 return_dict=False,
             )[0]
         return v[:, :, -x_t.shape[2] :].to(x_t.dtype)
@@ -1484,9 +1484,8 @@ def encoded_clips(config, model, only_look=False):
         if clip.left_out:
             print(f"  left out, {clip.name}: {clip.left_out}")
     if not files:
-        needs = f"a folder needs {LAYOUTS}; a .txt a caption in each line"
-        why = "for the reasons above" if clips else "as nothing is there"
-        raise Refused(f"Nothing in {config.data} can be used, {why}: {needs}.", status=1)
+        needs = f"see what is left out; a folder needs {LAYOUTS}; a .txt a caption in each line"
+        raise Refused(f"Nothing in {config.data} can be used; {needs}.", status=1)
     for file in files:
         if not (only_look or file.exists()):
             raise Refused(f"Process {rank()} does not see {file}: name a shared disk as --cache.")
@@ -1628,7 +1627,8 @@ class VideoTask:
                 print(f"{text[:40]}...: {note}")
         del pipe
         free_memory()  # before the transformer comes
-        self.backbone = model.load("cpu" if self.machine.offload else None)
+        hosted = self.machine.offload and info["kind"] == "lora"
+        self.backbone = model.load("cpu" if hosted else None)
         sigmas = few_step_sigmas(steps, info["shift"]) if steps else torch.tensor(info["sigmas"])
         sampler = few_step_sample if info["renoise"] else euler_sample
         student, draw = self.student(tensors, info), self.backbone.draw

@@ -40,23 +40,20 @@ from transformers import (
 )
 
 import w2svd
+from toy import tiny_hunyuan
 from toy.shapes import CAPTIONS, FPS, FRAMES, HEIGHT, WIDTH, shares, write_clips
 
 WEIGHTS = Path(__file__).parent / "weights"
-TEMPLATE = {"template": "{}", "crop_start": 0}  # the text encoders follow no instructions
+TEMPLATE, MARKS = tiny_hunyuan.TEMPLATE, tiny_hunyuan.MARKS
 # the end is not number 2, which CLIP takes for the mark of an old checkpoint
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 WORDS = [*SPECIAL.values(), *sorted({word for caption in CAPTIONS for word in caption.split()})]
-# an image-to-video pipeline finds the picture's 16 tokens and the end of the prompt by such marks
-MARKS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>"]
-I2V_TEMPLATE = {
+I2V_TEMPLATE = {  # the same marks, around words that it knows
+    **tiny_hunyuan.I2V_TEMPLATE,
     "template": "<|start_header_id|>a<|end_header_id|><image>a<|eot_id|>"
     "<|start_header_id|>a<|end_header_id|>{}<|eot_id|>"
     "<|start_header_id|>a<|end_header_id|>",
     "crop_start": 10,
-    "image_emb_start": 4,
-    "image_emb_end": 20,
-    "image_emb_len": 16,
 }
 FORM = "token_replace"
 I2V_RANK = 64  # of the LoRA that is merged for it
