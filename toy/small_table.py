@@ -1,6 +1,7 @@
 """The small HunyuanVideo distilled over seeds, in float32 and in bf16, with and without the cures.
 
     python -m toy.small_table SMALL/ CLIPS/ [--rows float32 bf16 ...] [--seeds 3]
+    python -m toy.small_table SMALL/ CLIPS/ --study             alpha_weak, for toy/study/
     python -m toy.small_table SMALL/ CLIPS/ --picture films.png --run RUN
 
 SMALL/ and CLIPS/ as `python -m toy.small_hunyuan SMALL/ --clips CLIPS/` writes them. A row is
@@ -32,7 +33,7 @@ from w2svd import few_step_sigmas
 
 STORED = Path(__file__).parent / "results/small.json"
 FIRST_FRAME = STORED.with_name("small_first_frame.json")
-SEEDS = range(60, 63)  # no trial used them
+SEEDS = range(60, 64)  # no trial used them
 EULER = [(28, 3.0), (28, 5.0), (4, 1.0), (4, 3.0), (4, 5.0), (4, 7.0)]  # steps, shift
 PICTURED = 16  # prompts
 SHOWN = {  # a number's name in the table
@@ -92,6 +93,16 @@ ROWS = {  # name: the model's class, flags beside the folder's settings, the cla
     ),
     "discriminator": (w2svd.HunyuanVideo, "--gan-weight .03", w2svd.State),
 }
+INPUTS = {  # of the study's rows, in bf16: flags
+    "rollout": "",
+    "lagging": "--fake-lr 2e-4",  # a fifth of the folder's
+    "paired": "--generator-input paired",
+}
+STUDY = {
+    f"{name} alpha {alpha}": (InBf16, f"{flags} --alpha-weak {alpha}", w2svd.State)
+    for alpha in (0, 0.25, 0.5)
+    for name, flags in INPUTS.items()
+}
 
 
 class Judge:
@@ -129,7 +140,7 @@ class Judge:
 
 def run(folder, clips, row, seed):
     """The numbers of one student, with its run's seconds."""
-    Model, flags, State = ROWS[row]
+    Model, flags, State = {**ROWS, **STUDY}[row]
     flags = f"train --model hunyuan --checkpoint {folder} --data {clips} --seed {seed} {flags}"
     with tempfile.TemporaryDirectory() as out, mock.patch.object(w2svd, "State", State):
         with (
@@ -246,6 +257,7 @@ def main():
     parser.add_argument("folder", help="of the pipeline")
     parser.add_argument("clips")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:2])
+    parser.add_argument("--study", action="store_true", help="the study's rows, 4 seeds")
     parser.add_argument("--seeds", type=int, default=3, help="so many at most")
     parser.add_argument("--out", type=Path, help="where results are kept")
     parser.add_argument("--picture", type=Path, help="a .png of the films of --run, and no table")
@@ -257,6 +269,9 @@ def main():
         return picture(given.picture, given.folder, given.run)
     config = w2svd.resolve({"model": "hunyuan", "checkpoint": str(given.folder)})
     form = w2svd.HunyuanVideo.outline(config).form
+    if given.study:
+        given.rows, given.seeds = list(STUDY), len(SEEDS)
+        given.out = given.out or Path(__file__).parent / "study/results/small.json"
     given.out = given.out or (FIRST_FRAME if form else STORED)
     results = json.loads(given.out.read_text()) if given.out.exists() else backbone(given.folder)
     for row in given.rows:
@@ -265,7 +280,8 @@ def main():
                 results[row][str(seed)] = run(given.folder, given.clips, row, seed)
                 w2svd.write_json(given.out, results)
                 print(row, seed, results[row][str(seed)], flush=True)
-    print(table(results))
+    if not given.study:
+        print(table(results))
 
 
 if __name__ == "__main__":
