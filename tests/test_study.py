@@ -12,8 +12,8 @@ import torch
 from scipy import stats
 
 import w2svd
-from toy import mixtures
-from toy.study import moved, probes, report, study
+from toy import mixtures, moved
+from toy.study import probes, report, study
 from toy.study.stack import Lane
 from toy.study.study import Group
 

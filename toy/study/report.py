@@ -150,16 +150,15 @@ def pairs(results):
     for group, jobs in results.items():
         cells = list(next(iter(jobs.values()))["lanes"])
         for before, cell in zip([None, *cells], cells):
-            start, _, alpha = cell.rpartition("alpha ")
+            start, shifted, alpha = cell.rpartition("alpha ")
             if group == "ladder":
                 yield from [(group, cell, before)] if before not in (None, "particles") else ()
-            elif cell == f"{start}alpha 0" or "DMD times" in cell:
+                continue
+            if cell == f"{start}alpha 0" or "DMD times" in cell:
                 continue  # DMD itself
-            elif start and not cell.startswith("gt_weight 0 "):  # beside a second loss
-                yield group, cell, f"{start}DMD times {1 - float(alpha):g}"
-                yield group, cell, f"{start}alpha 0"
-            else:
-                yield group, cell, f"{start}alpha 0"
+            if shifted and (scaled := f"{start}DMD times {1 - float(alpha):g}") in cells:
+                yield group, cell, scaled
+            yield group, cell, f"{start}alpha 0"
 
 
 def pooled(results, against):

@@ -21,12 +21,13 @@ from w2svd import SPIKE, Config, Discriminator, Roles, State, distil, ema_at, lr
 
 @dataclass(frozen=True)
 class Lane:
-    """A run's config, and three knobs that w2svd does not have."""
+    """A run's config, and four knobs that w2svd does not have."""
 
     config: Config
     dmd_scale: float = 1.0  # DMD's gradient is multiplied by it; a second loss is not
     numerator: float | None = None  # alpha_weak in x0_fake - x0_real alone
     denominator: float | None = None  # alpha_weak in |x_gen - x0_real| alone
+    waits: int = 0  # iterations in which the generator stands still while the fake learns
 
 
 def along(numbers, x):
@@ -244,6 +245,8 @@ class Stack(State):
             clip = clip * (SPIKE * usual / norm).clamp(max=1)
         owner = "generator" if role == "generator" else "fake"  # the discriminator's rate too
         lr = self.each(lambda c: getattr(c, f"{owner}_lr") * lr_scale(c, self.iteration))
+        if role == "generator":
+            lr = lr * torch.tensor([self.iteration >= lane.waits for lane in self.lanes])
         decay = 1 - lr * self.each(lambda c: c.fake_weight_decay if role == "fake" else 0.0)
         correction = (1 - beta ** self.updates[role]) ** 0.5
         for p, square in zip(parameters, self.squares[role]):

@@ -28,8 +28,8 @@ from toy.study.stack import Lane, Stack, StackedRoles
 from toy.tasks import RECIPES, Task, preset
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75)
-KNOBS = {"dmd_scale", "numerator", "denominator"}  # of a Lane, not of a Config
-SAMPLES = {"ring": 8192, "videos": 2048}  # of a lane, measured
+KNOBS = {"dmd_scale", "numerator", "denominator", "waits"}  # of a Lane, not of a Config
+SAMPLES = {"ring": 8192, "grid": 8192, "videos": 2048}  # of a lane, measured
 QUICK = {"iterations": 8, "batch": 32}
 KEYS = ("kl", "weight_tv", "clip_frechet", "dynamic_degree")  # kept
 
@@ -39,8 +39,8 @@ def alphas(values=ALPHAS):
     return {f"alpha {alpha:g}": {"alpha_weak": alpha} for alpha in values}
 
 
-def beside(loss, weights, shifts):
-    """W2SVD beside a second loss, and DMD beside it with its own gradient times 1 - alpha.
+def beside(loss, weights, shifts, scaled=True):
+    """W2SVD beside a second loss, and, if scaled, DMD beside it with its gradient times 1 - alpha.
 
     As Adam undoes a common factor, the latter is DMD with the loss's weight over 1 - alpha.
     """
@@ -48,10 +48,10 @@ def beside(loss, weights, shifts):
     for weight in weights:
         for name, cell in alphas(shifts).items():
             cells[f"{loss} {weight:g} {name}"] = cell | {loss: weight}
-        for alpha in shifts if weight else ():
+        for alpha in shifts if weight and scaled else ():
             if alpha:
-                scaled = {"alpha_weak": 0.0, loss: weight, "dmd_scale": 1 - alpha}
-                cells[f"{loss} {weight:g} DMD times {1 - alpha:g}"] = scaled
+                cell = {"alpha_weak": 0.0, loss: weight, "dmd_scale": 1 - alpha}
+                cells[f"{loss} {weight:g} DMD times {1 - alpha:g}"] = cell
     return cells
 
 
@@ -65,6 +65,14 @@ def controls(alpha, lr):
         "numerator alone": {"alpha_weak": 0.0, "numerator": alpha},
         "denominator alone": {"alpha_weak": 0.0, "denominator": alpha},
     }
+
+
+FAKE_CONTROLS = {  # in place of the shift
+    "alpha 0": {"alpha_weak": 0.0},
+    "fake first": {"alpha_weak": 0.0, "waits": 30},  # an eighth of the run
+    # by five times the preset's decay the fake's adapter ends about half as large
+    "fake's decay": {"alpha_weak": 0.0, "fake_weight_decay": 0.5},
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,21 @@ GROUPS = {  # in the order in which they run
     "step": Group(alphas(), SMALL | {"steps": 1}, replicas=2),
     "weak": Group(alphas(), SMALL, replicas=2, training=150),
     "moved": Group(alphas(), SMALL, replicas=2, moved=0.5**0.5),
-    "preset": Group(alphas(), replicas=2),
+    "full": Group(alphas(), SMALL | {"generator": "full", "generator_lr": 5e-4}, replicas=2),
+    "two steps": Group(alphas(), SMALL | {"steps": 2}, replicas=2),
+    "grid": Group(beside("gt_weight", (0.0, 0.05, 0.2), (0.0, 0.5)), PAIRED, "grid", 2),
+    "fake": Group(FAKE_CONTROLS, SMALL | FAST, replicas=2, seeds=range(201, 213)),
+    "ablation": Group(
+        beside("gt_weight", (0.0, 0.05), ALPHAS, scaled=False),
+        CLIPS,
+        "videos",
+        1,
+        seeds=range(45, 50),
+    ),
+    "gan clips": Group(
+        beside("gan_weight", (3.0,), (0.0, 0.5)), SHORT, "videos", 1, seeds=range(45, 50)
+    ),
+    "preset": Group(alphas(), replicas=1),
 }
 
 
