@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before the imports below, wherever it is started from
 
 import w2svd  # noqa: E402
-from toy import small_table, table, tasks  # noqa: E402
-from toy.study import moved, report, side_by_side  # noqa: E402
+from toy import moved, side_by_side, small_table, table, tasks  # noqa: E402
+from toy.study import report  # noqa: E402
 
 PLACES = ("README.md", "toy/README.md", "toy/study/README.md", "tests/README.md")
 READMES = [ROOT / place for place in PLACES]

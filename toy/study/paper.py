@@ -80,32 +80,6 @@ def euler(data, steps, seed):
     return study.rounded(measure(samples), study.KEYS)
 
 
-def table(results):
-    """Each method's KL, its ratio to W2SVD's on the same backbones, motion, and what was chosen."""
-    lines = ["| data | steps | method | KL | KL / W2SVD's | p by Holm | motion | chosen |"]
-    lines.append("|---" * 8 + "|")
-    keys = [key.split(", ", 2) for key in results]
-    found = {}
-    for data, steps, method in keys:
-        ours = results[f"{data}, {steps}, W2SVD"]["runs"]
-        theirs = results[f"{data}, {steps}, {method}"]["runs"]
-        if method != "W2SVD" and method in METHODS:
-            apart = [report.log_kl(theirs[s]) - report.log_kl(ours[s]) for s in theirs]
-            found[data, steps, method] = report.estimate(apart)
-    corrected = dict(zip(found, report.holm([one.p for one in found.values()])))
-    for key in keys:
-        data, steps, method = key
-        row, cells = results[", ".join(key)], ["", "", "", ""]
-        kl = report.estimate([report.log_kl(runs) for runs in row["runs"].values()]).ratio()
-        if tuple(key) in found:
-            cells[:2] = found[tuple(key)].ratio(), f"{corrected[tuple(key)]:.3f}"
-        if data == "videos":
-            cells[2] = report.estimate([report.degree(r) for r in row["runs"].values()]).text(2)
-        cells[3] = ", ".join(f"{name} {value:g}" for name, value in row.get("chosen", {}).items())
-        lines.append(f"| {data} | {steps} | {method} | {kl} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main():
     torch.set_num_threads(1)
     results = json.loads(STORED.read_text()) if STORED.exists() else {}
@@ -135,7 +109,7 @@ def main():
         results[key] = row
         w2svd.write_json(STORED, results)
         print(key, row, flush=True)
-    print(table(results))
+    print(report.paper_table(results))
 
 
 if __name__ == "__main__":

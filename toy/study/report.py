@@ -21,29 +21,26 @@ from toy import plots
 STORED = Path(__file__).parent / "results"
 DRIFT = 0.2  # a run with a larger KL has drifted
 TABLES = {  # the groups of each, and what it is about
-    "beside": (("gt", "gan", "videos"), "W2SVD beside a second loss of weight w"),
+    "beside": (
+        ("gt", "grid", "gan", "videos", "gan clips"),
+        "W2SVD beside a second loss of weight w",
+    ),
     "stability": (
         ("small", "fast", "lagging", "again", "one", "preset"),
         "no second loss, on the ring",
     ),
-    "controls": (("controls",), "the shift by .5, or a smaller step; settings of `fast`"),
+    "controls": (("controls", "fake"), "what might do as the shift; settings of `fast`"),
     "off": (
-        ("narrow", "narrow again", "weak", "moved", "step"),
-        "where the real score is wrong, and in one step",
+        ("narrow", "narrow again", "weak", "moved", "step", "two steps", "full"),
+        "where the real score is wrong; in one step and two; a full generator",
     ),
     "clips": (("clips", "rollout"), "no second loss, on clips, by paired input and by rollout"),
+    "ablation": (("ablation",), "the paper's, on clips by paired input"),
     "ladder": (("ladder",), "from exact scores to learnt ones, each over the rung before"),
 }
-CLIPS = ("videos", "clips", "rollout")
-FAR = (
-    *CLIPS,
-    "gt",
-    "narrow",
-    "narrow again",
-    "step",
-    "weak",
-    "moved",
-)  # where DMD itself is farther than a drift
+CLIPS = ("videos", "clips", "rollout", "ablation", "gan clips")
+# where DMD itself is farther than a drift
+FAR = (*CLIPS, "gt", "grid", "narrow", "narrow again", "step", "two steps", "weak", "moved")
 AGAIN = (("lagging", "again", (0.25,)), ("narrow", "narrow again", (0.25, 0.5, 0.75)))  # new seeds
 REGIMES = ("small", "fast", "lagging", "one")
 
@@ -208,9 +205,7 @@ def table(results, groups):
                 row[8] = linear(jobs, cell)
                 lines.append(row)
     used = [k for k in range(len(lines[0])) if any(line[k] for line in lines[1:])]
-    lines = [[line[k] for k in used] for line in lines]
-    texts = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([texts[0], "|---" * len(used) + "|", *texts[1:]])
+    return markdown([[line[k] for k in used] for line in lines])
 
 
 def linear(jobs, cell):
@@ -219,6 +214,61 @@ def linear(jobs, cell):
     return ", ".join(
         f"{statistics.mean(row[k] for row in rows):.2f}" for k in (rows[0] if rows else ())
     )
+
+
+def paper_table(results):
+    """The paper's table: KL, also over W2SVD's on the same backbones, motion, what was chosen.
+
+    Holm's correction is over all of its comparisons.
+    """
+    found, lines = {}, []
+    for key, row in results.items():
+        ours = results[f"{key.rpartition(', ')[0]}, W2SVD"]["runs"]
+        if "chosen" in row and row["runs"] != ours:
+            found[key] = estimate(
+                [log_kl(runs) - log_kl(ours[s]) for s, runs in row["runs"].items()]
+            )
+    corrected = dict(zip(found, holm([one.p for one in found.values()])))
+    for key, row in results.items():
+        runs = list(row["runs"].values())
+        cells = [*key.split(", "), estimate([log_kl(one) for one in runs]).ratio()]
+        cells += [found[key].ratio(), f"{corrected[key]:.3f}"] if key in found else ["", ""]
+        cells.append(estimate([degree(one) for one in runs]).text(2) if "videos" in key else "")
+        cells.append(
+            ", ".join(f"{name} {value:g}" for name, value in row.get("chosen", {}).items())
+        )
+        lines.append(cells)
+    head = ["data", "steps", "method", "KL", "KL / W2SVD's", "p by Holm", "motion", "chosen"]
+    return markdown([head, *lines])
+
+
+def small_table(results):
+    """The small HunyuanVideo: what its films show, and that minus DMD's; the seed is the unit.
+
+    Holm's correction is over all of its comparisons.
+    """
+    names, cells, found = {"all": "films right", "frechet": "Frechet", "motion": "motion"}, {}, {}
+    for row in (row for row in results if "alpha" in row):
+        dmd = results[row.rpartition("alpha ")[0] + "alpha 0"]
+        for name in names:
+            runs = [(run[name], dmd[seed][name]) for seed, run in results[row].items()]
+            cells[row, name] = estimate([run for run, _ in runs]).text(2)
+            if results[row] is not dmd:
+                found[row, name] = estimate([run - other for run, other in runs])
+    corrected = dict(zip(found, holm([one.p for one in found.values()])))
+    lines = [["runs", *names.values(), *(f"{name} - DMD's" for name in names.values())]]
+    for row in dict.fromkeys(row for row, _ in cells):
+        lines.append([row, *(cells[row, name] for name in names)])
+        for key in ((row, name) for name in names):
+            text = f"{found[key].text(2)}, p {corrected[key]:.2f}" if key in found else ""
+            lines[-1].append(text)
+    return markdown(lines)
+
+
+def markdown(lines):
+    """A table of its first row of cells, the head, and the others."""
+    texts = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([texts[0], "|---" * len(lines[0]) + "|", *texts[1:]])
 
 
 ERRORS = ("real_unshifted", "real", "fake", "difference", "exact_difference", "cosine")
@@ -256,20 +306,19 @@ def errors_table(results):
     """The errors early and at the end of a run, by alpha_weak, and by whether it will drift."""
     rows = {f"alpha_weak {a:g}": lambda alpha, _, a=a: alpha == a for a in (0, 0.25, 0.5, 0.75)}
     rows |= {"will drift": lambda _, drifted: drifted, "will not": lambda _, drifted: not drifted}
-    head = ["runs", "iteration", *(name.replace("_", " ") for name in ERRORS)]
-    lines = [head, ["---"] * len(head)]
+    lines = [["runs", "iteration", *(name.replace("_", " ") for name in ERRORS)]]
     for name, chosen in rows.items():
         found = {key: errors(results, key, chosen) for key in ERRORS}
         iterations = [i for i, values in found["real"].items() if len(values) > 1]
         for iteration in iterations[:1] + iterations[-1:]:
             cells = [estimate(found[key][iteration]) for key in ERRORS]
             lines.append([name, str(iteration), *(e.text(3) for e in cells)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def stability_table(results):
     """Drifts by regime and alpha_weak, and the mean KL of the runs that did not drift."""
-    lines = ["| regime | alpha_weak 0 | .25 | .5 | .75 |", "|---|---|---|---|---|"]
+    lines = [["regime", "alpha_weak 0", ".25", ".5", ".75"]]
     for group in (group for group in REGIMES if group in results):
         cells = []
         for alpha in (0, 0.25, 0.5, 0.75):
@@ -278,8 +327,8 @@ def stability_table(results):
             rest = [kl for kl in kls if kl <= DRIFT]
             mean = f", {statistics.mean(rest):.3f}" if rest else ""
             cells.append(f"{len(kls) - len(rest)} of {len(kls)}{mean}")
-        lines.append(f"| `{group}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"`{group}`", *cells])
+    return markdown(lines)
 
 
 def numbers(results):
@@ -317,9 +366,18 @@ def parts(results):
 def write_tables(out):
     results, made = json.loads((out / "study.json").read_text()), []
     for name, (groups, about) in TABLES.items():
-        made.append(f"## {name.capitalize()}: {about}\n\n{table(results, groups)}\n")
+        if set(groups) & set(results):
+            made.append(f"## {name.capitalize()}: {about}\n\n{table(results, groups)}\n")
     if "fast" in results:
         made.append(f"## Errors of both scores in `fast`\n\n{errors_table(results)}\n")
+    for name, about, table_of in (
+        ("paper", "The paper's table: nine tries for each method", paper_table),
+        ("small", "A small HunyuanVideo in 4 steps, bf16", small_table),
+    ):
+        if (out / f"{name}.json").exists():
+            made.append(
+                f"## {about}\n\n{table_of(json.loads((out / f'{name}.json').read_text()))}\n"
+            )
     head = "# The study's tables\n\nA drift: a KL above .2. See [README](../README.md)."
     (out / "tables.md").write_text("\n\n".join([head, *made]), encoding="utf-8")
 

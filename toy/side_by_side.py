@@ -1,6 +1,6 @@
 """One frozen backbone with two LoRAs beside three models, DMD2's recipe: memory, time and KL.
 
-    python -m toy.study.side_by_side        4 minutes on one CPU core
+    python -m toy.side_by_side        4 minutes on one CPU core
 
 Both are the loop of `w2svd.distil`, in turns, each time in a process of its own: adapters in both
 roles, or whole copies for the generator and the fake beside the frozen backbone. The model is
@@ -22,7 +22,7 @@ import torch
 import w2svd
 from toy.table import spread
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parent / "results"
 STORED = RESULTS / "side_by_side.json"
 ROUNDS = 3  # of an iteration timed after a first one, in turns
 KINDS = {  # the columns: settings of the real code, and the row of methods.json
@@ -107,7 +107,7 @@ def main():
     runs = {name: [] for name in KINDS}
     for _ in range(2):
         for name, (kind, _) in KINDS.items():
-            command = [sys.executable, "-m", "toy.study.side_by_side", kind]
+            command = [sys.executable, "-m", "toy.side_by_side", kind]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             runs[name].append(json.loads(done.stdout))
             print(name, done.stdout, flush=True)
@@ -119,7 +119,7 @@ def main():
         "date": str(date.today()),
         "torch": torch.__version__,
         "hardware": "one CPU core",
-        "command": "python -m toy.study.side_by_side",
+        "command": "python -m toy.side_by_side",
     }
     w2svd.write_json(STORED, stored)
     print(markdown(stored))
