@@ -131,7 +131,7 @@ GROUPS = {  # in the order in which they run
     "gan clips": Group(
         beside("gan_weight", (3.0,), (0.0, 0.5)), SHORT, "videos", 1, seeds=range(45, 50)
     ),
-    "preset": Group(alphas(), replicas=1),
+    "preset": Group(alphas((0.0, 0.25))),
 }
 
 
