@@ -158,13 +158,14 @@ def pairs(results):
             yield group, cell, f"{start}alpha 0"
 
 
-def pooled(results, against):
+def pooled(results, against, group="gt"):
     """W2SVD beside the GT loss over DMD, in log KL, all weights and alphas of a backbone as one.
 
-    against: 'DMD', of weight w / (1 - alpha_weak), or 'alpha 0', of weight w.
+    against: 'DMD', of weight w / (1 - alpha_weak), or 'alpha 0', of weight w. Of the ring ('gt'),
+    or the grid.
     """
-    jobs = results["gt"]
-    keys = [key for key in pairs({"gt": jobs}) if against in key[2] and " 0 " not in key[1]]
+    jobs = results[group]
+    keys = [key for key in pairs({group: jobs}) if against in key[2] and " 0 " not in key[1]]
     values = [
         [a - b for a, b in zip(of_cell(jobs, cell, log_kl), of_cell(jobs, other, log_kl))]
         for _, cell, other in keys
@@ -337,6 +338,8 @@ def numbers(results):
     made = {
         "scaled": pooled(results, "DMD").ratio(),
         "same": pooled(results, "alpha 0").ratio(),
+        "grid_scaled": pooled(results, "DMD", "grid").ratio(),
+        "grid_same": pooled(results, "alpha 0", "grid").ratio(),
         "slope": f"{slope.text(1)}, p {slope.p:.2f}",
     }
     for key, iteration in itertools.product(("exact_difference", "fake"), (60, 120)):

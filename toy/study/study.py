@@ -31,6 +31,7 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75)
 KNOBS = {"dmd_scale", "numerator", "denominator", "waits"}  # of a Lane, not of a Config
 SAMPLES = {"ring": 8192, "grid": 8192, "videos": 2048}  # of a lane, measured
 QUICK = {"iterations": 8, "batch": 32}
+QUICK_SAMPLES = 512
 KEYS = ("kl", "weight_tv", "clip_frechet", "dynamic_degree")  # kept
 
 
@@ -182,15 +183,16 @@ def run(group, seed, quick=False):
         if group.probed and stack.iteration % (iterations // 8) == 0:
             for name, row in zip(names, probes.errors(stack, seed)):
                 along.append({"cell": name, "iteration": stack.iteration, **rounded(row)})
-    done = {"lanes": measured(stack, group, names, seed), "along": along, "linear": {}}
+    lanes = measured(stack, group, names, seed, QUICK_SAMPLES if quick else None)
+    done = {"lanes": lanes, "along": along, "linear": {}}
     for name, row in zip(names, probes.linearity(stack, seed)):
         done["linear"].setdefault(name, []).append(rounded(row))
     return done
 
 
-def measured(stack, group, names, seed):
+def measured(stack, group, names, seed, n=None):
     """{name: [metrics of each lane]} of the averaged generators, each by noise of its own."""
-    samples, _ = probes.students(stack, SAMPLES[group.data], seed + 1_000_000)
+    samples, _ = probes.students(stack, n or SAMPLES[group.data], seed + 1_000_000)
     measure, found = Metrics(stack.task.mixture, samples.shape[1]), {}
     for name, own in zip(names, samples):
         found.setdefault(name, []).append(rounded(measure(own), KEYS))
@@ -210,7 +212,8 @@ def climb(group, seed, quick=False):
         stack.roles.mixture, stack.roles.sigmas = mixture, stack.task.sigmas
         while stack.iteration < stack.config.iterations:
             stack.iterate()
-        found |= measured(stack, group, [name] * group.replicas, seed)
+        n = QUICK_SAMPLES if quick else None
+        found |= measured(stack, group, [name] * group.replicas, seed, n)
     return {"lanes": found, "along": []}
 
 
