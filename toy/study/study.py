@@ -76,6 +76,14 @@ FAKE_CONTROLS = {  # in place of the shift
 }
 
 
+HALVES = {  # of the shift by .75
+    "alpha 0": {"alpha_weak": 0.0},
+    "alpha 0.75": {"alpha_weak": 0.75},
+    "numerator alone": {"alpha_weak": 0.0, "numerator": 0.75},
+    "denominator alone": {"alpha_weak": 0.0, "denominator": 0.75},
+}
+
+
 @dataclass(frozen=True)
 class Group:
     """A question's runs: the cells, what all of their lanes share, and how many there are."""
@@ -132,6 +140,7 @@ GROUPS = {  # in the order in which they run
     "gan clips": Group(
         beside("gan_weight", (3.0,), (0.0, 0.5)), SHORT, "videos", 1, seeds=range(45, 50)
     ),
+    "halves": Group(HALVES, CLIPS, "videos", 1, seeds=range(45, 50)),
     "preset": Group(alphas((0.0, 0.25))),
 }
 
