@@ -76,7 +76,7 @@ def parts():
         "table": table.markdown(results).rstrip(),
         "methods": table.methods(json.loads(METHODS.read_text())),
         "moved": in_short(moved.markdown(json.loads(moved.STORED.read_text()))),
-        **report.parts(report.stored()),
+        **report.numbers(report.stored()),
     }
 
 

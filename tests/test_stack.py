@@ -11,7 +11,7 @@ import torch
 
 import w2svd
 from toy import baselines, mixtures
-from toy.study.stack import Stack
+from toy.study.stack import Lane, Stack
 from toy.tasks import Recipe, Task, preset
 from w2svd import Config, Roles, State, distil
 
@@ -117,3 +117,9 @@ def test_a_spike_of_one_lane_is_cut_by_its_own_norms_and_each_takes_its_own_rate
         assert found == pytest.approx(
             [c.generator_lr * step for c, step in zip(configs, steps)], rel=2e-3
         )
+    stack.lanes[1] = Lane(configs[1], waits=1)  # in the first iteration it stands still
+    for p, old in zip(parameters, before):
+        p.grad, old[:] = torch.ones_like(p), p.detach()
+    stack.update("generator", 123.0)
+    assert not any(torch.equal(p[0], old[0]) for p, old in zip(parameters, before))
+    assert all(torch.equal(p[1], old[1]) for p, old in zip(parameters, before))

@@ -35,18 +35,20 @@ TABLES = {  # the groups of each, and what it is about
         "where the real score is wrong; in one step and two; a full generator",
     ),
     "clips": (("clips", "rollout"), "no second loss, on clips, by paired input and by rollout"),
-    "ablation": (("ablation",), "the paper's, on clips by paired input"),
+    "ablation": (
+        ("ablation", "halves"),
+        "the paper's, on clips by paired input; halves of a shift",
+    ),
     "ladder": (("ladder",), "from exact scores to learnt ones, each over the rung before"),
 }
-CLIPS = ("videos", "clips", "rollout", "ablation", "gan clips")
+CLIPS = ("videos", "clips", "rollout", "ablation", "halves", "gan clips")
 # where DMD itself is farther than a drift
 FAR = (*CLIPS, "gt", "grid", "narrow", "narrow again", "step", "two steps", "weak", "moved")
-AGAIN = (("lagging", "again", (0.25,)), ("narrow", "narrow again", (0.25, 0.5, 0.75)))  # new seeds
 REGIMES = ("small", "fast", "lagging", "one")
 
 
-def stored():
-    return json.loads((STORED / "study.json").read_text())
+def stored(name="study"):
+    return json.loads((STORED / f"{name}.json").read_text())
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -99,6 +101,21 @@ def compare(jobs, cell, other, of=log_kl):
     """cell - other, on the same backbones."""
     pairs = zip(of_cell(jobs, cell, of), of_cell(jobs, other, of), strict=True)
     return estimate([a - b for a, b in pairs])
+
+
+def alphas_of(jobs, start=""):
+    """alpha_weak of the cells whose names begin so."""
+    cells = [
+        cell for cell in next(iter(jobs.values()))["lanes"] if cell.startswith(f"{start}alpha")
+    ]
+    return [float(cell.split()[-1]) for cell in cells]
+
+
+def trend(jobs, start="", of=log_kl):
+    """By how much of() grows from alpha_weak 0 to 1: a straight line through each backbone's."""
+    alphas = alphas_of(jobs, start)
+    values = zip(*(of_cell(jobs, f"{start}alpha {alpha:g}", of) for alpha in alphas))
+    return estimate([np.polyfit(alphas, one, 1)[0] for one in values])
 
 
 def holm(ps):
@@ -217,52 +234,64 @@ def linear(jobs, cell):
     )
 
 
+def paper_comparisons(results):
+    """{row: its log KL - W2SVD's of as many steps on the same data and backbones}."""
+    found = {}
+    for key, row in results.items():
+        data, steps, method = key.split(", ", 2)
+        ours = results[f"{data}, {steps}, W2SVD"]["runs"]
+        if method not in ("Euler", "W2SVD"):
+            logs = [log_kl(runs) - log_kl(ours[seed]) for seed, runs in row["runs"].items()]
+            found[key] = estimate(logs)
+    return found
+
+
 def paper_table(results):
-    """The paper's table: KL, also over W2SVD's on the same backbones, motion, what was chosen.
+    """The paper's table: KL, also over W2SVD's, motion, what was chosen.
 
     Holm's correction is over all of its comparisons.
     """
-    found, lines = {}, []
-    for key, row in results.items():
-        ours = results[f"{key.rpartition(', ')[0]}, W2SVD"]["runs"]
-        if "chosen" in row and row["runs"] != ours:
-            found[key] = estimate(
-                [log_kl(runs) - log_kl(ours[s]) for s, runs in row["runs"].items()]
-            )
+    found = paper_comparisons(results)
     corrected = dict(zip(found, holm([one.p for one in found.values()])))
+    head = ["data", "steps", "method", "KL", "KL / W2SVD's", "p by Holm", "motion", "chosen"]
+    lines = [head]
     for key, row in results.items():
-        runs = list(row["runs"].values())
-        cells = [*key.split(", "), estimate([log_kl(one) for one in runs]).ratio()]
+        runs, chosen = list(row["runs"].values()), row.get("chosen", {})
+        cells = [*key.split(", ", 2), estimate([log_kl(one) for one in runs]).ratio()]
         cells += [found[key].ratio(), f"{corrected[key]:.3f}"] if key in found else ["", ""]
         cells.append(estimate([degree(one) for one in runs]).text(2) if "videos" in key else "")
-        cells.append(
-            ", ".join(f"{name} {value:g}" for name, value in row.get("chosen", {}).items())
-        )
-        lines.append(cells)
-    head = ["data", "steps", "method", "KL", "KL / W2SVD's", "p by Holm", "motion", "chosen"]
-    return markdown([head, *lines])
+        lines.append([*cells, ", ".join(f"{name} {value:g}" for name, value in chosen.items())])
+    return markdown(lines)
+
+
+SHOWN = {"all": "films right", "frechet": "Frechet", "motion": "pixels a frame"}
+
+
+def small_comparisons(results):
+    """{(row, number): that of the small HunyuanVideo - DMD's}; the seed is the unit."""
+    found = {}
+    for row in (row for row in results if "alpha" in row and not row.endswith("alpha 0")):
+        dmd = results[row.rpartition("alpha")[0] + "alpha 0"]
+        for name in SHOWN:
+            apart = [run[name] - dmd[seed][name] for seed, run in results[row].items()]
+            found[row, name] = estimate(apart)
+    return found
 
 
 def small_table(results):
-    """The small HunyuanVideo: what its films show, and that minus DMD's; the seed is the unit.
+    """What the films of the small HunyuanVideo show, and that minus DMD's.
 
     Holm's correction is over all of its comparisons.
     """
-    names, cells, found = {"all": "films right", "frechet": "Frechet", "motion": "motion"}, {}, {}
-    for row in (row for row in results if "alpha" in row):
-        dmd = results[row.rpartition("alpha ")[0] + "alpha 0"]
-        for name in names:
-            runs = [(run[name], dmd[seed][name]) for seed, run in results[row].items()]
-            cells[row, name] = estimate([run for run, _ in runs]).text(2)
-            if results[row] is not dmd:
-                found[row, name] = estimate([run - other for run, other in runs])
+    found = small_comparisons(results)
     corrected = dict(zip(found, holm([one.p for one in found.values()])))
-    lines = [["runs", *names.values(), *(f"{name} - DMD's" for name in names.values())]]
-    for row in dict.fromkeys(row for row, _ in cells):
-        lines.append([row, *(cells[row, name] for name in names)])
-        for key in ((row, name) for name in names):
-            text = f"{found[key].text(2)}, p {corrected[key]:.2f}" if key in found else ""
-            lines[-1].append(text)
+    lines = [["runs", *SHOWN.values(), *(f"{name} - DMD's, p by Holm" for name in SHOWN.values())]]
+    for row in (row for row in results if "alpha" in row):
+        cells = [estimate([run[name] for run in results[row].values()]).text(2) for name in SHOWN]
+        for key in ((row, name) for name in SHOWN):
+            text = f"{found[key].text(2)}, {corrected[key]:.2f}" if key in found else ""
+            cells.append(text)
+        lines.append([row, *cells])
     return markdown(lines)
 
 
@@ -317,21 +346,6 @@ def errors_table(results):
     return markdown(lines)
 
 
-def stability_table(results):
-    """Drifts by regime and alpha_weak, and the mean KL of the runs that did not drift."""
-    lines = [["regime", "alpha_weak 0", ".25", ".5", ".75"]]
-    for group in (group for group in REGIMES if group in results):
-        cells = []
-        for alpha in (0, 0.25, 0.5, 0.75):
-            jobs = results[group].values()
-            kls = [run["kl"] for job in jobs for run in job["lanes"][f"alpha {alpha:g}"]]
-            rest = [kl for kl in kls if kl <= DRIFT]
-            mean = f", {statistics.mean(rest):.3f}" if rest else ""
-            cells.append(f"{len(kls) - len(rest)} of {len(kls)}{mean}")
-        lines.append([f"`{group}`", *cells])
-    return markdown(lines)
-
-
 def numbers(results):
     """{name: a number of the README's sentences}, with its interval."""
     slope, found = logistic(results), comparisons(results)
@@ -341,29 +355,28 @@ def numbers(results):
         "grid_scaled": pooled(results, "DMD", "grid").ratio(),
         "grid_same": pooled(results, "alpha 0", "grid").ratio(),
         "slope": f"{slope.text(1)}, p {slope.p:.2f}",
+        "ablation": trend(results["ablation"], "gt_weight 0 ").ratio(),
+        "ablation_gt": trend(results["ablation"], "gt_weight 0.05 ").ratio(),
+        "motion": trend(results["ablation"], "gt_weight 0 ", degree).text(2),
+        "motion_gt": trend(results["ablation"], "gt_weight 0.05 ", degree).text(2),
     }
+    for alpha in alphas_of(results["small"]):
+        cells = [job["lanes"][f"alpha {alpha:g}"] for g in REGIMES for job in results[g].values()]
+        drifts = sum(run["kl"] > DRIFT for runs in cells for run in runs)
+        made[f"drifts {alpha:g}"] = str(drifts)
     for key, iteration in itertools.product(("exact_difference", "fake"), (60, 120)):
         gap = before_a_drift(results, key).get(iteration)
         made[f"before_{key}_{iteration}"] = gap.text(3) if gap else ""
-    for first, second, alphas in AGAIN:
-        both = {**results[first], **results[second]}
-        for alpha in alphas:
-            ratio = compare(both, f"alpha {alpha:g}", "alpha 0").ratio()
-            made[f"{first} both {alpha}".replace(" ", "_")] = ratio
     for cell in next(iter(results["ladder"].values()))["lanes"]:
-        made[f"rung_{cell}".replace(" ", "_")] = estimate(
-            of_cell(results["ladder"], cell, log_kl)
-        ).ratio()
+        made[f"rung {cell}"] = estimate(of_cell(results["ladder"], cell, log_kl)).ratio()
+    for row, ratio in paper_comparisons(stored("paper")).items():
+        made[f"paper {row}"] = ratio.ratio()
+    for key, difference in small_comparisons(stored("small")).items():
+        made[f"small {' '.join(key)}"] = difference.text(2)
     for (group, cell, other), (ratio, _) in found.items():
         over = f" over {other}" if "weight" in other else ""
-        made[f"{group} {cell}{over}".replace(" ", "_")] = ratio.ratio()
-    return {re.sub(r"\W", "", f"n_{name}"): text for name, text in made.items()}
-
-
-def parts(results):
-    """{name: table or number}, for the places of these names in a README."""
-    made = {"study_stability": stability_table(results), "study_errors": errors_table(results)}
-    return made | numbers(results)
+        made[f"{group} {cell}{over}"] = ratio.ratio()
+    return {re.sub(r"[^\w ]", "", f"n_{name}").replace(" ", "_"): x for name, x in made.items()}
 
 
 def write_tables(out):
@@ -398,12 +411,12 @@ def line(name, points):
 
 
 def reweighting(results, path):
-    """KL beside the GT loss, against its weight w and against w / (1 - alpha_weak)."""
+    """KL beside the GT loss by its weight w, by w / (1 - alpha_weak); of clips by alpha_weak."""
     jobs, panels = results["gt"], []
-    xlabels = ["weight w of the GT loss", "w / (1 - alpha_weak)"]
+    xlabels = ["weight w of the GT loss", "w / (1 - alpha_weak)", "alpha_weak"]
     for title, along in (
-        ("By the weight: three methods", False),
-        ("Re-weighted: nearly one", True),
+        ("Ring, by the weight: three methods", False),
+        ("Ring, re-weighted: nearly one", True),
     ):
         lines = []
         for alpha in (0, 0.5, 0.75):
@@ -417,7 +430,18 @@ def reweighting(results, path):
                     points[w / left] = estimate(of_cell(jobs, cell, log_kl))
             lines.append(line(f"W2SVD, alpha_weak {alpha}" if alpha else "DMD", points))
         panels.append((title, lines))
-    labels, ticks = ["KL to the data, nats", ""], [0.4, 0.6, 1, 2, 3]
+    lines = []
+    for name, group, start in (
+        ("paired", "ablation", "gt_weight 0 "),
+        ("paired, GT loss of .05", "ablation", "gt_weight 0.05 "),
+        ("by rollouts", "rollout", ""),
+    ):
+        jobs = results[group]
+        cells = {a: f"{start}alpha {a:g}" for a in alphas_of(jobs, start)}
+        found = {a: estimate(of_cell(jobs, cell, log_kl)) for a, cell in cells.items()}
+        lines.append(line(name, found))
+    panels.append(("Clips: paired is farther", lines))
+    labels, ticks = ["KL to the data, nats", "", ""], [0.4, 0.6, 1, 2, 3]
     return plots.curves(path, panels, xlabels, labels, log=True, yticks=ticks)
 
 
@@ -441,7 +465,7 @@ def write(out):
     """tables.md and the figures, beside study.json."""
     results = json.loads((out / "study.json").read_text())
     write_tables(out)
-    if "gt" in results:
+    if {"gt", "ablation", "rollout"} <= set(results):
         reweighting(results, out / "reweighting.png")
     if "fast" in results:
         why(results, out / "why.png")

@@ -31,7 +31,6 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75)
 KNOBS = {"dmd_scale", "numerator", "denominator", "waits"}  # of a Lane, not of a Config
 SAMPLES = {"ring": 8192, "grid": 8192, "videos": 2048}  # of a lane, measured
 QUICK = {"iterations": 8, "batch": 32}
-QUICK_SAMPLES = 512
 KEYS = ("kl", "weight_tv", "clip_frechet", "dynamic_degree")  # kept
 
 
@@ -192,7 +191,7 @@ def run(group, seed, quick=False):
         if group.probed and stack.iteration % (iterations // 8) == 0:
             for name, row in zip(names, probes.errors(stack, seed)):
                 along.append({"cell": name, "iteration": stack.iteration, **rounded(row)})
-    lanes = measured(stack, group, names, seed, QUICK_SAMPLES if quick else None)
+    lanes = measured(stack, group, names, seed, 512 if quick else None)
     done = {"lanes": lanes, "along": along, "linear": {}}
     for name, row in zip(names, probes.linearity(stack, seed)):
         done["linear"].setdefault(name, []).append(rounded(row))
@@ -221,7 +220,7 @@ def climb(group, seed, quick=False):
         stack.roles.mixture, stack.roles.sigmas = mixture, stack.task.sigmas
         while stack.iteration < stack.config.iterations:
             stack.iterate()
-        n = QUICK_SAMPLES if quick else None
+        n = 512 if quick else None
         found |= measured(stack, group, [name] * group.replicas, seed, n)
     return {"lanes": found, "along": []}
 
