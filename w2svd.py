@@ -60,8 +60,8 @@ default are the GT loss, which trades motion for picture quality in the paper's 
 discriminator, which reads the frozen backbone; a first image is read where the checkpoint is
 image-to-video; alpha_strong (not printed there), denominators, average and optimizer are peers',
 the author's later code's or ours; the toy's preset trains from rollouts, its fake on final samples
-alone and with a decay. On our points the weak shift was a re-weighting: beside a GT loss nearly
-that loss's weight over 1 - alpha_weak, alone nothing; on paired clips it was farther (toy/study).
+alone and with a decay. On our ring the weak shift was a re-weighting: beside a GT loss nearly its
+weight over 1 - alpha_weak, alone nothing told apart; on paired clips it was farther (toy/study).
 """
 
 import argparse

@@ -33,7 +33,7 @@ from w2svd import few_step_sigmas
 
 STORED = Path(__file__).parent / "results/small.json"
 FIRST_FRAME = STORED.with_name("small_first_frame.json")
-SEEDS = range(60, 64)  # no trial used them
+SEEDS = range(60, 64)  # no trial used them; the table has three of them, the study all
 EULER = [(28, 3.0), (28, 5.0), (4, 1.0), (4, 3.0), (4, 5.0), (4, 7.0)]  # steps, shift
 PICTURED = 16  # prompts
 SHOWN = {  # a number's name in the table

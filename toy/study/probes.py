@@ -84,7 +84,7 @@ def linearity(stack, seed, n=256):
     """What the shift makes of DMD's difference x0_fake - x0_real, at each lane's own samples.
 
     Its length over DMD's, 1 - alpha_weak where the velocity is linear in the adapter, and the
-    cosine of the two, over LEVELS together.
+    cosine of the two. Samples and LEVELS are one vector: uneven lengths lower the cosine too.
     """
     samples, cond = students(stack, n, seed, averaged=False)
     rng, pairs = torch.Generator().manual_seed(seed), []

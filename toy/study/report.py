@@ -84,6 +84,7 @@ def estimate(values):
 
 
 def log_kl(runs):
+    """The mean log of a few runs' KLs; each counts as .001 at least, as exact samples' are 0."""
     return statistics.mean(math.log(max(run["kl"], 1e-3)) for run in runs)
 
 
@@ -97,10 +98,15 @@ def of_cell(jobs, cell, of):
     return [of(job["lanes"][cell]) for job in jobs.values()]
 
 
+def apart(jobs, cell, other, of=log_kl):
+    """of() of a cell minus another's, on the same backbones: a list over them."""
+    pairs = zip(of_cell(jobs, cell, of), of_cell(jobs, other, of), strict=True)
+    return [a - b for a, b in pairs]
+
+
 def compare(jobs, cell, other, of=log_kl):
     """cell - other, on the same backbones."""
-    pairs = zip(of_cell(jobs, cell, of), of_cell(jobs, other, of), strict=True)
-    return estimate([a - b for a, b in pairs])
+    return estimate(apart(jobs, cell, other, of))
 
 
 def alphas_of(jobs, start=""):
@@ -109,13 +115,6 @@ def alphas_of(jobs, start=""):
         cell for cell in next(iter(jobs.values()))["lanes"] if cell.startswith(f"{start}alpha")
     ]
     return [float(cell.split()[-1]) for cell in cells]
-
-
-def trend(jobs, start="", of=log_kl):
-    """By how much of() grows from alpha_weak 0 to 1: a straight line through each backbone's."""
-    alphas = alphas_of(jobs, start)
-    values = zip(*(of_cell(jobs, f"{start}alpha {alpha:g}", of) for alpha in alphas))
-    return estimate([np.polyfit(alphas, one, 1)[0] for one in values])
 
 
 def holm(ps):
@@ -175,19 +174,27 @@ def pairs(results):
             yield group, cell, f"{start}alpha 0"
 
 
-def pooled(results, against, group="gt"):
+def pooled(results, against):
     """W2SVD beside the GT loss over DMD, in log KL, all weights and alphas of a backbone as one.
 
-    against: 'DMD', of weight w / (1 - alpha_weak), or 'alpha 0', of weight w. Of the ring ('gt'),
-    or the grid.
+    against: 'DMD', of weight w / (1 - alpha_weak), or 'alpha 0', of weight w.
     """
-    jobs = results[group]
-    keys = [key for key in pairs({group: jobs}) if against in key[2] and " 0 " not in key[1]]
+    jobs = results["gt"]
+    keys = [key for key in pairs({"gt": jobs}) if against in key[2] and " 0 " not in key[1]]
     values = [
         [a - b for a, b in zip(of_cell(jobs, cell, log_kl), of_cell(jobs, other, log_kl))]
         for _, cell, other in keys
     ]
     return estimate([statistics.mean(column) for column in zip(*values)])
+
+
+def over_all_dmd(results, cell):
+    """A control's log KL - the mean of the three cells that are DMD to Adam, over backbones."""
+    jobs, again = results["controls"], results["fake"]
+    dmd = [apart(jobs, cell, name) for name in ("alpha 0", "gradient scaled")]
+    own, other = of_cell(jobs, cell, log_kl), of_cell(again, "alpha 0", log_kl)
+    dmd.append([a - b for a, b in zip(own, other)])
+    return [statistics.mean(column) for column in zip(*dmd)]
 
 
 def comparisons(results):
@@ -234,15 +241,15 @@ def linear(jobs, cell):
     )
 
 
-def paper_comparisons(results):
-    """{row: its log KL - W2SVD's of as many steps on the same data and backbones}."""
+def paper_comparisons(results, against="W2SVD"):
+    """{row: its log KL - another method's of as many steps on the same data and backbones}."""
     found = {}
     for key, row in results.items():
         data, steps, method = key.split(", ", 2)
-        ours = results[f"{data}, {steps}, W2SVD"]["runs"]
-        if method not in ("Euler", "W2SVD"):
-            logs = [log_kl(runs) - log_kl(ours[seed]) for seed, runs in row["runs"].items()]
-            found[key] = estimate(logs)
+        other = results.get(f"{data}, {steps}, {against}")
+        if other and method not in ("Euler", against):
+            pairs = [(runs, other["runs"][seed]) for seed, runs in row["runs"].items()]
+            found[key] = estimate([log_kl(runs) - log_kl(theirs) for runs, theirs in pairs])
     return found
 
 
@@ -305,12 +312,12 @@ ERRORS = ("real_unshifted", "real", "fake", "difference", "exact_difference", "c
 
 
 def errors(results, key, chosen):
-    """An error in `fast`'s runs: {iteration: [one number for each backbone]}.
+    """An error in `fast`'s runs: {iteration: {backbone: number}}.
 
     chosen(alpha_weak, whether the run will have drifted at its end): which runs count.
     """
     found = {}
-    for job in results["fast"].values():
+    for seed, job in results["fast"].items():
         ends = [run["kl"] > DRIFT for runs in job["lanes"].values() for run in runs]
         for iteration in sorted({row["iteration"] for row in job["along"]}):
             rows = [row for row in job["along"] if row["iteration"] == iteration]
@@ -320,7 +327,7 @@ def errors(results, key, chosen):
                 if chosen(float(row["cell"].split()[1]), drifted)
             ]
             if values:
-                found.setdefault(iteration, []).append(statistics.mean(values))
+                found.setdefault(iteration, {})[seed] = statistics.mean(values)
     return found
 
 
@@ -328,8 +335,8 @@ def before_a_drift(results, key):
     """{iteration: an error of the runs that will have drifted - of the others}."""
     drifts = errors(results, key, lambda _, drifted: drifted)
     others = errors(results, key, lambda _, drifted: not drifted)
-    pairs = {i: [a - b for a, b in zip(drifts[i], others[i])] for i in drifts if i in others}
-    return {i: estimate(values) for i, values in pairs.items() if len(drifts[i]) == len(others[i])}
+    gaps = {i: [drifts[i][s] - others[i][s] for s in drifts[i] if s in others[i]] for i in drifts}
+    return {i: estimate(values) for i, values in gaps.items()}
 
 
 def errors_table(results):
@@ -341,39 +348,41 @@ def errors_table(results):
         found = {key: errors(results, key, chosen) for key in ERRORS}
         iterations = [i for i, values in found["real"].items() if len(values) > 1]
         for iteration in iterations[:1] + iterations[-1:]:
-            cells = [estimate(found[key][iteration]) for key in ERRORS]
+            cells = [estimate(list(found[key][iteration].values())) for key in ERRORS]
             lines.append([name, str(iteration), *(e.text(3) for e in cells)])
     return markdown(lines)
 
 
 def numbers(results):
     """{name: a number of the README's sentences}, with its interval."""
-    slope, found = logistic(results), comparisons(results)
+    slope, paper, small = logistic(results), stored("paper"), stored("small")
     made = {
         "scaled": pooled(results, "DMD").ratio(),
         "same": pooled(results, "alpha 0").ratio(),
-        "grid_scaled": pooled(results, "DMD", "grid").ratio(),
-        "grid_same": pooled(results, "alpha 0", "grid").ratio(),
         "slope": f"{slope.text(1)}, p {slope.p:.2f}",
-        "ablation": trend(results["ablation"], "gt_weight 0 ").ratio(),
-        "ablation_gt": trend(results["ablation"], "gt_weight 0.05 ").ratio(),
-        "motion": trend(results["ablation"], "gt_weight 0 ", degree).text(2),
-        "motion_gt": trend(results["ablation"], "gt_weight 0.05 ", degree).text(2),
+        "halves": compare(results["halves"], "numerator alone", "denominator alone").ratio(),
+        "rate": estimate(over_all_dmd(results, "rate scaled")).ratio(),
     }
     for alpha in alphas_of(results["small"]):
         cells = [job["lanes"][f"alpha {alpha:g}"] for g in REGIMES for job in results[g].values()]
-        drifts = sum(run["kl"] > DRIFT for runs in cells for run in runs)
-        made[f"drifts {alpha:g}"] = str(drifts)
+        made[f"drifts {alpha:g}"] = str(sum(run["kl"] > DRIFT for runs in cells for run in runs))
+    for alpha in ("0.25", "0.5"):  # clips by paired input, two sets of backbones
+        first = apart(results["clips"], f"alpha {alpha}", "alpha 0")
+        second = apart(results["ablation"], f"gt_weight 0 alpha {alpha}", "gt_weight 0 alpha 0")
+        made[f"clips both {alpha}"] = estimate(first + second).ratio()
+    for weight in ("0", "0.05"):
+        cells = f"gt_weight {weight} alpha 0.75", f"gt_weight {weight} alpha 0"
+        made[f"motion {weight}"] = compare(results["ablation"], *cells, degree).text(2)
     for key, iteration in itertools.product(("exact_difference", "fake"), (60, 120)):
-        gap = before_a_drift(results, key).get(iteration)
-        made[f"before_{key}_{iteration}"] = gap.text(3) if gap else ""
+        made[f"before_{key}_{iteration}"] = before_a_drift(results, key)[iteration].text(3)
     for cell in next(iter(results["ladder"].values()))["lanes"]:
         made[f"rung {cell}"] = estimate(of_cell(results["ladder"], cell, log_kl)).ratio()
-    for row, ratio in paper_comparisons(stored("paper")).items():
-        made[f"paper {row}"] = ratio.ratio()
-    for key, difference in small_comparisons(stored("small")).items():
-        made[f"small {' '.join(key)}"] = difference.text(2)
-    for (group, cell, other), (ratio, _) in found.items():
+    for against in ("W2SVD", "W2SVD, paired"):
+        for row, ratio in paper_comparisons(paper, against).items():
+            made[f"paper {row} over {against}"] = ratio.ratio()
+    for key, difference in small_comparisons(small).items():
+        made[f"small {' '.join(key)}"] = difference.text(3 if "frechet" in key else 2)
+    for (group, cell, other), (ratio, _) in comparisons(results).items():
         over = f" over {other}" if "weight" in other else ""
         made[f"{group} {cell}{over}"] = ratio.ratio()
     return {re.sub(r"[^\w ]", "", f"n_{name}").replace(" ", "_"): x for name, x in made.items()}
@@ -413,10 +422,10 @@ def line(name, points):
 def reweighting(results, path):
     """KL beside the GT loss by its weight w, by w / (1 - alpha_weak); of clips by alpha_weak."""
     jobs, panels = results["gt"], []
-    xlabels = ["weight w of the GT loss", "w / (1 - alpha_weak)", "alpha_weak"]
+    same, scaled = (math.exp(pooled(results, other).mean) for other in ("alpha 0", "DMD"))
     for title, along in (
-        ("Ring, by the weight: three methods", False),
-        ("Ring, re-weighted: nearly one", True),
+        (f"Ring, by w: {same:.1f} times DMD's", False),
+        (f"By w / (1 - alpha_weak): {scaled:.1f} times", True),
     ):
         lines = []
         for alpha in (0, 0.5, 0.75):
@@ -424,7 +433,7 @@ def reweighting(results, path):
             for w in (0.05, 0.2):
                 found = estimate(of_cell(jobs, f"gt_weight {w:g} alpha {alpha:g}", log_kl))
                 points[w / (1 - alpha) if along else w] = found
-            if along and not alpha:
+            if along and not alpha:  # at .2 the point is DMD's own, not that of .05 and .25
                 for w, left in ((0.05, 0.5), (0.2, 0.5), (0.2, 0.25)):
                     cell = f"gt_weight {w:g} DMD times {left:g}"
                     points[w / left] = estimate(of_cell(jobs, cell, log_kl))
@@ -436,13 +445,15 @@ def reweighting(results, path):
         ("paired, GT loss of .05", "ablation", "gt_weight 0.05 "),
         ("by rollouts", "rollout", ""),
     ):
-        jobs = results[group]
-        cells = {a: f"{start}alpha {a:g}" for a in alphas_of(jobs, start)}
-        found = {a: estimate(of_cell(jobs, cell, log_kl)) for a, cell in cells.items()}
+        cells = {a: f"{start}alpha {a:g}" for a in alphas_of(results[group], start)}
+        found = {a: estimate(of_cell(results[group], cells[a], log_kl)) for a in cells}
         lines.append(line(name, found))
-    panels.append(("Clips: paired is farther", lines))
+    cells = "gt_weight 0 alpha 0.75", "gt_weight 0 alpha 0"
+    times = math.exp(compare(results["ablation"], *cells).mean)
+    panels.append((f"Clips, paired at .75: {times:.1f} times", lines))
+    xlabels = ["weight w of the GT loss", "w / (1 - alpha_weak)", "alpha_weak"]
     labels, ticks = ["KL to the data, nats", "", ""], [0.4, 0.6, 1, 2, 3]
-    return plots.curves(path, panels, xlabels, labels, log=True, yticks=ticks)
+    return plots.curves(path, panels, xlabels, labels, log=True, yticks=ticks, sharey=True)
 
 
 def why(results, path):
@@ -453,7 +464,7 @@ def why(results, path):
         lines = []
         for key, name in names.items():
             found = errors(results, key, lambda a, _, alpha=alpha: a == alpha)
-            points = {i: estimate(values) for i, values in found.items()}
+            points = {i: estimate(list(values.values())) for i, values in found.items()}
             low, mean, high = ([e.mean + s * e.half for e in points.values()] for s in (-1, 0, 1))
             lines.append((name, list(points), mean, low, high))
         panels.append((f"alpha_weak {alpha}", lines))

@@ -27,7 +27,7 @@ class Lane:
     dmd_scale: float = 1.0  # DMD's gradient is multiplied by it; a second loss is not
     numerator: float | None = None  # alpha_weak in x0_fake - x0_real alone
     denominator: float | None = None  # alpha_weak in |x_gen - x0_real| alone
-    waits: int = 0  # iterations in which the generator stands still while the fake learns
+    waits: int = 0  # iterations, of its own, in which the generator stands still
 
 
 def along(numbers, x):

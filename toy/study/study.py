@@ -55,6 +55,14 @@ def beside(loss, weights, shifts, scaled=True):
     return cells
 
 
+def halves(alpha):
+    """alpha_weak in one of the two places alone where DMD's gradient reads the real DiT."""
+    return {
+        "numerator alone": {"alpha_weak": 0.0, "numerator": alpha},
+        "denominator alone": {"alpha_weak": 0.0, "denominator": alpha},
+    }
+
+
 def controls(alpha, lr):
     """What might do the same as the shift: a smaller step, or half of the shift."""
     left = 1 - alpha
@@ -62,8 +70,7 @@ def controls(alpha, lr):
         "alpha 0": {"alpha_weak": 0.0},
         "gradient scaled": {"alpha_weak": 0.0, "dmd_scale": left},
         "rate scaled": {"alpha_weak": 0.0, "generator_lr": lr * left},
-        "numerator alone": {"alpha_weak": 0.0, "numerator": alpha},
-        "denominator alone": {"alpha_weak": 0.0, "denominator": alpha},
+        **halves(alpha),
     }
 
 
@@ -72,14 +79,6 @@ FAKE_CONTROLS = {  # in place of the shift
     "fake first": {"alpha_weak": 0.0, "waits": 30},  # an eighth of the run
     # by five times the preset's decay the fake's adapter ends about half as large
     "fake's decay": {"alpha_weak": 0.0, "fake_weight_decay": 0.5},
-}
-
-
-HALVES = {  # of the shift by .75
-    "alpha 0": {"alpha_weak": 0.0},
-    "alpha 0.75": {"alpha_weak": 0.75},
-    "numerator alone": {"alpha_weak": 0.0, "numerator": 0.75},
-    "denominator alone": {"alpha_weak": 0.0, "denominator": 0.75},
 }
 
 
@@ -139,7 +138,7 @@ GROUPS = {  # in the order in which they run
     "gan clips": Group(
         beside("gan_weight", (3.0,), (0.0, 0.5)), SHORT, "videos", 1, seeds=range(45, 50)
     ),
-    "halves": Group(HALVES, CLIPS, "videos", 1, seeds=range(45, 50)),
+    "halves": Group(alphas((0.0, 0.75)) | halves(0.75), CLIPS, "videos", 1, seeds=range(45, 50)),
     "preset": Group(alphas((0.0, 0.25))),
 }
 
