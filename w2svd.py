@@ -61,7 +61,7 @@ discriminator, which reads the frozen backbone; a first image is read where the 
 image-to-video; alpha_strong (not printed there), denominators, average and optimizer are peers',
 the author's later code's or ours; the toy's preset trains from rollouts, its fake on final samples
 alone and with a decay. On our ring the weak shift was a re-weighting: beside a GT loss nearly its
-weight over 1 - alpha_weak, alone nothing told apart; on paired clips it was farther (toy/study).
+weight over 1 - alpha_weak, alone nothing resolved; on paired clips it was farther (toy/study).
 """
 
 import argparse
@@ -1515,7 +1515,7 @@ class VideoTask:
         if machine.shard and ranks() == 1:
             raise Refused("--shard splits the backbone over processes: start them by torchrun.")
         if self.device == "cpu" and model.module.num_parameters() > 1e9:
-            raise Refused(f"A model of this size needs a GPU; torch finds none. There: {EXAMPLE}")
+            raise Refused("A model of this size needs a GPU, and torch finds none here.")
         self.clips = encoded_clips(self.config, model)
         some = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(0))
         self.filmed = [self.clips[i] for i in some[: films_at_once(model)]]

@@ -1,6 +1,6 @@
 """Fine-tuning before distillation, on data that the backbone does not know: a table of the toy.
 
-    python -m toy.moved        3 seeds, 5 minutes on one CPU core
+    python -m toy.moved        3 seeds, 5 minutes on one CPU core; a stored seed is kept
 
 The ring moved by half its radius after the backbone learnt it. `toy.baselines.finetune` learns the
 moved ring by flow matching; its adapter is added to the backbone's weights, and W2SVD distils the

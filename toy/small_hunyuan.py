@@ -284,8 +284,10 @@ def main():
         train(given.train)
     if given.folder:
         build(given.folder, first_frame=given.first_frame)
+        print(f"wrote {given.folder}")
     if given.clips:
         write_clips(given.clips, given.number)
+        print(f"wrote {given.number} clips into {given.clips}")
     if given.measure:
         measure(given.measure, given.run)
 

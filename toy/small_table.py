@@ -28,6 +28,7 @@ from toy import plots
 from toy.metrics import distances
 from toy.shapes import CAPTIONS, draw_clip, draw_clips, right, shares
 from toy.small_hunyuan import encode_captions
+from toy.study import report
 from toy.table import spread
 from w2svd import few_step_sigmas
 
@@ -256,7 +257,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="of the pipeline")
     parser.add_argument("clips")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:2])
+    rows = {"choices": ROWS, "default": list(ROWS)[:2], "metavar": "ROW"}
+    parser.add_argument("--rows", nargs="+", help="; ".join(ROWS), **rows)
     parser.add_argument("--study", action="store_true", help="the study's rows, 4 seeds")
     parser.add_argument("--seeds", type=int, default=3, help="so many at most")
     parser.add_argument("--out", type=Path, help="where results are kept")
@@ -280,8 +282,7 @@ def main():
                 results[row][str(seed)] = run(given.folder, given.clips, row, seed)
                 w2svd.write_json(given.out, results)
                 print(row, seed, results[row][str(seed)], flush=True)
-    if not given.study:
-        print(table(results))
+    print(report.small_table(results) if given.study else table(results))
 
 
 if __name__ == "__main__":

@@ -254,3 +254,4 @@ def main():
         w2svd.write_json(path, results)
         print(name, seed, done["seconds"], "s", flush=True)
     report.write(out)
+    print(f"wrote {out}/tables.md{', a sketch that shows no effect' if options.quick else ''}")
