@@ -84,7 +84,6 @@ ROWS = {  # name: the model's class, flags beside the folder's settings, the cla
     "bf16, stream in bf16": (StreamInBf16, "", w2svd.State),
     "bf16, epsilon 1e-8": (InBf16, "", UsualEpsilon),
     "bf16, warm-up of 100": (InBf16, "--fake-warmup 100", w2svd.State),
-    "float32, warm-up of 100": (w2svd.HunyuanVideo, "--fake-warmup 100", w2svd.State),
     "alpha_weak 0": (w2svd.HunyuanVideo, "--alpha-weak 0", w2svd.State),
     "paired": (w2svd.HunyuanVideo, "--generator-input paired", w2svd.State),
     "paired, GT loss": (
