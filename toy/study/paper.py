@@ -27,7 +27,6 @@ TUNING = range(100, 103)
 SEEDS = {"ring": range(221, 227), "videos": range(45, 50)}
 SIZE = {"ring": study.SMALL, "videos": study.SHORT}
 LR_SCALE = {"ring": 1.0, "videos": 0.5}  # of all rates, as in the presets
-PAIRED = {"generator_input": "paired", "fake_samples": "all"}
 DMD2 = {"generator": "full", "fake": "full", "alpha_weak": 0.0, "fake_weight_decay": 0.0}
 LORA, FULL = (5e-4, 1e-3, 2e-3), (2e-4, 5e-4, 1e-3)  # rates of generators
 RATES = {"generator_lr": LORA, "fake_lr": (1e-3, 2e-3, 4e-3)}
@@ -35,8 +34,8 @@ METHODS = {  # what differs from the preset, and the tries: three by three
     "LCM": ({}, {"generator_lr": (3e-3, 1e-2, 3e-2), "ema": (0.9, 0.95, 0.98)}),
     "DMD2": (DMD2 | {"gan_weight": 0.003}, {"generator_lr": FULL, "fake_lr": (5e-4, 1e-3, 2e-3)}),
     "W2SVD": ({}, RATES),
-    "W2SVD, paired": (PAIRED, RATES),
-    "W2SVD, paired, GT loss": (PAIRED, {"generator_lr": LORA, "gt_weight": (0.02, 0.05, 0.2)}),
+    "W2SVD, paired": (study.INPUT, RATES),
+    "W2SVD, paired, GT loss": (study.INPUT, {"generator_lr": LORA, "gt_weight": (0.02, 0.05, 0.2)}),
 }
 
 

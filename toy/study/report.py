@@ -5,7 +5,6 @@ backbones, and two cells are compared on the same ones. KLs are compared by thei
 difference is a ratio of geometric means.
 """
 
-import itertools
 import json
 import math
 import re
@@ -190,11 +189,11 @@ def pooled(results, against):
 
 def over_all_dmd(results, cell):
     """A control's log KL - the mean of the three cells that are DMD to Adam, over backbones."""
-    jobs, again = results["controls"], results["fake"]
-    dmd = [apart(jobs, cell, name) for name in ("alpha 0", "gradient scaled")]
-    own, other = of_cell(jobs, cell, log_kl), of_cell(again, "alpha 0", log_kl)
-    dmd.append([a - b for a, b in zip(own, other)])
-    return [statistics.mean(column) for column in zip(*dmd)]
+    jobs = results["controls"]
+    dmd = [of_cell(jobs, name, log_kl) for name in ("alpha 0", "gradient scaled")]
+    dmd.append(of_cell(results["fake"], "alpha 0", log_kl))
+    own = of_cell(jobs, cell, log_kl)
+    return [a - statistics.mean(others) for a, *others in zip(own, *dmd, strict=True)]
 
 
 def comparisons(results):
@@ -260,8 +259,7 @@ def paper_table(results):
     """
     found = paper_comparisons(results)
     corrected = dict(zip(found, holm([one.p for one in found.values()])))
-    head = ["data", "steps", "method", "KL", "KL / W2SVD's", "p by Holm", "motion", "chosen"]
-    lines = [head]
+    lines = [["data", "steps", "method", "KL", "KL / W2SVD's", "p by Holm", "motion", "chosen"]]
     for key, row in results.items():
         runs, chosen = list(row["runs"].values()), row.get("chosen", {})
         cells = [*key.split(", ", 2), estimate([log_kl(one) for one in runs]).ratio()]
@@ -280,8 +278,8 @@ def small_comparisons(results):
     for row in (row for row in results if "alpha" in row and not row.endswith("alpha 0")):
         dmd = results[row.rpartition("alpha")[0] + "alpha 0"]
         for name in SHOWN:
-            apart = [run[name] - dmd[seed][name] for seed, run in results[row].items()]
-            found[row, name] = estimate(apart)
+            less = [run[name] - dmd[seed][name] for seed, run in results[row].items()]
+            found[row, name] = estimate(less)
     return found
 
 
@@ -296,8 +294,7 @@ def small_table(results):
     for row in (row for row in results if "alpha" in row):
         cells = [estimate([run[name] for run in results[row].values()]).text(2) for name in SHOWN]
         for key in ((row, name) for name in SHOWN):
-            text = f"{found[key].text(2)}, {corrected[key]:.2f}" if key in found else ""
-            cells.append(text)
+            cells.append(f"{found[key].text(2)}, {corrected[key]:.2f}" if key in found else "")
         lines.append([row, *cells])
     return markdown(lines)
 
@@ -366,15 +363,19 @@ def numbers(results):
     for alpha in alphas_of(results["small"]):
         cells = [job["lanes"][f"alpha {alpha:g}"] for g in REGIMES for job in results[g].values()]
         made[f"drifts {alpha:g}"] = str(sum(run["kl"] > DRIFT for runs in cells for run in runs))
-    for alpha in ("0.25", "0.5"):  # clips by paired input, two sets of backbones
-        first = apart(results["clips"], f"alpha {alpha}", "alpha 0")
-        second = apart(results["ablation"], f"gt_weight 0 alpha {alpha}", "gt_weight 0 alpha 0")
-        made[f"clips both {alpha}"] = estimate(first + second).ratio()
-    for weight in ("0", "0.05"):
-        cells = f"gt_weight {weight} alpha 0.75", f"gt_weight {weight} alpha 0"
-        made[f"motion {weight}"] = compare(results["ablation"], *cells, degree).text(2)
-    for key, iteration in itertools.product(("exact_difference", "fake"), (60, 120)):
-        made[f"before_{key}_{iteration}"] = before_a_drift(results, key)[iteration].text(3)
+    paired = {alpha: f"gt_weight 0 alpha {alpha:g}" for alpha in alphas_of(results["small"])}
+    both = apart(results["clips"], "alpha 0.5", "alpha 0")  # two sets of backbones
+    both += apart(results["ablation"], paired[0.5], paired[0.0])
+    made["clips both"] = estimate(both).ratio()
+    made["motion"] = compare(results["ablation"], paired[0.75], paired[0.0], degree).text(2)
+    for alpha, cell in paired.items():
+        made[f"linear {alpha:g}"] = linear(results["ablation"], cell)
+    for row in (row for row in paper if "videos" in row):
+        runs = paper[row]["runs"].values()
+        made[f"moves {row}"] = estimate([degree(one) for one in runs]).text(2)
+    for name in SHOWN:
+        runs = small["paired alpha 0"].values()
+        made[f"paired {name}"] = estimate([run[name] for run in runs]).text(2)
     for cell in next(iter(results["ladder"].values()))["lanes"]:
         made[f"rung {cell}"] = estimate(of_cell(results["ladder"], cell, log_kl)).ratio()
     for against in ("W2SVD", "W2SVD, paired"):

@@ -98,7 +98,8 @@ class Group:
 
 
 SMALL = {"batch": 64}  # in place of 1,536: the study is to be run on one core
-PAIRED = {**SMALL, "generator_input": "paired", "fake_samples": "all"}
+INPUT = {"generator_input": "paired", "fake_samples": "all"}
+PAIRED = {**SMALL, **INPUT}
 SHORT = {"batch": 16, "iterations": 120}
 CLIPS = {**PAIRED, **SHORT}
 FAST, LAGGING = {"generator_lr": 4e-3, "fake_lr": 4e-3}, {"generator_lr": 4e-3, "fake_lr": 1e-3}
