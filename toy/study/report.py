@@ -192,8 +192,7 @@ def over_all_dmd(results, cell):
     jobs = results["controls"]
     dmd = [of_cell(jobs, name, log_kl) for name in ("alpha 0", "gradient scaled")]
     dmd.append(of_cell(results["fake"], "alpha 0", log_kl))
-    own = of_cell(jobs, cell, log_kl)
-    return [a - statistics.mean(others) for a, *others in zip(own, *dmd, strict=True)]
+    return [a - statistics.mean(rest) for a, *rest in zip(of_cell(jobs, cell, log_kl), *dmd)]
 
 
 def comparisons(results):
